@@ -1,0 +1,1 @@
+"""Joint audio-video latent diffusion in plain PyTorch; knows nothing of ComfyUI."""

@@ -1,0 +1,1 @@
+"""Safetensors files to modules: header, families, key map, build."""

@@ -1,0 +1,214 @@
+"""A safetensors file's header: which tensors it holds and what it says of itself, with no tensor read.
+
+Layout: 8 bytes little-endian length N; N bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__":
+{str: str}}; then the tensors without gaps. All of it is checked, so that later stages may trust names, shapes
+and sizes. Source: the format description of huggingface/safetensors.
+"""
+
+import difflib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BF16": 16, "F16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+# What people hand over instead, by its first bytes.
+_OTHER_FORMATS = {
+    b"version https://git-lfs": "this is a Git LFS pointer, the weights themselves were not downloaded",
+    b"PK\x03\x04": "this is a pickled PyTorch file, a .safetensors file is needed",
+    b"GGUF": "this is a GGUF file, a .safetensors file is needed",
+    b"<!DOCTYPE": "this is a web page, the download went wrong",
+    b"<html": "this is a web page, the download went wrong",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    dtype: str  # a key of DTYPE_BITS
+    shape: tuple[int, ...]
+    start: int  # bytes after Header.data_start
+    end: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int  # byte of the file at which tensor data begins
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The published nested config, None without one; Raises CheckpointError if it is no JSON object."""
+        text = self.metadata.get("config")
+        if text is None:
+            return None
+        config = _parse_json(self.path, text, "metadata config")
+        if not isinstance(config, dict):
+            raise CheckpointError(
+                f"{self.path}: metadata config should be a JSON object, found {type(config).__name__}"
+            )
+        return config
+
+    @property
+    def model_version(self) -> str | None:
+        """What the file calls its own version, such as "2.3.0"; a label only, nothing is built from it."""
+        return self.metadata.get("model_version")
+
+
+def read_header(path: str | Path) -> Header:
+    """Header of a safetensors file, every field checked against the file's size.
+
+    Raises CheckpointError naming the file, what was expected and what was found, for a missing, truncated,
+    damaged or foreign file.
+    """
+    path = Path(path)
+    file_bytes = _size_of(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            header_bytes = _header_length(path, head, file_bytes)
+            file.seek(8)
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    entries = _parse_json(path, text, "header")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: the header should be a JSON object, found {type(entries).__name__}")
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    tensors = {name: _tensor_info(path, name, entry) for name, entry in entries.items()}
+    _check_tiling(path, tensors, file_bytes - 8 - header_bytes)
+    return Header(path, MappingProxyType(tensors), MappingProxyType(metadata), 8 + header_bytes)
+
+
+def _size_of(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, a .safetensors file is needed: {_listed(path)}")
+    folder = path.parent
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} does not exist: there is no folder {folder}")
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    hint = f"the nearest name there is {nearest[0]}" if nearest else _listed(folder)
+    raise CheckpointError(f"{path} does not exist: {hint}")
+
+
+def _listed(folder: Path) -> str:
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    return f"it holds {', '.join(names[:5])}" if names else "it holds no .safetensors file"
+
+
+def _header_length(path: Path, head: bytes, file_bytes: int) -> int:
+    for magic, advice in _OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise CheckpointError(f"{path}: not a safetensors file: {advice}")
+    if file_bytes < 10:
+        raise CheckpointError(
+            f"{path}: at least 10 bytes expected, found {file_bytes}: empty or truncated, fetch it again"
+        )
+    length = int.from_bytes(head[:8], "little")
+    if length < 2 or length > MAX_HEADER_BYTES or head[8:9] != b"{":
+        raise CheckpointError(
+            f"{path}: not a safetensors file: 2 to {MAX_HEADER_BYTES} bytes from '{{' on expected, "
+            f"found {length} bytes that begin with {head[8:9]!r}"
+        )
+    if 8 + length > file_bytes:
+        raise CheckpointError(
+            f"{path}: header of {length} bytes expected, the file has only {file_bytes} in all: truncated, "
+            f"fetch it again"
+        )
+    return length
+
+
+def _parse_json(path: Path, text: str | bytes, what: str) -> Any:
+    def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            repeated = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+            raise CheckpointError(f"{path}: {what} has the same key twice: {', '.join(repeated[:10])}")
+        return mapping
+
+    try:
+        return json.loads(text, object_pairs_hook=refuse_repeated)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {what} is not valid JSON: {error}") from error
+
+
+def _metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(
+            f"{path}: __metadata__ should map names to strings, found {str(metadata)[:100]}"
+        )
+    return metadata
+
+
+def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{path}: {name} should have dtype, shape and data_offsets, found {str(entry)[:100]}"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}, known are {', '.join(DTYPE_BITS)}")
+    if not _are_counts(shape):
+        raise CheckpointError(f"{path}: {name} has shape {str(shape)[:100]}, whole numbers >= 0 expected")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{path}: {name} has data_offsets {str(offsets)[:100]}, [start, end] expected")
+    info = TensorInfo(dtype, tuple(shape), *offsets)
+    needed = math.ceil(info.elements * DTYPE_BITS[dtype] / 8)
+    if info.bytes != needed:
+        raise CheckpointError(
+            f"{path}: {name} {dtype}{shape} takes {needed} bytes, data_offsets give {info.bytes}"
+        )
+    return info
+
+
+def _are_counts(values: Any) -> bool:
+    # type() rather than isinstance: JSON's true is an int to Python
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_tiling(path: Path, tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:
+    """Tensors must follow one another without gap or overlap and end where the file ends."""
+    cursor, before = 0, "the header"
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != cursor:
+            fault = "overlaps" if info.start < cursor else "leaves a gap after"
+            raise CheckpointError(
+                f"{path}: {name} {fault} {before}: start {cursor} expected, found {info.start}"
+            )
+        cursor, before = info.end, name
+    if cursor > data_bytes:
+        raise CheckpointError(
+            f"{path}: {cursor} bytes of tensors expected, found {data_bytes}: truncated, fetch it again"
+        )
+    if cursor < data_bytes:
+        raise CheckpointError(
+            f"{path}: {cursor} bytes of tensors expected, found {data_bytes}: foreign bytes at the end"
+        )

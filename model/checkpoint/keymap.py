@@ -1,0 +1,104 @@
+"""Published tensor names to (component, name inside that component's module), and back.
+
+Inside a component the published names are the module's own, so one table of prefixes is the whole map. Split
+2.5 files carry the video VAE without any prefix; the names still say whose they are. Source: spec sections
+3.1 and 3.2.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+TRANSFORMER, CONNECTORS = "transformer", "connectors"
+VIDEO_VAE, VIDEO_VAE_DIFFUSION = "video_vae", "video_vae_diffusion"
+AUDIO_VAE, VOCODER = "audio_vae", "vocoder"
+DURATION_HEAD, UPSAMPLER = "duration_head", "upsampler"
+TEXT_ENCODER, LANGUAGE_MODEL = "text_encoder", "language_model"
+
+# (published prefix, component, prefix inside it); the first match wins, so longer prefixes stand first
+PREFIXES: tuple[tuple[str, str, str], ...] = (
+    ("model.diffusion_model.video_embeddings_connector.", CONNECTORS, "video_embeddings_connector."),
+    ("model.diffusion_model.audio_embeddings_connector.", CONNECTORS, "audio_embeddings_connector."),
+    ("text_embedding_projection.", CONNECTORS, "text_embedding_projection."),
+    ("model.diffusion_model.", TRANSFORMER, ""),
+    ("vae.", VIDEO_VAE, ""),
+    ("audio_vae.", AUDIO_VAE, ""),
+    ("vocoder.", VOCODER, ""),  # stripped once: 2.3's `vocoder.vocoder.*` keeps its inner name
+    ("duration_head.", DURATION_HEAD, ""),
+    ("text_encoder.", TEXT_ENCODER, ""),
+)
+# Names without a component prefix: (first part, component).
+BARE: tuple[tuple[str, str], ...] = (
+    *((part, VIDEO_VAE) for part in ("encoder.", "decoder.", "per_channel_statistics.")),
+    *((part, UPSAMPLER) for part in ("initial_conv.", "initial_norm.", "res_blocks.", "upsampler.")),
+    *((part, UPSAMPLER) for part in ("post_upsample_res_blocks.", "final_conv.")),
+    *(
+        (part, LANGUAGE_MODEL)
+        for part in ("model.", "vision_model.", "multi_modal_projector.", "audio_projector.")
+    ),
+)
+# Published tensors that no function needs; patterns on the name inside the component, "" for the file itself.
+_UNUSED_STATISTICS = tuple(
+    f"per_channel_statistics.{name}" for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
+)
+OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    VIDEO_VAE: _UNUSED_STATISTICS,
+    VIDEO_VAE_DIFFUSION: (*_UNUSED_STATISTICS, "decoder.type_emb", "coarse_*", "*.coarse_*"),
+    "": ("tokenizer_json", "hf_asset__*"),
+}
+# Children that files may keep apart: 2.5 has the connectors beside its transformer, their projection not.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    CONNECTORS: ("video_embeddings_connector", "audio_embeddings_connector", "text_embedding_projection"),
+    VIDEO_VAE: ("encoder", "decoder", "per_channel_statistics"),
+    AUDIO_VAE: ("encoder", "decoder", "per_channel_statistics"),
+}
+QUANTISATION_SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant")
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    components: Mapping[str, Mapping[str, str]]  # component -> {name inside it: published name}
+    optional: tuple[str, ...]  # published names that are known and not needed
+    unexpected: tuple[str, ...]  # published names that no component takes
+
+
+def route(published: Iterable[str]) -> Routing:
+    """Sorts one model's published names by component; a bare decoder's kind shows in its neighbours."""
+    published = list(published)
+    diffusion = any(split(name)[1].startswith("decoder.det_stages.") for name in published)
+    components: dict[str, dict[str, str]] = {}
+    optional, unexpected = [], []
+    for name in published:
+        component, inside = split(name)
+        if component == VIDEO_VAE and diffusion:
+            component = VIDEO_VAE_DIFFUSION
+        if any(fnmatchcase(inside, pattern) for pattern in OPTIONAL.get(component, ())):
+            optional.append(name)
+        elif not component:
+            unexpected.append(name)
+        else:
+            components.setdefault(component, {})[inside] = name
+    return Routing(components, tuple(optional), tuple(unexpected))
+
+
+def split(published: str) -> tuple[str, str]:
+    """(component, name inside it) of one published name; ("", name) if no component takes it."""
+    for prefix, component, inside in PREFIXES:
+        if published.startswith(prefix):
+            return component, inside + published[len(prefix) :]
+    return next((component for first, component in BARE if published.startswith(first)), ""), published
+
+
+def to_published(component: str, name: str, bare: bool = False) -> str:
+    """Published name of a tensor; bare=True for a split video VAE file, which drops the component's prefix.
+
+    Raises KeyError if the component or the name's first part is unknown.
+    """
+    owner = VIDEO_VAE if component == VIDEO_VAE_DIFFUSION else component
+    if not bare:
+        for prefix, candidate, inside in PREFIXES:
+            if candidate == owner and name.startswith(inside):
+                return prefix + name[len(inside) :]
+    if any(candidate == owner and name.startswith(first) for first, candidate in BARE):
+        return name
+    raise KeyError(f"{component}: {name}")

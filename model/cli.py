@@ -1,0 +1,271 @@
+"""The `lockstep` command: a prompt to an mp4 file, a checkpoint's header to words.
+
+Exit codes: 0 done, 2 something given is wrong (one sentence on stderr, no file), 130 stopped with Ctrl-C.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from .errors import LockstepError, MediaError, PromptError
+
+# torch, PyAV and the engine are imported where they are needed: --help and wrong arguments answer at once.
+if TYPE_CHECKING:
+    from .values import GenerateRequest, GenerateResult, Progress
+
+_MAX_SEED = 2**63 - 1
+
+
+class UsageError(LockstepError):
+    """Arguments that do not make a command."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        parsed.run(parsed)
+    except (LockstepError, OSError) as error:  # OSError: a path that the system refuses, a full disk
+        print(f"lockstep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lockstep: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Clips whose picture and sound are made together."
+    parser = _Parser(prog="lockstep", description=about, allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="generate | inspect")
+
+    generate = commands.add_parser("generate", help="make a clip from a prompt", allow_abbrev=False)
+    generate.set_defaults(run=_generate)
+    add = generate.add_argument
+    add("prompt", metavar="PROMPT", help='such as "a red ball bounces on gray"')
+    add(
+        "-o", "--output", metavar="OUT.mp4", type=Path, required=True, help="file to write, replaced if there"
+    )
+    add("--negative", metavar="TEXT", default="", help="what the clip should not be")
+    add("--image", metavar="FILE", type=Path, help="picture of the first frame")
+    add("--last-image", metavar="FILE", type=Path, help="picture of the last frame")
+    add("--seconds", metavar="S", type=_positive, help="duration")
+    add("--fps", metavar="F", type=_positive, help="frames per second")
+    add("--size", metavar="WxH", help="size in pixels such as 128x128, or an aspect such as 16:9")
+    add("--steps", metavar="N", type=_count, help="sampling steps")
+    add("--cfg", metavar="G", type=_not_negative, help="text guidance, 1 is none")
+    add("--seed", metavar="K", type=_seed, help="same seed, same clip; drawn at random if not given")
+    add("--model", metavar="NAME_OR_FILE", default="embedded", help="a model's name or a checkpoint file")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--json", action="store_true", help="print a JSON object about the clip as the last line of stdout")
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is", allow_abbrev=False)
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument(
+        "file", metavar="FILE", type=Path, help="a safetensors file, of which only the header is read"
+    )
+    inspect.add_argument("--json", action="store_true", help="print a JSON object")
+    return parser
+
+
+# Commands
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    _check_prompt(parsed.prompt)
+    _check_output(parsed.output)
+    for picture in filter(None, (parsed.image, parsed.last_image)):
+        if not picture.is_file():
+            raise MediaError(f"no such file: {picture}")
+
+    from .engine import Engine
+    from .media import write_clip
+
+    request = _request(parsed)
+    if parsed.seed is None:
+        print(f"seed {request.seed}", flush=True)
+    with _Bars() as bars:
+        result = Engine(model=parsed.model, device=parsed.device).generate(request, bars)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    started = time.perf_counter()
+    write_clip(parsed.output, result.clip, {"lockstep": json.dumps(_provenance(request, result))})
+    report = _report(parsed, request, result, write_seconds=time.perf_counter() - started)
+    print(json.dumps(report) if parsed.json else _sentence(report), flush=True)
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    from .checkpoint.families import describe
+
+    description = describe(parsed.file)
+    print(description.to_json() if parsed.json else description.format_description())
+
+
+def _request(parsed: argparse.Namespace) -> "GenerateRequest":
+    from .media import read_image
+    from .values import GenerateRequest
+
+    return GenerateRequest(
+        prompt=parsed.prompt,
+        negative=parsed.negative,
+        image=read_image(parsed.image) if parsed.image else None,
+        last_image=read_image(parsed.last_image) if parsed.last_image else None,
+        seconds=parsed.seconds,
+        fps=parsed.fps,
+        size=parsed.size,
+        steps=parsed.steps,
+        cfg=parsed.cfg,
+        seed=random.randrange(2**32) if parsed.seed is None else parsed.seed,
+    )
+
+
+class _Bars:
+    """Progress callback: one bar with remaining time on stderr for each stage."""
+
+    def __init__(self) -> None:
+        self._stage = None
+        self._bar = None
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, progress: "Progress") -> None:
+        from tqdm import tqdm
+
+        if self._bar is None or progress.stage != self._stage:
+            self.__exit__()
+            self._stage = progress.stage
+            self._bar = tqdm(total=progress.steps, desc=progress.stage, file=sys.stderr, dynamic_ncols=True)
+        self._bar.update(progress.step - self._bar.n)
+
+
+# What is said about a clip
+
+
+def _provenance(request: "GenerateRequest", result: "GenerateResult") -> dict:
+    """What makes the same clip again, kept as a tag of the file."""
+    said = {"prompt": request.prompt, "negative": request.negative, "seed": result.seed}
+    settings = {name: getattr(request, name) for name in ("seconds", "fps", "size", "steps", "cfg")}
+    return {**said, **settings, "model": _model(result), "latent_sha256": result.latent_sha256}
+
+
+def _report(
+    parsed: argparse.Namespace, request: "GenerateRequest", result: "GenerateResult", write_seconds: float
+) -> dict:
+    clip, stages = result.clip, {**result.stages, "write": write_seconds}
+    frames, height, width = clip.frames.shape[:3]
+    return {
+        "output": str(parsed.output),
+        "prompt": request.prompt,
+        "seed": result.seed,
+        "size": f"{width}x{height}",
+        "frames": frames,
+        "fps": clip.fps,
+        "sample_rate": None if clip.waveform is None else clip.sample_rate_hz,
+        "stages": {name: round(seconds, 3) for name, seconds in stages.items()},
+        "peak_rss_bytes": _peak_rss_bytes(),
+        "latent_sha256": result.latent_sha256,
+        "model": _model(result),
+        "warnings": list(result.warnings),
+    }
+
+
+def _model(result: "GenerateResult") -> dict[str, str]:
+    return {"name": result.model.name, "version": result.model.version, "sha256": result.model.sha256}
+
+
+def _sentence(report: dict) -> str:
+    spent = sum(report["stages"].values())
+    seconds = report["frames"] / report["fps"]
+    return f"{report['output']}: {seconds:.2f} s of {report['size']}, seed {report['seed']}, made in {spent:.1f} s"
+
+
+def _peak_rss_bytes() -> int | None:
+    """Largest resident memory of this process so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# What is given
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise PromptError('the prompt is empty: say what to show, such as "a red ball bounces"')
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise MediaError(f"{output} is a folder: name a file in it, such as {output / 'clip.mp4'}")
+    if output.suffix.lower() != ".mp4":
+        raise MediaError(f"only .mp4 files are written, got {output}: use {output.stem}.mp4")
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        nearest = next(parent for parent in folder.parents if parent.is_dir())
+        raise MediaError(f"the folder {folder} does not exist: the nearest one that does is {nearest}")
+    if not os.access(folder, os.W_OK):
+        raise MediaError(f"the folder {folder} cannot be written to")
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"a number is needed, got {text!r}")
+    return number
+
+
+def _positive(text: str) -> float:
+    if (number := _number(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"a number above 0 is needed, got {text}")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    if (number := _number(text)) < 0:
+        raise argparse.ArgumentTypeError(f"a number of 0 or more is needed, got {text}")
+    return number
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"a whole number from {least} to {most} is needed, got {text!r}")
+    return number
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, 1000)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, _MAX_SEED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

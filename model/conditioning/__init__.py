@@ -1,0 +1,1 @@
+"""Guides (images, keyframes, references, audio) to per-token strengths and clean tokens."""

@@ -1,0 +1,107 @@
+"""Where every token of a clip stands, what it is held to and how strongly (spec section 2.9).
+
+B batch (1), T video tokens with appended guides, S audio tokens, C channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, WorkflowError
+from ..latents.patchify import audio_to_tokens, video_to_tokens
+from ..shapes import ClipShape, audio_positions, frame_positions, video_positions
+from ..values import Guide
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One stream's tokens: the clip's own first, then those that guides append."""
+
+    clean: Tensor  # (1, T, C) float32, what held tokens return to; 0 where nothing is given
+    mask: Tensor  # (1, T, 1) float32, 1 denoise fully, 0 keep clean
+    positions: Tensor  # (1, axes, T, 2) float32 bounds
+    masks: tuple[float, ...]  # the distinct values of mask, known to the host
+    level_of_token: Tensor  # (1, T) int64 into masks
+    own_tokens: int  # the clip's own
+    marked: Tensor  # (1, T) bool, tokens that carry the keyframe marker
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the whole stream is given: its noise level is 0 everywhere, gates and text included."""
+        return self.masks == (0.0,)
+
+
+def lay_out_video(shape: ClipShape, channels: int, guides: Sequence[Guide], given: Tensor | None = None) -> Layout:
+    """Tokens of a clip with its guides: a guide at frame 0 takes the first latents' place, others are appended.
+
+    given: (1, C, F, H, W), the whole video stream when it is to stay as it is.
+    Raises WorkflowError for two guides in one place or one that reaches beyond the clip, ShapeError for another size.
+    """
+    grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+    clean, mask = torch.zeros(1, channels, *grid), torch.ones(1, 1, *grid)
+    if given is not None:
+        _check_latent("given video", given, (1, channels, *grid))
+        if guides:
+            raise WorkflowError("a given video leaves nothing to guide: drop the guides or the video")
+        clean, mask = given.float(), torch.zeros(1, 1, *grid)
+    appended = [guide for guide in guides if guide.frame]
+    for guide in _at_start(guides, shape):
+        _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
+        clean[:, :, : guide.latent.shape[2]] = guide.latent
+        mask[:, :, : guide.latent.shape[2]] = 1 - guide.strength
+    cleans, masks, positions = [video_to_tokens(clean)], [video_to_tokens(mask)], [video_positions(shape)]
+    for guide in appended:
+        _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
+        tokens = video_to_tokens(guide.latent.float())
+        cleans.append(tokens)
+        masks.append(torch.full_like(tokens[..., :1], 1 - guide.strength))
+        positions.append(frame_positions(shape, guide.frame, guide.latent.shape[2]))
+    total = sum(tokens.shape[1] for tokens in cleans)
+    marked = torch.arange(total) < shape.latent_height * shape.latent_width
+    return _layout(cleans, masks, positions, shape.video_tokens, marked.unsqueeze(0))
+
+
+def lay_out_audio(shape: ClipShape, channels: int, bins: int, given: Tensor | None = None) -> Layout:
+    """Tokens of a clip's sound; given: (1, C, L, M), the whole audio stream when it is to stay as it is."""
+    size = (1, channels, shape.audio_latents, bins)
+    if given is not None:
+        _check_latent("given audio", given, size)
+    clean = torch.zeros(size) if given is None else given.float()
+    tokens = audio_to_tokens(clean)
+    mask = torch.full_like(tokens[..., :1], 1.0 if given is None else 0.0)
+    marked = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+    return _layout([tokens], [mask], [audio_positions(shape.audio_latents, shape.audio_rate)], tokens.shape[1], marked)
+
+
+def _layout(cleans: list[Tensor], masks: list[Tensor], positions: list[Tensor], own_tokens: int, marked: Tensor) -> Layout:
+    mask = torch.cat(masks, dim=1)
+    values, index = torch.unique(mask[..., 0], return_inverse=True)
+    return Layout(
+        clean=torch.cat(cleans, dim=1),
+        mask=mask,
+        positions=torch.cat(positions, dim=2),
+        masks=tuple(values.tolist()),
+        level_of_token=index,
+        own_tokens=own_tokens,
+        marked=marked,
+    )
+
+
+def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
+    for guide in guides:
+        if not 0 <= guide.strength <= 1:
+            raise WorkflowError(f"guide strength {guide.strength} must lie between 0 and 1")
+        if guide.latent.shape[2] > shape.latent_frames:
+            raise WorkflowError(f"a guide of {guide.latent.shape[2]} latent frames does not fit {shape.latent_frames}")
+    frames = [guide.frame for guide in guides]
+    twice = sorted({frame for frame in frames if frames.count(frame) > 1})
+    if twice:
+        raise WorkflowError(f"two guides at frame {twice[0]}: keep one of them")
+    return [guide for guide in guides if guide.frame == 0]
+
+
+def _check_latent(name: str, latent: Tensor, needed: tuple[int, ...]) -> None:
+    if tuple(latent.shape) != needed:
+        raise ShapeError(f"{name} has latents of shape {tuple(latent.shape)}, this clip needs {needed}: encode it again")

@@ -1,0 +1,134 @@
+"""The embedded model as a small config of the LTX family, in the published nested form."""
+
+NAME = "Lockstep-Embedded"
+VERSION = "0.1.0"
+SAMPLE_RATE_HZ = 16000
+
+VIDEO_VAE = {
+    "_class_name": "CausalVideoAutoencoder",
+    "dims": 3,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 32,
+    "patch_size": 4,
+    "norm_layer": "pixel_norm",
+    "latent_log_var": "uniform",
+    "causal_decoder": False,
+    "timestep_conditioning": False,
+    "spatial_padding_mode": "zeros",
+    "encoder_base_channels": 48,
+    "decoder_base_channels": 64,
+    "encoder_blocks": [
+        ["res_x", {"num_layers": 1}],
+        ["compress_all_res", {"multiplier": 2}],
+        ["res_x", {"num_layers": 2}],
+        ["compress_all_res", {"multiplier": 1}],
+        ["res_x", {"num_layers": 2}],
+    ],
+    # from the pixel side to the latent side, as published files list them
+    "decoder_blocks": [
+        ["res_x", {"num_layers": 1}],
+        ["compress_all", {"multiplier": 1}],
+        ["res_x", {"num_layers": 3}],
+        ["compress_all", {"multiplier": 2}],
+        ["res_x", {"num_layers": 2}],
+    ],
+}
+
+AUDIO_VAE = {
+    "model": {
+        "params": {
+            "sampling_rate": SAMPLE_RATE_HZ,
+            "ddconfig": {
+                "double_z": True,
+                "mel_bins": 64,
+                "z_channels": 4,
+                "in_channels": 1,
+                "out_ch": 1,
+                "ch": 24,
+                "ch_mult": [1, 2, 2],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+                "dropout": 0.0,
+                "mid_block_add_attention": False,
+                "norm_type": "pixel",
+                "causality_axis": "height",
+            },
+        }
+    },
+    "preprocessing": {
+        "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
+        "mel": {"n_mel_channels": 64, "mel_fmin": 0, "mel_fmax": 8000},
+    },
+}
+
+VOCODER = {
+    "resblock": "1",
+    "stereo": False,
+    "upsample_initial_channel": 112,
+    "upsample_rates": [5, 4, 4, 2],
+    "upsample_kernel_sizes": [11, 8, 8, 4],
+    "resblock_kernel_sizes": [3, 7],
+    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
+    "output_sampling_rate": SAMPLE_RATE_HZ,
+}
+
+TEXT_LENGTH = 32  # words that the model reads, and positions of its context
+
+TRANSFORMER = {
+    "_class_name": "AVTransformer3DModel",
+    "num_layers": 5,
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "in_channels": 32,
+    "out_channels": 32,
+    "cross_attention_dim": 192,
+    "audio_num_attention_heads": 4,
+    "audio_attention_head_dim": 32,
+    "audio_in_channels": 64,
+    "audio_out_channels": 64,
+    "audio_cross_attention_dim": 128,
+    # seconds and pixels of this world, not of the published one
+    "positional_embedding_max_pos": [5, 160, 160],
+    "audio_positional_embedding_max_pos": [5],
+    "positional_embedding_theta": 300.0,
+    "rope_type": "split",
+    "frequencies_precision": "float64",
+    "apply_gated_attention": True,
+    "cross_attention_adaln": True,
+    "use_prompt_adaln_single": False,
+    "caption_proj_before_connector": True,
+    "text_encoder_norm_type": "per_token_rms",
+    "caption_channels": 96,
+    "connector_num_attention_heads": 4,
+    "connector_attention_head_dim": 48,
+    "connector_num_layers": 1,
+    "audio_connector_num_attention_heads": 4,
+    "audio_connector_attention_head_dim": 32,
+    "audio_connector_num_layers": 1,
+    "connector_num_learnable_registers": 16,
+    "connector_positional_embedding_max_pos": [64],
+    "connector_norm_output": True,
+    "connector_apply_gated_attention": True,
+}
+
+
+def text_encoder(words: int) -> dict:
+    """The `text_encoder` section for a vocabulary of so many words (padding and unknown included)."""
+    return {"_class_name": "WordEncoder", "num_words": words, "num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 1}
+
+
+# how the packed model wants to be sampled, and the limits of what it was trained on
+RECIPE = {
+    "width": 64,
+    "height": 64,
+    "fps": 12.0,
+    "frames": 25,
+    "steps": 20,
+    "schedule_tokens": 1024,
+    "text_length": TEXT_LENGTH,
+    "guidance": {"cfg_video": 3.0, "cfg_audio": 3.0},
+    "side_limits": [64, 112],
+    "seconds_limits": [1.0, 4.2],
+    "fps_limits": [12.0, 24.0],
+}

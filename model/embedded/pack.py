@@ -1,0 +1,64 @@
+"""Trained stages to the one file that ships: published layout, bf16, with config, recipe, words and training record."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint import keymap
+from ..text.tokenizer import FIRST_ID
+from . import config, language
+
+_GENERATOR = ((keymap.TEXT_ENCODER, "text_encoder."), (keymap.CONNECTORS, "connectors."), (keymap.TRANSFORMER, "transformer."))
+# a few hundred numbers that scale everything: bf16 would shift colours and levels
+_EXACT = ("per_channel_statistics.",)
+
+
+def pack(states: dict[str, dict[str, Tensor]], record: dict, path: Path) -> None:
+    """Writes the shipped file.
+
+    states: EMA weights by stage: "video", "audio", "vocoder", "generator"; record: how they came about (steps, losses).
+    """
+    components = {keymap.VIDEO_VAE: states["video"], keymap.AUDIO_VAE: states["audio"], keymap.VOCODER: states["vocoder"]}
+    for component, prefix in _GENERATOR:
+        generator = states["generator"]
+        components[component] = {k.removeprefix(prefix): v for k, v in generator.items() if k.startswith(prefix)}
+    tensors = {
+        keymap.to_published(component, name): _stored(name, tensor)
+        for component, state in components.items()
+        for name, tensor in state.items()
+    }
+    partial = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, partial, metadata(record))
+    os.replace(partial, path)
+
+
+def metadata(record: dict) -> dict[str, str]:
+    """The header of the shipped file; every value a string, as safetensors wants it."""
+    words = language.vocabulary()
+    sections = {
+        "transformer": config.TRANSFORMER,
+        "vae": config.VIDEO_VAE,
+        "audio_vae": config.AUDIO_VAE,
+        "vocoder": config.VOCODER,
+        "text_encoder": config.text_encoder(FIRST_ID + len(words)),
+    }
+    return {
+        "format": "pt",
+        "modelspec.title": config.NAME,
+        "model_version": config.VERSION,
+        "license": "Apache-2.0",
+        "config": json.dumps(sections),
+        "recipe": json.dumps(config.RECIPE),
+        "tokenizer": json.dumps({"words": words, "content": language.content_words()}),
+        "training": json.dumps(record),
+    }
+
+
+def _stored(name: str, tensor: Tensor) -> Tensor:
+    exact = any(part in name for part in _EXACT)
+    return tensor.to(torch.float32 if exact else torch.bfloat16).contiguous()

@@ -1,0 +1,100 @@
+"""The sound of a scene: impacts, beeps, whooshes and hums locked to the motion, and the weather (16 kHz mono).
+
+S samples. Levels: events peak near 0.5, silence is exactly zero unless the scene has weather.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .world import Scene, event_times, pose
+
+# partials (ratio, level, decay in seconds) over a base frequency in Hz, and how much of a noisy click starts it
+_TIMBRES = {
+    "ball": (95.0, ((1.0, 1.0, 0.07), (1.9, 0.35, 0.04)), 0.05),
+    "square": (430.0, ((1.0, 1.0, 0.03), (1.83, 0.7, 0.022), (2.9, 0.4, 0.015)), 0.35),
+    "triangle": (880.0, ((1.0, 1.0, 0.1), (2.0, 0.5, 0.08), (2.76, 0.35, 0.06)), 0.08),
+    "star": (1760.0, ((1.0, 1.0, 0.11), (1.5, 0.6, 0.09), (2.67, 0.4, 0.06)), 0.05),
+}
+_BEEPS_HZ = {"ball": 330.0, "square": 440.0, "triangle": 660.0, "star": 990.0}
+_HUMS_HZ = {"ball": 110.0, "square": 165.0, "triangle": 220.0, "star": 330.0}
+
+
+def synthesize(scene: Scene, samples: int, width: float, height: float, sample_rate_hz: int = 16000) -> Tensor:
+    """The scene's sound: (1, S) float32, peak at most 0.8; width and height of the picture in short sides."""
+    generator = torch.Generator().manual_seed(scene.noise_seed)
+    times = torch.arange(samples, dtype=torch.float32) / sample_rate_hz
+    wave = _weather(scene.ambience, samples, sample_rate_hz, generator)
+    if scene.motion in ("bounces", "slides"):
+        wave += _struck(scene, samples, sample_rate_hz, _impact(scene.shape, sample_rate_hz, generator))
+    elif scene.motion == "pulses":
+        wave += _struck(scene, samples, sample_rate_hz, _beep(scene.shape, sample_rate_hz))
+    elif scene.motion == "swings":
+        speed = pose(scene, times, width, height).speed
+        wave += _whoosh(scene.shape, speed, sample_rate_hz, generator)
+    elif scene.motion == "orbits":
+        wave += _hum(scene.shape, 1 - pose(scene, times, width, height).y / height, sample_rate_hz)
+    peak = wave.abs().max().clamp(min=0.8)
+    return (wave * 0.8 / peak).unsqueeze(0)
+
+
+def _struck(scene: Scene, samples: int, rate: int, sound: Tensor) -> Tensor:
+    """One copy of `sound` at every event, and the tail of an event just before the clip."""
+    wave = torch.zeros(samples)
+    before = (math.ceil(scene.phase) - 1 - scene.phase) * scene.period
+    for time in [before, *event_times(scene, samples / rate)]:
+        start = round(time * rate)
+        skip, room = max(0, -start), samples - max(0, start)
+        piece = sound[skip : skip + room]
+        wave[max(0, start) : max(0, start) + len(piece)] += piece
+    return wave
+
+
+def _impact(shape: str, rate: int, generator: torch.Generator) -> Tensor:
+    base, partials, click = _TIMBRES[shape]
+    t = torch.arange(int(0.7 * rate)) / rate
+    # a struck thing starts slightly sharp; the thud most
+    bend = 1 + (0.6 if shape == "ball" else 0.0) * torch.exp(-t / 0.02)
+    turn = 2 * math.pi * base * torch.cumsum(bend, 0) / rate
+    wave = sum(level * torch.sin(ratio * turn) * torch.exp(-t / decay) for ratio, level, decay in partials)
+    noise = torch.randn(len(t), generator=generator) * torch.exp(-t / 0.004)
+    wave = wave + click * 3 * noise
+    attack = (t / 0.002).clamp(max=1.0)
+    return 0.5 * attack * wave / wave.abs().max()
+
+
+def _beep(shape: str, rate: int) -> Tensor:
+    t = torch.arange(int(0.3 * rate)) / rate
+    turn = 2 * math.pi * _BEEPS_HZ[shape] * t
+    envelope = (t / 0.004).clamp(max=1.0) * ((0.16 - t) / 0.05).clamp(0, 1)
+    return 0.4 * envelope * (torch.sin(turn) + 0.3 * torch.sin(2 * turn))
+
+
+def _band_noise(samples: int, rate: int, low_hz: float, high_hz: float, generator: torch.Generator) -> Tensor:
+    spectrum = torch.fft.rfft(torch.randn(samples, generator=generator))
+    hz = torch.fft.rfftfreq(samples, 1 / rate)
+    edge = 0.25 * low_hz + 20
+    gain = ((hz - low_hz) / edge + 0.5).clamp(0, 1) * ((high_hz - hz) / edge + 0.5).clamp(0, 1)
+    noise = torch.fft.irfft(spectrum * gain, samples)
+    return noise / noise.std().clamp(min=1e-6)
+
+
+def _whoosh(shape: str, speed: Tensor, rate: int, generator: torch.Generator) -> Tensor:
+    low = {"ball": 250.0, "square": 400.0, "triangle": 700.0, "star": 1100.0}[shape]
+    return 0.16 * speed.square() * _band_noise(len(speed), rate, low, 2.2 * low, generator)
+
+
+def _hum(shape: str, height: Tensor, rate: int) -> Tensor:
+    turn = 2 * math.pi * torch.cumsum(_HUMS_HZ[shape] * 2**height, 0) / rate
+    harmonics = {"ball": (1.0, 0.2), "square": (1.0, 0.0, 0.4), "triangle": (1.0, 0.5, 0.3), "star": (1.0, 0.6, 0.5, 0.4)}
+    return 0.22 * sum(level * torch.sin((n + 1) * turn) for n, level in enumerate(harmonics[shape]))
+
+
+def _weather(ambience: str, samples: int, rate: int, generator: torch.Generator) -> Tensor:
+    if ambience == "rain":
+        return 0.02 * _band_noise(samples, rate, 900.0, 7500.0, generator)
+    if ambience == "wind":
+        gust = 0.65 + 0.35 * torch.sin(2 * math.pi * (0.35 * torch.arange(samples) / rate + torch.rand(1, generator=generator)))
+        return 0.035 * gust * _band_noise(samples, rate, 120.0, 500.0, generator)
+    return torch.zeros(samples)

@@ -1,0 +1,120 @@
+"""Trains the embedded model from nothing, stage by stage; every stage resumes where its folder stands.
+
+    python -m lockstep.model.embedded.train video       RUNS --steps 2400
+    python -m lockstep.model.embedded.train audio       RUNS --steps 500
+    python -m lockstep.model.embedded.train vocoder     RUNS --steps 1500
+    python -m lockstep.model.embedded.train shards      RUNS --steps 130
+    python -m lockstep.model.embedded.train transformer RUNS --steps 2500
+    python -m lockstep.model.embedded.train pack        RUNS
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ..codec.audio_vae import AudioVAE, AudioVAEConfig
+from ..codec.video_vae import VideoVAE, VideoVAEConfig
+from ..codec.vocoder import VocoderConfig, build_vocoder
+from . import WEIGHTS, config
+from .dataset import encode_shards
+from .pack import pack
+from .train_audio import initialise_audio, measure_audio_statistics, train_audio_vae, train_vocoder
+from .train_transformer import Generator, initialise_generator, train_transformer
+from .train_video_vae import initialise, measure_statistics, train_video_vae
+from .training import Run, TrainSettings, averaged_state
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=list(_STAGES))
+    parser.add_argument("runs", type=Path, help="folder that holds one folder per stage")
+    parser.add_argument("--steps", type=int, default=0, help="training steps, or shards to encode")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--first", type=int, default=0, help="first shard to encode")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    _STAGES[given.stage](given)
+
+
+def _video(given: argparse.Namespace) -> None:
+    vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
+    initialise(vae, seed=0)
+    settings = TrainSettings(given.steps, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995)
+    train_video_vae(Run(given.runs / "video", vae.to(given.device), settings), given.device)
+
+
+def _audio(given: argparse.Namespace) -> None:
+    vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE))
+    initialise_audio(vae, seed=0)
+    settings = TrainSettings(given.steps, warmup_steps=50, ema_decay=0.99)
+    train_audio_vae(Run(given.runs / "audio", vae.to(given.device), settings), given.device)
+
+
+def _vocoder(given: argparse.Namespace) -> None:
+    vocoder = build_vocoder(VocoderConfig.from_published(config.VOCODER))
+    initialise_audio(vocoder, seed=0)
+    settings = TrainSettings(given.steps, matrix_rate=0.01, warmup_steps=50, ema_decay=0.99)
+    run = Run(given.runs / "vocoder", vocoder.to(given.device), settings)
+    train_vocoder(run, given.device, finished_audio_vae(given.runs).to(given.device))
+
+
+def _shards(given: argparse.Namespace) -> None:
+    shards = range(given.first, given.first + given.steps)
+    encode_shards(given.runs / "shards", shards, finished_video_vae(given.runs), finished_audio_vae(given.runs))
+
+
+def _transformer(given: argparse.Namespace) -> None:
+    model = Generator()
+    initialise_generator(model, seed=0)
+    settings = TrainSettings(given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.997)
+    run = Run(given.runs / "transformer", model.to(given.device), settings)
+    video_vae, audio_vae = finished_video_vae(given.runs), finished_audio_vae(given.runs)
+    train_transformer(run, given.runs / "shards", video_vae, audio_vae, given.device)
+
+
+def _pack(given: argparse.Namespace) -> None:
+    states = {
+        "video": finished_video_vae(given.runs).state_dict(),
+        "audio": finished_audio_vae(given.runs).state_dict(),
+        "vocoder": averaged_state(given.runs / "vocoder"),
+        "generator": averaged_state(given.runs / "transformer"),
+    }
+    record = {stage: _last_line(given.runs / stage) for stage in ("video", "audio", "vocoder", "transformer")}
+    pack(states, record, WEIGHTS)
+    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB")
+
+
+def finished_video_vae(runs: Path) -> VideoVAE:
+    """The trained video VAE with measured statistics, on the CPU."""
+    vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
+    vae.load_state_dict(averaged_state(runs / "video"))
+    measure_statistics(vae.eval().requires_grad_(False))
+    return vae
+
+
+def finished_audio_vae(runs: Path) -> AudioVAE:
+    """The trained audio VAE with measured statistics, on the CPU."""
+    vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE))
+    vae.load_state_dict(averaged_state(runs / "audio"))
+    measure_audio_statistics(vae.eval().requires_grad_(False))
+    return vae
+
+
+def _last_line(run: Path) -> dict:
+    return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+
+
+_STAGES = {
+    "video": _video,
+    "audio": _audio,
+    "vocoder": _vocoder,
+    "shards": _shards,
+    "transformer": _transformer,
+    "pack": _pack,
+}
+
+if __name__ == "__main__":
+    main()

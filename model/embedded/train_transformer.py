@@ -1,0 +1,149 @@
+"""Trains text encoder, connectors and transformer together by flow matching on encoded scenes (spec section 2.1).
+
+Per-token noise levels and clean tokens during training give image, keyframe, audio-to-video and video-to-audio use.
+B batch, T video tokens, S audio tokens.
+"""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..codec.audio_vae import AudioVAE
+from ..codec.video_vae import VideoVAE
+from ..conditioning.layout import Layout, lay_out_audio, lay_out_video
+from ..latents.patchify import audio_to_tokens, video_to_tokens
+from ..text.connector import Connectors, ConnectorsConfig
+from ..text.encoder import WordEncoder, WordEncoderConfig
+from ..text.tokenizer import FIRST_ID, WordTokenizer
+from ..transformer.config import TransformerConfig
+from ..transformer.model import AVTransformer, StreamInput
+from ..values import Guide
+from . import config, language
+from .dataset import Batch, load_shard
+from .training import Run
+
+_DROP_PROMPT = 0.1
+# what is given in a step, and how often
+_MODES = {"nothing": 0.62, "first": 0.14, "guide": 0.06, "first and guide": 0.08, "audio": 0.05, "video": 0.05}
+
+
+def tokenizer() -> WordTokenizer:
+    """The embedded model's tokenizer."""
+    return WordTokenizer(tuple(language.vocabulary()), frozenset(language.content_words()), config.TEXT_LENGTH)
+
+
+class Generator(nn.Module):
+    """All that is trained in this stage, under its component names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        words = FIRST_ID + len(language.vocabulary())
+        encoder = WordEncoderConfig.from_published(config.text_encoder(words))
+        self.text_encoder = WordEncoder(encoder)
+        self.connectors = Connectors(ConnectorsConfig.from_published(config.TRANSFORMER, encoder.states))
+        self.transformer = AVTransformer(TransformerConfig.from_published(config.TRANSFORMER))
+
+    def contexts(self, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return self.connectors(self.text_encoder(ids_BL, mask_BL), mask_BL, config.TEXT_LENGTH)
+
+
+def initialise_generator(model: Generator, seed: int) -> None:
+    """Seeded start: small matrices, blocks and output that begin at nothing."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(parameter)
+        elif parameter.ndim == 1 or "table" in name:
+            nn.init.zeros_(parameter)
+        elif "embedding.weight" in name or "registers" in name:
+            nn.init.normal_(parameter, std=1.0)
+        elif "adaln_single.linear" in name or "proj_out" in name:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+
+def encode_prompts(batch: Batch, rng: random.Random, words: WordTokenizer) -> tuple[Tensor, Tensor]:
+    """A fresh prompt for every scene: ids and mask (B, L); some prompts are dropped for guidance."""
+    rows = [words.encode(language.describe(scene, rng)).ids for scene in batch.scenes]
+    longest = max(len(row) for row in rows)
+    ids = torch.stack([functional.pad(row, (0, longest - len(row))) for row in rows])
+    mask = torch.stack([(torch.arange(longest) < len(row)).float() for row in rows])
+    kept = torch.tensor([float(rng.random() >= _DROP_PROMPT) for _ in rows])
+    return ids, mask * kept[:, None]
+
+
+def draw_sigma(count: int, tokens: int) -> Tensor:
+    """Noise levels (B,): shifted logit-normal, one in ten uniform."""
+    shift = 0.6 + 0.4 * (tokens / 256)
+    sigma = torch.sigmoid(torch.randn(count) + min(shift, 1.2))
+    return torch.where(torch.rand(count) < 0.1, torch.rand(count), sigma).clamp(1e-3, 1.0)
+
+
+def _layouts(batch: Batch, mode: str) -> tuple[Layout, Layout]:
+    """Where tokens stand in this mode; values come later, so a single clip stands for all."""
+    channels, (_, z, _, bins) = batch.video.shape[1], batch.audio.shape
+    first = Guide(batch.video[:1, :, :1], 0, 1.0)
+    other = Guide(batch.guide[:1], batch.guide_frame, 1.0)
+    guides = {"first": [first], "guide": [other], "first and guide": [first, other]}.get(mode, [])
+    video = lay_out_video(batch.shape, channels, guides, batch.video[:1] if mode == "video" else None)
+    return video, lay_out_audio(batch.shape, z, bins, batch.audio[:1] if mode == "audio" else None)
+
+
+def _stream(layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor) -> tuple[StreamInput, Tensor]:
+    """Noisy tokens as the network reads them, and the velocity that it should answer."""
+    noise = torch.randn_like(clean)
+    level = sigma.view(-1, 1, 1) * layout.mask.to(clean)
+    several = len(layout.masks) > 1
+    return StreamInput(
+        tokens=torch.lerp(clean, noise, level),
+        context=context,
+        sigma=torch.zeros_like(sigma) if layout.frozen else sigma,
+        levels=sigma[:, None] * torch.tensor(layout.masks, device=sigma.device) if several else None,
+        level_of_token=layout.level_of_token.to(sigma.device).expand(len(sigma), -1) if several else None,
+    ), noise - clean
+
+
+def _error(velocity: Tensor, wanted: Tensor, layout: Layout) -> Tensor:
+    mask = layout.mask.to(velocity)
+    return ((velocity.float() - wanted).square() * mask).sum() / (mask.sum() * len(velocity) * velocity.shape[2]).clamp(min=1)
+
+
+def flow_loss(model: Generator, batch: Batch, ids: Tensor, mask: Tensor, mode: str) -> tuple[Tensor, dict[str, float]]:
+    """Squared error of both velocities over the tokens that are noised."""
+    video_layout, audio_layout = _layouts(batch, mode)
+    device = batch.video.device
+    sigma = draw_sigma(len(batch.scenes), batch.shape.video_tokens).to(device)
+    clean_video = video_to_tokens(batch.video)
+    if "guide" in mode:
+        clean_video = torch.cat([clean_video, video_to_tokens(batch.guide)], dim=1)
+    with torch.autocast(device.type, torch.bfloat16):
+        video_context, audio_context = model.contexts(ids, mask)
+        video, video_wanted = _stream(video_layout, clean_video, sigma, video_context)
+        audio, audio_wanted = _stream(audio_layout, audio_to_tokens(batch.audio), sigma, audio_context)
+        rope = model.transformer.rope_tables(video_layout.positions, audio_layout.positions).to(device)
+        video_velocity, audio_velocity = model.transformer(video, audio, rope)
+    video_loss = _error(video_velocity, video_wanted, video_layout)
+    audio_loss = _error(audio_velocity, audio_wanted, audio_layout)
+    return video_loss + audio_loss, {"video": video_loss.item(), "audio": audio_loss.item()}
+
+
+def train_transformer(run: Run, folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, device: str) -> None:
+    """Trains until the run's last step on the shards in `folder`; run.model is a Generator."""
+    words = tokenizer()
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"{run.settings.seed}/flow/{step}")
+        torch.manual_seed(rng.randrange(2**31))
+        shard = rng.choice(sorted(folder.glob("*.safetensors")))
+        batch = load_shard(shard, video_vae, audio_vae)
+        ids, mask = encode_prompts(batch, rng, words)
+        (mode,) = rng.choices(list(_MODES), weights=list(_MODES.values()))
+        on_device = {name: getattr(batch, name).to(device) for name in ("video", "audio", "guide")}
+        return flow_loss(run.model, replace(batch, **on_device), ids.to(device), mask.to(device), mode)
+
+    run.train(loss_of_step)

@@ -1,0 +1,195 @@
+"""The training loop that every stage of the embedded model shares: seeded, resumable, with EMA, logs and a curve.
+
+A run is a folder: `state.safetensors` (weights, EMA, optimizer), `log.jsonl`, `curve.png`. Every step draws its data from a
+generator seeded by (seed, step), so a resumed run sees what an unbroken one would have seen.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How long and how fast to learn; learning rate with linear warm-up and cosine decay to 3 %."""
+
+    steps: int
+    learning_rate: float = 1e-3  # of AdamW: biases, tables, embeddings, first and last layers
+    matrix_rate: float = 0.02  # of Muon: every hidden matrix and convolution
+    warmup_steps: int = 100
+    ema_decay: float = 0.998
+    clip_norm: float = 1.0
+    save_every: int = 200
+    seed: int = 0
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for hidden matrices and convolutions (Jordan et al. 2024).
+
+    torch.optim.Muon takes matrices alone; here a convolution counts as the matrix (out, in * kernel). On this model's
+    codec one step of it is worth about five of AdamW at 1.35 times the cost.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                momentum = state.setdefault("momentum", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 0.05)
+                update = orthogonal(torch.lerp(weight.grad, momentum, 0.95).flatten(1))
+                gain = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                weight.add_(update.view_as(weight), alpha=-group["lr"] * gain)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest orthogonal matrix, roughly, by five Newton-Schulz steps in bf16; same shape, dtype float32."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return (x.T if tall else x).float()
+
+
+def is_hidden_matrix(name: str, weight: Tensor) -> bool:
+    """Whether Muon should train this weight: matrices inside, not first or last layers, embeddings or tables."""
+    edges = ("conv_in", "conv_out", "conv_pre", "conv_post", "patchify_proj", "proj_out", "embedding.", "registers")
+    return weight.ndim > 1 and "table" not in name and not any(edge in name for edge in edges)
+
+
+class Run:
+    """One stage's weights, EMA and optimizer in a folder; continues where the folder stands."""
+
+    def __init__(self, folder: Path, model: nn.Module, settings: TrainSettings):
+        self.folder, self.model, self.settings = folder, model, settings
+        folder.mkdir(parents=True, exist_ok=True)
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.weights = dict(model.named_parameters())
+        hidden = [n for n in self.names if is_hidden_matrix(n, self.weights[n])]
+        other = [self.weights[n] for n in self.names if n not in set(hidden)]
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.AdamW(other, settings.learning_rate, (0.9, 0.98), weight_decay=0.0),
+            Muon([self.weights[n] for n in hidden], settings.matrix_rate),
+        )
+        self.ema = {name: self.weights[name].detach().clone() for name in self.names}
+        self.step = 0
+        if (folder / "state.safetensors").exists():
+            self._load()
+
+    def train(self, loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]]) -> None:
+        """Runs the remaining steps; loss_of_step(step) returns the loss and figures to log."""
+        started, first = time.monotonic(), self.step
+        sums: dict[str, float] = {}
+        while self.step < self.settings.steps:
+            self._set_rate()
+            loss, figures = loss_of_step(self.step)
+            self.model.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm)
+            if torch.isfinite(norm):
+                for optimizer in self.optimizers:
+                    optimizer.step()
+            self.step += 1
+            self._average()
+            for name, value in ({"loss": loss.item(), "grad_norm": norm.item()} | figures).items():
+                sums[name] = sums.get(name, 0.0) + value / 20
+            if self.step % 20 == 0:
+                seconds = (time.monotonic() - started) / (self.step - first)
+                self._log(sums | {"step": self.step, "seconds_per_step": seconds})
+                sums = {}
+            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
+                self._save()
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The model's whole state with EMA weights in place of the raw ones."""
+        return self.model.state_dict() | {k: v.clone() for k, v in self.ema.items()}
+
+    def _set_rate(self) -> None:
+        s = self.settings
+        warm = min(1.0, (self.step + 1) / s.warmup_steps)
+        decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
+        for optimizer, rate in zip(self.optimizers, (s.learning_rate, s.matrix_rate), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * warm * decay
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # a young average follows fast, or the random start would linger in it
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        ema, raw = list(self.ema.values()), [self.weights[n] for n in self.ema]
+        torch._foreach_lerp_(ema, raw, 1 - decay)
+
+    def _log(self, figures: dict[str, float]) -> None:
+        line = json.dumps({k: round(v, 6) for k, v in figures.items()})
+        with open(self.folder / "log.jsonl", "a") as log:
+            log.write(line + "\n")
+        print(line, flush=True)
+
+    def _save(self) -> None:
+        tensors = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        for name in self.names:
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(self.weights[name], {}).items():
+                    tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        partial = self.folder / "state.partial"
+        save_file(tensors, partial, {"step": str(self.step)})
+        os.replace(partial, self.folder / "state.safetensors")
+        draw_curve(self.folder / "log.jsonl", self.folder / "curve.png")
+
+    def _load(self) -> None:
+        with safe_open(self.folder / "state.safetensors", "pt") as file:
+            self.step = int(file.metadata()["step"])
+            self.model.load_state_dict({k[6:]: file.get_tensor(k) for k in file.keys() if k.startswith("model.")})
+            for name in self.names:
+                self.ema[name].copy_(file.get_tensor(f"ema.{name}"))
+            for key in file.keys():
+                if key.startswith("optimizer."):
+                    _, entry, name = key.split(".", 2)
+                    self._restore(entry, self.weights[name], file.get_tensor(key))
+
+    def _restore(self, entry: str, weight: nn.Parameter, value: Tensor) -> None:
+        adam, muon = self.optimizers
+        optimizer = muon if entry == "momentum" else adam
+        # AdamW keeps its step counts on the CPU
+        optimizer.state[weight][entry] = value if entry == "step" else value.to(weight.device)
+
+
+def averaged_state(folder: Path) -> dict[str, Tensor]:
+    """The newest EMA weights (and buffers) of the run in `folder`."""
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        state = {k[6:]: file.get_tensor(k) for k in file.keys() if k.startswith("model.")}
+        return state | {k[4:]: file.get_tensor(k) for k in file.keys() if k.startswith("ema.")}
+
+
+def draw_curve(log: Path, picture: Path, width: int = 640, height: int = 320) -> None:
+    """Draws the logged loss over steps, on a logarithmic scale, as a PNG."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    points = [(row["step"], math.log10(max(row["loss"], 1e-9))) for row in rows]
+    (x0, x1), ys = (points[0][0], points[-1][0] + 1), [y for _, y in points]
+    y0, y1 = min(ys), max(ys) + 1e-6
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    line = [
+        (30 + (x - x0) / (x1 - x0) * (width - 40), height - 20 - (y - y0) / (y1 - y0) * (height - 40)) for x, y in points
+    ]
+    draw.line(line, fill="navy", width=2)
+    draw.text((5, 5), f"log10 loss {y1:.2f} to {y0:.2f}, steps {x0} to {x1}", fill="black")
+    image.save(picture)

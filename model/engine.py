@@ -1,0 +1,384 @@
+"""The engine: one model's components, each loaded once and kept, and one method per stage of the path.
+
+text -> conditioning -> (transformer) sampler -> latents -> decode. The engine is the only thing that changes; all that
+goes in and comes out is frozen. B batch (1), C channels, F frames, H rows, W columns, L audio latents, M mel bins.
+"""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import keymap
+from .checkpoint.build import build
+from .checkpoint.families import component_config, describe
+from .checkpoint.header import Header, read_header
+from .codec.audio_vae import AudioVAE, AudioVAEConfig
+from .codec.mel import LogMel
+from .codec.video_vae import VideoVAE, VideoVAEConfig
+from .conditioning.layout import lay_out_audio, lay_out_video
+from .denoiser import Denoiser
+from .embedded import WEIGHTS
+from .errors import MediaError, ShapeError, UnsupportedModelError, WorkflowError
+from .latents.noise import draw_joint_noise, draw_noise, seeded_generator
+from .latents.patchify import audio_to_tokens, tokens_to_audio, tokens_to_video, video_to_tokens
+from .media import fit_image
+from .recipes import Recipe, clip_shape, recipe_of
+from .sampler.guidance import Guidance
+from .sampler.loop import JointState, denoise, noised_stream
+from .sampler.schedule import shifted_schedule
+from .shapes import AudioRate, ClipShape, Compression
+from .text.tokenizer import Tokens, WordTokenizer
+from .values import (
+    AVLatents,
+    Clip,
+    Conditioning,
+    Context,
+    GenerateRequest,
+    GenerateResult,
+    Guide,
+    ModelInfo,
+    Progress,
+    ProgressCallback,
+)
+
+_logger = logging.getLogger("lockstep")
+_SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSettings:
+    """How to sample; None takes the checkpoint's own recipe."""
+
+    steps: int | None = None
+    guidance: Guidance | None = None
+    sampler: str = "euler"
+    sigmas: Sequence[float] | None = None  # in place of steps
+
+
+def _nothing(_progress: Progress) -> None:
+    """The progress callback of those who gave none."""
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str):
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+class Engine:
+    """One checkpoint on one device.
+
+    model: "embedded" or a path to a safetensors file. device: "auto", "cpu" or "cuda".
+    Raises CheckpointError or UnsupportedModelError before any weight is read.
+    """
+
+    def __init__(self, model: str | Path = "embedded", device: str = "auto"):
+        self.header: Header = read_header(WEIGHTS if str(model) == "embedded" else Path(model))
+        self.device = _pick_device(device)
+        self._description = describe(self.header)
+        self._modules: dict[str, nn.Module] = {}
+        self._lock = threading.RLock()
+
+    # -- what the checkpoint is ------------------------------------------------------------------------------------
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """Name, version and SHA-256 of the whole file (read once)."""
+        digest = hashlib.sha256()
+        with open(self.header.path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+        version = self._description.model_version or self._description.version
+        return ModelInfo(self._description.name, version, digest.hexdigest())
+
+    @cached_property
+    def model_id(self) -> str:
+        """Which latents and contexts belong to this model: those of the same structure and statistics."""
+        return f"{self._description.name}/{self.header.path.stat().st_size}"
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return recipe_of(self.header.metadata, self._description.version)
+
+    @cached_property
+    def compression(self) -> Compression:
+        return VideoVAEConfig.from_published(component_config(self.header, keymap.VIDEO_VAE)).compression
+
+    @cached_property
+    def audio_rate(self) -> AudioRate:
+        return AudioVAEConfig.from_published(component_config(self.header, keymap.AUDIO_VAE)).rate
+
+    @cached_property
+    def tokenizer(self) -> WordTokenizer:
+        text = self.header.metadata.get("tokenizer")
+        if text is None:
+            raise UnsupportedModelError(
+                f"{self.header.path.name} has no text encoder inside: give its text encoder's states instead"
+            )
+        return WordTokenizer.from_json(text, self.recipe.text_length)
+
+    def shape(self, size: str | None = None, seconds: float | None = None, fps: float | None = None) -> ClipShape:
+        """The clip that these words ask of this model; Raises ShapeError with the nearest that works."""
+        return clip_shape(self.recipe, self.compression, self.audio_rate, size, seconds, fps)
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def encode_text(self, prompt: str, negative: str = "", progress: ProgressCallback = _nothing) -> Conditioning:
+        """Prompt and negative prompt to what the transformer reads.
+
+        Raises PromptError for a prompt in which the model knows no word; unknown words beside known ones are warnings.
+        """
+        positive = self.tokenizer.encode(prompt)
+        other = self.tokenizer.encode(negative, required=False)
+        with self._lock, torch.inference_mode():
+            contexts = [self._context(tokens) for tokens in (positive, other)]
+        progress(Progress("text", 1, 1))
+        warnings = (*_warn("prompt", positive), *_warn("negative prompt", other))
+        return Conditioning(contexts[0], contexts[1], self.model_id, warnings)
+
+    def connect(self, states_BLDZ: Tensor, mask_BL: Tensor) -> Context:
+        """A language model's hidden states to a context, for checkpoints whose text encoder lives elsewhere.
+
+        states: (1, L, D, Z); mask: (1, L), 1 = a token. Source: spec section 2.14.
+        """
+        with self._lock, torch.inference_mode():
+            connectors = self._module(keymap.CONNECTORS)
+            weight = next(connectors.parameters())
+            length = max(self.recipe.text_length, states_BLDZ.shape[1])
+            video, audio = connectors(states_BLDZ.to(weight), mask_BL.to(weight.device), length)
+            return Context(video.float().cpu(), audio.float().cpu())
+
+    def encode_image(
+        self, image_HWC: Tensor, shape: ClipShape, frame: int = 0, strength: float = 1.0, progress: ProgressCallback = _nothing
+    ) -> Guide:
+        """A picture (H, W, 3), 0..1, covering the clip's frame, to a guide at pixel frame `frame`.
+
+        Raises MediaError for a picture of another layout or with values that are no numbers.
+        """
+        if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not torch.isfinite(image_HWC).all():
+            raise MediaError(f"an image must be (rows, columns, 3) finite values, got {tuple(image_HWC.shape)}")
+        pixels = fit_image(image_HWC, shape.height, shape.width).permute(2, 0, 1)[None, :, None] * 2 - 1
+        guide = Guide(self.encode_video(pixels), frame, strength)
+        progress(Progress("image", 1, 1))
+        return guide
+
+    def encode_video(self, pixels_BCFHW: Tensor) -> Tensor:
+        """Pixels (1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w), float32 on the CPU."""
+        with self._lock, torch.inference_mode():
+            vae = self._video_vae
+            return vae.encode(pixels_BCFHW.to(next(vae.parameters()))).float().cpu()
+
+    def encode_audio(self, waveform_CS: Tensor) -> Tensor:
+        """Sound (channels, S) at the model's sample rate to normalised latents (1, C, L, M), float32 on the CPU."""
+        with self._lock, torch.inference_mode():
+            vae = self._audio_vae
+            mel = LogMel(vae.config.mel)(waveform_CS[None].float())
+            return vae.encode(mel.to(next(vae.parameters()))).float().cpu()
+
+    def sample(
+        self,
+        conditioning: Conditioning,
+        shape: ClipShape,
+        guides: Sequence[Guide] = (),
+        settings: SampleSettings | None = None,
+        seed: int = 0,
+        given_video: Tensor | None = None,
+        given_audio: Tensor | None = None,
+        progress: ProgressCallback = _nothing,
+    ) -> AVLatents:
+        """Noise to the latents of one clip, picture and sound together.
+
+        given_video, given_audio: latents of a stream that stays as it is, while the other is made to fit it.
+        Noise: one CPU generator, the video's first, then the audio's, then that of appended guides.
+        Raises WorkflowError for a conditioning of another model; what progress raises ends the run.
+        """
+        if conditioning.model_id != self.model_id:
+            raise WorkflowError(
+                f"this conditioning was encoded by {conditioning.model_id}, the sampler runs {self.model_id}: encode it again"
+            )
+        settings = settings or SampleSettings()
+        guidance = settings.guidance or self.recipe.guidance
+        sigmas = settings.sigmas or self._sigmas(settings.steps or self.recipe.steps, shape)
+        with self._lock:
+            video_vae, audio_vae = self._video_vae.config, self._audio_vae.config
+            video = lay_out_video(shape, video_vae.latent_channels, guides, given_video)
+            audio = lay_out_audio(shape, audio_vae.latent_channels, audio_vae.latent_bins, given_audio)
+            grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+            generator = seeded_generator(seed)
+            video_noise, audio_noise = draw_joint_noise(
+                (1, video_vae.latent_channels, *grid),
+                (1, audio_vae.latent_channels, shape.audio_latents, audio_vae.latent_bins),
+                generator,
+            )
+            guide_noise = draw_noise((1, video.clean.shape[1] - video.own_tokens, video.clean.shape[2]), generator)
+            video_noise = torch.cat([video_to_tokens(video_noise), guide_noise], dim=1)
+            state = JointState(
+                noised_stream(video.clean.to(self.device), video.mask.to(self.device), video_noise.to(self.device)),
+                noised_stream(
+                    audio.clean.to(self.device), audio.mask.to(self.device), audio_to_tokens(audio_noise).to(self.device)
+                ),
+            )
+            denoiser = Denoiser(self._module(keymap.TRANSFORMER), video, audio, conditioning, guidance.stg_blocks)
+            done = denoise(state, sigmas, denoiser, settings.sampler, guidance, seed, progress)
+        video_tokens = done.video.tokens_BTC[:, : video.own_tokens].cpu()
+        audio_tokens = done.audio.tokens_BTC.cpu()
+        latents = tokens_to_video(video_tokens, *grid), tokens_to_audio(audio_tokens, audio_vae.latent_channels)
+        return AVLatents(*latents, shape=shape, model_id=self.model_id)
+
+    def decode_video(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
+        """Latents to frames (F, H, W, 3), float32 0..1 on the CPU; progress after every decoder block."""
+        self._check_owner(latents)
+        with self._lock, torch.inference_mode():
+            vae = self._video_vae
+            pixels = vae.decode(
+                latents.video.to(next(vae.parameters())),
+                tick=lambda done, total: progress(Progress("video", done, total)),
+            )
+            return ((pixels[0].float().permute(1, 2, 3, 0) + 1) / 2).clamp(0, 1).cpu()
+
+    def decode_audio(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
+        """Latents to sound (channels, S), float32 -1..1 on the CPU, exactly as long as the pictures.
+
+        The codec ends up to one latent before the pictures do; that rest is silence, entered by a 5 ms fade.
+        """
+        self._check_owner(latents)
+        with self._lock, torch.inference_mode():
+            vae, vocoder = self._audio_vae, self._module(keymap.VOCODER)
+            mel = vae.decode(latents.audio.to(next(vae.parameters())))
+            progress(Progress("audio", 1, 2))
+            waveform = vocoder(mel.float())[0].float().cpu()
+            progress(Progress("audio", 2, 2))
+        return _fit_length(waveform, latents.shape.samples(vocoder.sample_rate_hz), vocoder.sample_rate_hz)
+
+    # -- the whole path --------------------------------------------------------------------------------------------
+
+    def generate(self, request: GenerateRequest, progress: ProgressCallback = _nothing) -> GenerateResult:
+        """A prompt to a clip with sound. Raises a LockstepError before any work for what cannot be done."""
+        clock = _Clock()
+        shape = self.shape(request.size, request.seconds, request.fps)
+        with clock.stage("load"):
+            self.load()
+        with clock.stage("text"):
+            conditioning = self.encode_text(request.prompt, request.negative, progress)
+        with clock.stage("image"):
+            guides = self._guides(request, shape, progress)
+        with clock.stage("sample"):
+            settings = self._settings(request)
+            latents = self.sample(conditioning, shape, guides, settings, request.seed, progress=progress)
+        with clock.stage("video"):
+            frames = self.decode_video(latents, progress)
+        with clock.stage("audio"):
+            waveform = self.decode_audio(latents, progress)
+        clip = Clip(frames, waveform, shape.fps, self._module(keymap.VOCODER).sample_rate_hz)
+        return GenerateResult(
+            clip, latent_sha256(latents), clock.seconds, conditioning.warnings, request.seed, self.info
+        )
+
+    def load(self) -> None:
+        """Reads every component that this file holds, once."""
+        for component in (entry.name for entry in self._description.components):
+            self._module(component)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _module(self, component: str) -> nn.Module:
+        with self._lock:
+            if component not in self._modules:
+                module = build(component, self.header, self._dtype(component))
+                self._modules[component] = module.to(self.device)
+                _logger.info("loaded %s of %s", component, self.header.path.name)
+            return self._modules[component]
+
+    @property
+    def _video_vae(self) -> VideoVAE:
+        return self._module(keymap.VIDEO_VAE)  # pyright: ignore[reportReturnType]
+
+    @property
+    def _audio_vae(self) -> AudioVAE:
+        return self._module(keymap.AUDIO_VAE)  # pyright: ignore[reportReturnType]
+
+    def _dtype(self, component: str) -> torch.dtype:
+        parameters = sum(entry.parameters for entry in self._description.components)
+        # the vocoder's phases do not survive 16 bits (spec section 1.5)
+        exact = parameters < _SMALL_PARAMETERS or component in (keymap.VOCODER, keymap.AUDIO_VAE)
+        return torch.float32 if exact else torch.bfloat16
+
+    def _context(self, tokens: Tokens) -> Context:
+        encoder = self._module(keymap.TEXT_ENCODER)
+        # an empty prompt keeps one masked place, so that registers fill everything
+        ids = tokens.ids if len(tokens.ids) else torch.zeros(1, dtype=torch.int64)
+        mask = torch.ones(1, len(ids)) if len(tokens.ids) else torch.zeros(1, 1)
+        return self.connect(encoder(ids[None].to(self.device), mask.to(self.device)), mask)
+
+    def _sigmas(self, steps: int, shape: ClipShape) -> tuple[float, ...]:
+        return shifted_schedule(steps, self.recipe.schedule_tokens or shape.video_tokens)
+
+    def _guides(self, request: GenerateRequest, shape: ClipShape, progress: ProgressCallback) -> list[Guide]:
+        pictures = [(request.image, 0), (request.last_image, shape.frames - 1)]
+        return [self.encode_image(image, shape, frame, progress=progress) for image, frame in pictures if image is not None]
+
+    def _settings(self, request: GenerateRequest) -> SampleSettings:
+        guidance = self.recipe.guidance
+        if request.cfg is not None:
+            guidance = replace(guidance, cfg_video=request.cfg, cfg_audio=request.cfg)
+        return SampleSettings(request.steps, guidance)
+
+    def _check_owner(self, latents: AVLatents) -> None:
+        if latents.model_id != self.model_id:
+            raise WorkflowError(
+                f"these latents were sampled by {latents.model_id}, the decoder is {self.model_id}: decode with the model that made them"
+            )
+
+
+def latent_sha256(latents: AVLatents) -> str:
+    """Fingerprint of a sampled clip: its float32 bytes, video then audio."""
+    digest = hashlib.sha256()
+    for stream in (latents.video, latents.audio):
+        digest.update(stream.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pick_device(device: str) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UnsupportedModelError(f"unknown device {device!r}: use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModelError("no CUDA device is available here: use --device cpu or auto")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _warn(name: str, tokens: Tokens) -> tuple[str, ...]:
+    warnings = []
+    if tokens.unknown:
+        warnings.append(f"this model does not know these words of the {name}: {', '.join(tokens.unknown)}")
+    if tokens.dropped:
+        warnings.append(f"the {name} is longer than the {len(tokens.ids)} words that this model reads: {tokens.dropped} were left out")
+    return tuple(warnings)
+
+
+def _fit_length(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Tensor:
+    """Cut or filled with silence to `samples`; a fade of 5 ms keeps the seam from clicking."""
+    made = waveform_CS[:, :samples].clamp(-1, 1)
+    if made.shape[1] < samples:
+        fade = min(sample_rate_hz // 200, made.shape[1])
+        ramp = torch.ones(made.shape[1])
+        ramp[made.shape[1] - fade :] = torch.linspace(1, 0, fade)
+        made = made * ramp
+    if made.shape[1] == 0:
+        raise ShapeError("the clip is too short to hold any sound: make it longer")
+    return torch.nn.functional.pad(made, (0, samples - made.shape[1]))

@@ -1,0 +1,33 @@
+"""Everything that a user, a file or a workflow can cause: one family, each message with the nearest thing that works."""
+
+
+class LockstepError(ValueError):
+    """Root of all failures caused from outside; a bug is an AssertionError instead."""
+
+
+class ShapeError(LockstepError):
+    """A size, length or count that the model cannot take."""
+
+
+class CheckpointError(LockstepError):
+    """A weights file that is missing, damaged or does not fit its own structure."""
+
+
+class UnsupportedModelError(LockstepError):
+    """A well-formed checkpoint or option that this code does not implement."""
+
+
+class PromptError(LockstepError):
+    """A prompt from which the model can take nothing."""
+
+
+class MediaError(LockstepError):
+    """A picture, sound or clip file that cannot be read or written."""
+
+
+class WorkflowError(LockstepError):
+    """Values that do not belong together: a latent of another model, a guide outside the clip."""
+
+
+class Cancelled(LockstepError):
+    """Raised by a progress callback to stop a run between two steps."""

@@ -1,0 +1,1 @@
+"""Between latent tensors and tokens: patchify, statistics, noise."""

@@ -1,0 +1,55 @@
+"""Rotary position tables from positions in seconds and pixels, and the rotation itself (spec section 2.4).
+
+B batch, T tokens, N heads, K head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """cos and sin of every token's angles: each (B, N, T, K/2) float32; heads own different frequencies."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def to(self, device: torch.device | str) -> "Rope":
+        return Rope(self.cos.to(device), self.sin.to(device))
+
+
+def midpoints(bounds: Tensor) -> Tensor:
+    """(B, axes, T, 2) bounds to (B, axes, T) positions."""
+    return (bounds[..., 0] + bounds[..., 1]) / 2
+
+
+def make_rope(positions: Tensor, max_positions: tuple[float, ...], theta: float, width: int, heads: int) -> Rope:
+    """Tables for `width` rotary channels over `heads` heads.
+
+    positions: (B, axes, T) float32 on the CPU, in the units of max_positions, one per axis.
+    The order of float32 operations is fixed: angles reach 15,708 rad, where one ulp is 1e-3 rad.
+    """
+    axes = positions.shape[1]
+    count = width // (2 * axes)
+    exponents = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
+    frequencies = (math.pi / 2 * theta**exponents).float()
+    limits = torch.tensor(max_positions, dtype=torch.float32).view(1, axes, 1)
+    centered = positions.float() / limits * 2 - 1
+    angles = rearrange(centered, "B dimension T -> B T 1 dimension") * rearrange(frequencies, "k -> k 1")
+    angles = rearrange(angles, "B T k dimension -> B T (k dimension)")
+    # slots that no axis fills stand still: angle 0 is cos 1, sin 0
+    angles = functional.pad(angles, (width // 2 - angles.shape[-1], 0))
+    angles = rearrange(angles, "B T (N half) -> B N T half", N=heads)
+    return Rope(angles.cos(), angles.sin())
+
+
+def rotate(x_BNTK: Tensor, rope: Rope) -> Tensor:
+    """Rotates the two halves of each head by the token's angles; computed in float32, returned in x's dtype."""
+    first, second = x_BNTK.float().chunk(2, dim=-1)
+    turned = torch.cat([first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin], dim=-1)
+    return turned.to(x_BNTK.dtype)

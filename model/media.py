@@ -1,0 +1,287 @@
+"""Files in and out: pictures through Pillow, clips through PyAV; every failure is a MediaError of one sentence.
+
+Legend: F frames, H rows, W columns, C audio channels, S samples. Pixels are float32 0..1, sound is float32 -1..1.
+"""
+
+import heapq
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer, OutputContainer
+from av.error import FFmpegError
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from .errors import MediaError
+from .values import Clip
+
+AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+_AAC_FRAME_SAMPLES = 1024
+_LAYOUTS = {1: "mono", 2: "stereo"}
+_MAX_PIXELS = 100_000_000  # a 10000x10000 picture takes 1.2 GB as float32
+_BT709 = 1  # the same number names primaries, transfer and matrix (ITU-T H.273)
+_UNSPECIFIED = 2  # matrix not said (ITU-T H.273)
+# Without these flags swscale rounds chroma down and repeats it, which shifts plain colours by up to 4/255.
+_FULL_CHROMA = Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | _FULL_CHROMA
+
+
+def write_clip(path: str | Path, clip: Clip, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes an mp4 of H.264 pictures and AAC sound of exactly equal duration, or nothing at all.
+
+    clip.frames: (F, H, W, 3) with even H and W.  clip.waveform: (1 or 2, S) or None; cut or padded to F / fps.
+    metadata: text kept as tags of the file.  An existing file is replaced only by a complete one.
+    Raises MediaError.
+    """
+    target = Path(path)
+    _check(clip)
+    # In the same folder, because os.replace cannot cross disks.
+    partial = target.with_name(f".{secrets.token_hex(6)}.part")
+    try:
+        _encode(partial, clip, metadata or {})
+        os.replace(partial, target)
+    except (OSError, FFmpegError) as error:
+        raise MediaError(f"cannot write {target}: {_reason(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)  # also after Ctrl-C
+
+
+def read_clip(path: str | Path) -> Clip:
+    """Reads a clip at a constant frame rate, sound aligned with the first picture and cut or padded to F / fps.
+
+    Time stamps are obeyed: frames of a variable rate are repeated or dropped, late sound is preceded by silence.
+    Sound of more than two channels is mixed down to two; waveform is None without sound.  Raises MediaError.
+    """
+    if not Path(path).is_file():
+        raise MediaError(f"no such file: {path}")
+    try:
+        with av.open(str(path)) as container:
+            return _decode(container)
+    except (OSError, FFmpegError) as error:
+        raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
+    except MediaError as error:
+        raise MediaError(f"{path} {error}") from error
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Reads the first picture of a file as (H, W, 3), float32 0..1, turned upright as its EXIF tag says.
+
+    Grey and palette pictures become RGB, 16-bit grey keeps its depth, transparent pixels lie on white.
+    Raises MediaError.
+    """
+    if not Path(path).is_file():
+        raise MediaError(f"no such file: {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damage that matters is raised, sizes are checked below
+            return _load_image(path)
+    except MediaError:
+        raise
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
+        raise MediaError(f"cannot read {path} as a picture: {_reason(error)}") from error
+
+
+def fit_image(image_HWC: Tensor, height: int, width: int) -> Tensor:
+    """The centre of a picture at the wanted aspect, resized to (height, width, 3) with antialiasing; 0..1."""
+    rows, columns = image_HWC.shape[:2]
+    kept_rows = min(rows, max(1, round(columns * height / width)))
+    kept_columns = min(columns, max(1, round(rows * width / height)))
+    top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
+    crop_HWC = image_HWC[top : top + kept_rows, left : left + kept_columns]
+    if crop_HWC.shape[:2] == (height, width):
+        return crop_HWC
+    batch = rearrange(crop_HWC, "H W C -> 1 C H W")
+    resized = functional.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)
+    return rearrange(resized.clamp(0, 1), "1 C H W -> H W C")  # bicubic overshoots at edges
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a few words, without the errno and the name of a temporary file."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split()).rstrip(".")
+
+
+# Writing
+
+
+def _check(clip: Clip) -> None:
+    if clip.frames.ndim != 4 or clip.frames.shape[-1] != 3 or not clip.frames.shape[0]:
+        raise MediaError(f"a clip needs frames of shape (F, H, W, 3), got {tuple(clip.frames.shape)}")
+    height, width = clip.frames.shape[1:3]
+    if height % 2 or width % 2 or not height or not width:
+        near = f"{max(2, width - width % 2)}x{max(2, height - height % 2)}"
+        raise MediaError(f"H.264 needs even sizes, got {width}x{height}: use {near}")
+    if not (0 < clip.fps <= 1000):  # also false for nan
+        raise MediaError(f"frames per second must lie above 0 and up to 1000, got {clip.fps}")
+    if not clip.frames.isfinite().all():
+        raise MediaError("the pictures hold values that are not finite numbers")
+    if clip.waveform is None:
+        return
+    if clip.waveform.ndim != 2 or clip.waveform.shape[0] not in (1, 2):
+        raise MediaError(f"sound needs the shape (1 or 2 channels, S), got {tuple(clip.waveform.shape)}")
+    if clip.sample_rate_hz not in AAC_RATES_HZ:
+        near_hz = min(AAC_RATES_HZ, key=lambda rate: abs(rate - clip.sample_rate_hz))
+        raise MediaError(f"AAC cannot hold {clip.sample_rate_hz} Hz: resample to {near_hz} Hz")
+    if not clip.waveform.isfinite().all():
+        raise MediaError("the sound holds values that are not finite numbers")
+
+
+def _encode(path: Path, clip: Clip, metadata: Mapping[str, str]) -> None:
+    rate = Fraction(clip.fps).limit_denominator(1001)  # 23.976... becomes 24000/1001
+    # Custom tags survive only with use_metadata_tags; faststart lets a browser play before the end has arrived.
+    # The file's own clock is the sound's: at the usual 1 ms the two durations would round apart.
+    clock_hz = clip.sample_rate_hz if clip.waveform is not None else 48000
+    flags = {"movflags": "use_metadata_tags+faststart", "movie_timescale": str(clock_hz)}
+    with av.open(str(path), "w", format="mp4", options=flags) as container:
+        container.metadata.update({key: str(value) for key, value in metadata.items()})
+        video = _video_stream(container, clip, rate)
+        frames: list[Iterable] = [_video_frames(clip.frames, rate)]
+        audio = None
+        if clip.waveform is not None:
+            audio = _audio_stream(container, clip.waveform.shape[0], clip.sample_rate_hz)
+            samples = round(clip.frames.shape[0] / rate * clip.sample_rate_hz)
+            frames.append(_audio_frames(clip.waveform, samples, clip.sample_rate_hz))
+        # In order of time, so that players find both streams close together in the file.
+        for frame in heapq.merge(*frames, key=lambda frame: frame.time):
+            if isinstance(frame, av.VideoFrame):
+                container.mux(video.encode(frame))
+            elif audio is not None:
+                container.mux(audio.encode(frame))
+        for stream in filter(None, (video, audio)):
+            container.mux(stream.encode(None))
+
+
+def _video_stream(container: OutputContainer, clip: Clip, rate: Fraction) -> av.VideoStream:
+    height, width = clip.frames.shape[1:3]
+    # Small pictures get finer steps: their plain colours and edges are most of what there is to see.
+    # No B-frames: the first picture then stands at time 0 even for readers that ignore edit lists.
+    options = {"crf": "14" if height * width <= 512 * 512 else "17", "bf": "0"}
+    stream = container.add_stream("libx264", rate=rate, options=options)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    context = stream.codec_context
+    context.color_primaries = context.color_trc = context.colorspace = _BT709
+    context.color_range = ColorRange.MPEG
+    return stream
+
+
+def _video_frames(frames_FHWC: Tensor, rate: Fraction) -> Iterator[av.VideoFrame]:
+    for index, picture_HWC in enumerate(frames_FHWC):
+        pixels = (picture_HWC.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        frame = av.VideoFrame.from_ndarray(pixels.cpu().contiguous().numpy(), format="rgb24").reformat(
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=_EXACT,
+        )
+        frame.pts, frame.time_base = index, 1 / rate
+        yield frame
+
+
+def _audio_stream(container: OutputContainer, channels: int, sample_rate_hz: int) -> av.AudioStream:
+    stream = container.add_stream("aac", rate=sample_rate_hz, layout=_LAYOUTS[channels])
+    # 80 kbit/s for 16 kHz mono, 256 kbit/s for 48 kHz stereo; AAC cannot use more than 6 bits a sample.
+    stream.bit_rate = channels * min(128_000, 5 * sample_rate_hz)
+    return stream
+
+
+def _audio_frames(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Iterator[av.AudioFrame]:
+    """Time stamps start at 0: the encoder counts its priming below 0 and the file's edit list skips it."""
+    sound_CS = waveform_CS.float().cpu().clamp(-1, 1)[:, :samples]
+    sound_CS = functional.pad(sound_CS, (0, samples - sound_CS.shape[1]))
+    for start in range(0, samples, _AAC_FRAME_SAMPLES):
+        chunk = sound_CS[:, start : start + _AAC_FRAME_SAMPLES].contiguous().numpy()
+        frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout=_LAYOUTS[len(chunk)])
+        frame.sample_rate, frame.pts, frame.time_base = sample_rate_hz, start, Fraction(1, sample_rate_hz)
+        yield frame
+
+
+# Reading
+
+
+def _decode(container: InputContainer) -> Clip:
+    if not container.streams.video:
+        raise MediaError("holds no picture")
+    video = container.streams.video[0]
+    audio = container.streams.audio[0] if container.streams.audio else None
+    pictures, sounds = [], []
+    for frame in container.decode(*filter(None, (video, audio))):
+        (pictures if isinstance(frame, av.VideoFrame) else sounds).append(frame)
+    rate = video.average_rate or video.guessed_rate
+    if not pictures or not rate:
+        raise MediaError("holds no picture that can be decoded")
+    start_seconds = pictures[0].time or 0.0
+    frames_FHWC = _constant_rate(pictures, float(rate), start_seconds)
+    samples = round(frames_FHWC.shape[0] / rate * audio.rate) if audio else 0
+    waveform_CS = _joined(sounds, samples, start_seconds) if sounds else None
+    return Clip(frames_FHWC, waveform_CS, float(rate), audio.rate if audio else 0)
+
+
+def _constant_rate(pictures: list[av.VideoFrame], fps: float, start_seconds: float) -> Tensor:
+    """Every picture at its own time, held until the next one."""
+    places = [
+        index if picture.time is None else round((picture.time - start_seconds) * fps)
+        for index, picture in enumerate(pictures)
+    ]
+    shown = np.searchsorted(places, np.arange(places[-1] + 1), side="right") - 1
+    size = pictures[0].width, pictures[0].height
+    pixels = torch.from_numpy(np.stack([_pixels(pictures[index], *size) for index in shown]))
+    return pixels.float() / 255
+
+
+def _pixels(picture: av.VideoFrame, width: int, height: int) -> np.ndarray:
+    # Files that name no matrix follow the custom: HD is BT.709, anything smaller BT.601.
+    usual = Colorspace.ITU709 if picture.height >= 720 else Colorspace.ITU601
+    matrix = usual if picture.colorspace == _UNSPECIFIED else None
+    rgb = picture.reformat(width, height, "rgb24", src_colorspace=matrix, interpolation=_EXACT)
+    return np.rot90(rgb.to_ndarray(), picture.rotation // 90)  # phones store how they were held
+
+
+def _joined(sounds: list[av.AudioFrame], samples: int, start_seconds: float) -> Tensor:
+    rate_hz = sounds[0].sample_rate
+    channels = min(2, sounds[0].layout.nb_channels)
+    resampler = av.AudioResampler(format="fltp", layout=_LAYOUTS[channels], rate=rate_hz)
+    waveform = np.zeros((channels, samples), np.float32)
+    place = None
+    for frame in (part for sound in [*sounds, None] for part in resampler.resample(sound)):
+        stamped = place if frame.time is None else round((frame.time - start_seconds) * rate_hz)
+        # Stamps are rounded to the container's clock: only a real gap moves the sound, else seams would click.
+        if place is None or abs(stamped - place) > rate_hz // 20:
+            place = stamped or 0
+        chunk = frame.to_ndarray()
+        first, last = max(place, 0), min(place + chunk.shape[1], samples)
+        if first < last:
+            waveform[:, first:last] = chunk[:, first - place : last - place]
+        place += chunk.shape[1]
+    return torch.from_numpy(waveform)
+
+
+def _load_image(path: str | Path) -> Tensor:
+    with Image.open(path) as image:
+        if image.width * image.height > _MAX_PIXELS:
+            raise MediaError(f"{path} has {image.width}x{image.height} pixels: 100 million are the most")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            full = 1.0 if image.mode == "F" else 65535.0  # Pillow's I and I;16 hold 16-bit grey, F holds 0..1
+            grey = torch.from_numpy(np.array(image, dtype=np.float32)) / full
+            pixels = grey.clamp(0, 1)[..., None].expand(-1, -1, 3).contiguous()
+        else:
+            pixels = _on_white(torch.from_numpy(np.array(image.convert("RGBA"))).float() / 255)
+    if not pixels.isfinite().all():
+        raise MediaError(f"{path} holds values that are not finite numbers")
+    return pixels
+
+
+def _on_white(rgba_HWC: Tensor) -> Tensor:
+    colour, alpha = rgba_HWC[..., :3], rgba_HWC[..., 3:]
+    return colour * alpha + (1 - alpha)

@@ -1,0 +1,1 @@
+"""Noise to latents: schedules, guidance, steps, the loop; imports no model."""

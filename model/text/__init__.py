@@ -1,0 +1,1 @@
+"""Prompt to context: tokenizer, encoder, connector."""

@@ -1,0 +1,69 @@
+"""Noise levels to adaptive scales, shifts and gates (spec section 2.5).
+
+B batch, U distinct noise levels, T tokens, R rows, W width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def timestep_sinusoid(timesteps: Tensor, channels: int = 256) -> Tensor:
+    """(...) timesteps to (..., channels) float32: cosines, then sines, of falling frequency."""
+    half = channels // 2
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float().unsqueeze(-1) * exponents.exp()
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Modulation rows of each distinct noise level, and the level of each token."""
+
+    values_BURW: Tensor
+    level_of_token_BT: Tensor | None  # None: one level for all tokens
+
+    def plus(self, table_RW: Tensor) -> tuple[Tensor, ...]:
+        """Adds a block's own table; one tensor per row, (B, T, W), or (B, 1, W) with a single level."""
+        rows = (self.values_BURW + table_RW.to(self.values_BURW.dtype)).unbind(dim=2)
+        if self.level_of_token_BT is None:
+            return rows
+        index = rearrange(self.level_of_token_BT, "B T -> B T 1")
+        return tuple(torch.take_along_dim(row, index, dim=1) for row in rows)
+
+
+class TimestepMLP(nn.Module):
+    """Sinusoid to the embedded timestep."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(256, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        sinusoid = timestep_sinusoid(timesteps).to(self.linear_1.weight.dtype)
+        return self.linear_2(functional.silu(self.linear_1(sinusoid)))
+
+
+class AdaLN(nn.Module):
+    """Timesteps (B, U) to rows (B, U, R, W) and the embedded timestep (B, U, W)."""
+
+    def __init__(self, width: int, rows: int):
+        super().__init__()
+        self.rows = rows
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepMLP(width)})
+        self.linear = nn.Linear(width, rows * width)
+
+    def forward(self, timesteps_BU: Tensor) -> tuple[Tensor, Tensor]:
+        embedded = self.emb["timestep_embedder"](timesteps_BU)
+        rows = rearrange(self.linear(functional.silu(embedded)), "B U (R W) -> B U R W", R=self.rows)
+        return rows, embedded
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x * (1 + scale) + shift."""
+    return x * (1 + scale) + shift

@@ -1,0 +1,108 @@
+"""The values that travel between stages: frozen, each shape in its comment.
+
+B batch, C channels, F frames (pixels or latents), H rows, W columns, L latent or text steps, M mel bins, S samples.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .shapes import ClipShape
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One tick of a stage; a callback that raises stops the run between two ticks."""
+
+    stage: str  # "text", "image", "sample", "video", "audio"
+    step: int  # ticks done
+    steps: int  # ticks in all
+    preview: Tensor | None = None  # (B, T, C) estimate of the clean video tokens, while sampling
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the transformer reads of one prompt, one tensor per stream."""
+
+    video: Tensor  # (B, L, width)
+    audio: Tensor  # (B, L, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """A prompt and its negative, encoded by the model that will sample them."""
+
+    positive: Context
+    negative: Context
+    model_id: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """Clean video latents that hold a place in time."""
+
+    latent: Tensor  # (1, C, f, H, W), normalized
+    frame: int  # first pixel frame that it stands for
+    strength: float  # 0 ignores it, 1 keeps it untouched
+
+
+@dataclass(frozen=True, slots=True)
+class AVLatents:
+    """A sampled clip before decoding, normalized float32 on the CPU."""
+
+    video: Tensor  # (1, C, F, H, W)
+    audio: Tensor  # (1, C, L, M)
+    shape: ClipShape
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A finished clip on the CPU."""
+
+    frames: Tensor  # (F, H, W, 3), float32 0..1
+    waveform: Tensor | None  # (channels, S), float32 -1..1
+    fps: float
+    sample_rate_hz: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which weights made a clip."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """All that a user may say about one clip; None leaves the choice to the model's defaults."""
+
+    prompt: str
+    negative: str = ""
+    image: Tensor | None = None  # (H, W, 3), 0..1, becomes the first frame
+    last_image: Tensor | None = None  # (H, W, 3), 0..1, becomes the last frame
+    seconds: float | None = None
+    fps: float | None = None
+    size: str | None = None  # "WIDTHxHEIGHT" in pixels or an aspect such as "16:9"
+    steps: int | None = None
+    cfg: float | None = None  # text guidance of both streams
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """A clip and the record of how it came about."""
+
+    clip: Clip
+    latent_sha256: str
+    stages: dict[str, float]  # seconds each
+    warnings: tuple[str, ...]
+    seed: int
+    model: ModelInfo

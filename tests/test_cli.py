@@ -1,0 +1,307 @@
+"""The command, with an engine that paints grey instead of a model."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lockstep.model import cli, media
+from lockstep.model.embedded import WEIGHTS
+from lockstep.model.errors import PromptError, ShapeError
+from lockstep.model.values import Clip, GenerateResult, ModelInfo, Progress
+
+
+class GreyEngine:
+    """Answers every request with nine grey frames, and notes what it was asked."""
+
+    requests: list
+    made_with: list
+    failure: BaseException | None = None
+    warnings: tuple = ()
+
+    def __init__(self, model, device):
+        self.made_with.append((model, device))
+
+    def generate(self, request, progress):
+        self.requests.append(request)
+        progress(Progress("text", 1, 1))
+        for step in range(3):
+            progress(Progress("sample", step + 1, 3))
+        if self.failure:
+            raise self.failure
+        clip = Clip(torch.full((9, 32, 48, 3), 0.5), torch.zeros(1, 12000), 12.0, 16000)
+        model = ModelInfo("grey", "1.0", "ab" * 32)
+        return GenerateResult(
+            clip, "cd" * 32, {"text": 0.1, "sample": 0.25}, self.warnings, request.seed, model
+        )
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    engine = type("Engine", (GreyEngine,), {"requests": [], "made_with": []})
+    monkeypatch.setitem(sys.modules, "lockstep.model.engine", types.SimpleNamespace(Engine=engine))
+    return engine
+
+
+@pytest.fixture
+def generate(engine, tmp_path, capsys):
+    """Runs `lockstep generate` for tmp_path/clip.mp4: exit code, stdout, stderr."""
+
+    def run(*arguments, prompt="a red ball", output="clip.mp4"):
+        code = cli.main(["generate", prompt, "-o", str(tmp_path / output), *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
+    code, stdout, _ = generate("--seed", 7, "--json")
+    assert code == 0
+    report = json.loads(stdout.splitlines()[-1])
+    assert list(report) == [
+        *("output", "prompt", "seed", "size", "frames", "fps", "sample_rate", "stages", "peak_rss_bytes"),
+        *("latent_sha256", "model", "warnings"),
+    ]
+    assert (report["output"], report["prompt"]) == (str(tmp_path / "clip.mp4"), "a red ball")
+    assert (report["seed"], report["size"], report["frames"]) == (7, "48x32", 9)
+    assert (report["fps"], report["sample_rate"]) == (12, 16000)
+    assert report["model"] == {"name": "grey", "version": "1.0", "sha256": "ab" * 32}
+    assert (report["latent_sha256"], report["warnings"]) == ("cd" * 32, [])
+    assert set(report["stages"]) == {"text", "sample", "write"}
+    assert report["peak_rss_bytes"] > 50e6  # torch alone takes more
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"]
+        told = json.loads(container.metadata["lockstep"])
+    assert (told["prompt"], told["seed"], told["latent_sha256"]) == ("a red ball", 7, "cd" * 32)
+
+
+def test_every_stage_has_a_bar_with_remaining_time_on_stderr(generate):
+    _, stdout, stderr = generate("--seed", 7)
+    lines = [line.strip() for line in stderr.replace("\r", "\n").splitlines()]
+    assert any(line.startswith("text: 100%") for line in lines)
+    assert any(line.startswith("sample: 100%") and "<00:00" in line for line in lines)
+    assert "clip.mp4: 0.75 s of 48x32, seed 7, made in " in stdout
+
+
+def test_all_options_reach_the_engine(generate, engine, tmp_path):
+    for name in ("first.png", "last.png"):
+        Image.fromarray(np.full((8, 12, 3), 255, np.uint8)).save(tmp_path / name)
+    pictures = ("--image", tmp_path / "first.png", "--last-image", tmp_path / "last.png")
+    numbers = ("--seconds", "2.5", "--fps", 24, "--steps", 8, "--cfg", 3, "--seed", 2**63 - 1)
+    code, *_ = generate(
+        *pictures, *numbers, "--size", "16:9", "--negative", "rain", "--model", "m", "--device", "cpu"
+    )
+    (request,) = engine.requests
+    assert code == 0
+    assert engine.made_with == [("m", "cpu")]
+    assert (request.prompt, request.negative, request.size) == ("a red ball", "rain", "16:9")
+    assert (request.seconds, request.fps, request.steps, request.cfg) == (2.5, 24, 8, 3)
+    assert request.seed == 2**63 - 1
+    assert request.image.shape == request.last_image.shape == (8, 12, 3)
+
+
+def test_what_is_not_said_is_left_to_the_model_except_the_seed(generate, engine):
+    _, stdout, _ = generate("--json")
+    generate()
+    first, second = engine.requests
+    assert (first.image, first.seconds, first.fps, first.size, first.steps, first.cfg) == (None,) * 6
+    assert engine.made_with[0] == ("embedded", "auto")
+    assert stdout.splitlines()[0] == f"seed {first.seed}"
+    assert json.loads(stdout.splitlines()[-1])["seed"] == first.seed
+    assert 0 <= first.seed < 2**32
+    assert first.seed != second.seed
+
+
+def test_warnings_are_printed_and_reported(generate, engine):
+    engine.warnings = ("the model does not know: zebra",)
+    _, stdout, stderr = generate("--json")
+    assert "warning: the model does not know: zebra\n" in stderr
+    assert json.loads(stdout.splitlines()[-1])["warnings"] == ["the model does not know: zebra"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seconds", "nan"], "argument --seconds: a number is needed, got 'nan'"),
+        (["--seconds", "inf"], "argument --seconds: a number is needed, got 'inf'"),
+        (["--seconds", "-1"], "argument --seconds: a number above 0 is needed, got -1"),
+        (["--seconds", "soon"], "got 'soon'"),
+        (["--fps", "0"], "argument --fps: a number above 0"),
+        (["--fps", "-inf"], "argument --fps: expected one argument"),
+        (["--cfg", "-0.5"], "argument --cfg: a number of 0 or more"),
+        (["--steps", "0"], "a whole number from 1 to 1000 is needed, got '0'"),
+        (["--steps", "2.5"], "a whole number from 1 to 1000 is needed, got '2.5'"),
+        (["--seed", "-1"], "a whole number from 0 to"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--second", "2"], "unrecognized arguments: --second 2"),
+        (["--image", "absent.png"], "no such file: absent.png"),
+        (["--last-image", "absent.png"], "no such file: absent.png"),
+        (["--image", __file__], "as a picture: cannot identify image file"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence_and_no_file(generate, engine, tmp_path, arguments, sentence):
+    code, stdout, stderr = generate(*arguments)
+    assert code == 2
+    assert stdout == ""
+    assert stderr.count("\n") == 1
+    assert stderr.startswith("lockstep: ")
+    assert sentence in stderr
+    assert engine.requests == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused_with_an_example(generate, engine, prompt):
+    code, _, stderr = generate(prompt=prompt)
+    assert (code, engine.requests) == (2, [])
+    assert stderr == 'lockstep: the prompt is empty: say what to show, such as "a red ball bounces"\n'
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("clip.avi", "only .mp4 files are written, got {folder}/clip.avi: use clip.mp4"),
+        ("clip", "only .mp4 files are written, got {folder}/clip: use clip.mp4"),
+        ("", "{folder} is a folder: name a file in it, such as {folder}/clip.mp4"),
+        ("a/b/clip.mp4", "the folder {folder}/a/b does not exist: the nearest one that does is {folder}"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    generate, engine, tmp_path, output, sentence
+):
+    code, _, stderr = generate(output=output)
+    assert (code, engine.requests) == (2, [])
+    assert stderr == f"lockstep: {sentence.format(folder=tmp_path)}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ShapeError("9 frames needed, got 8: use 9 or 17 (8k+1)"),
+        PromptError("no word of it is known: colours are red, green"),
+        OSError("the disk is gone"),
+    ],
+)
+def test_what_the_engine_refuses_is_one_sentence_and_exit_code_2(generate, engine, tmp_path, failure):
+    engine.failure = failure
+    code, stdout, stderr = generate("--seed", 1)
+    assert (code, stdout) == (2, "")
+    assert stderr.endswith(f"\nlockstep: {failure}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_is_not_hidden(generate, engine):
+    engine.failure = AssertionError("x.shape=(1,)")
+    with pytest.raises(AssertionError):
+        generate()
+
+
+def test_ctrl_c_while_sampling_leaves_no_file(generate, engine, tmp_path):
+    engine.failure = KeyboardInterrupt()
+    code, _, stderr = generate()
+    assert code == 130
+    assert stderr.endswith("\nlockstep: stopped\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_writing_leaves_no_file(generate, tmp_path, monkeypatch):
+    def interrupted(frames, rate):
+        yield from list(honest(frames, rate))[:4]
+        raise KeyboardInterrupt
+
+    honest = media._video_frames
+    monkeypatch.setattr(media, "_video_frames", interrupted)
+    code, *_ = generate()
+    assert code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_tells_what_a_file_is(tmp_path, capsys, monkeypatch):
+    description = types.SimpleNamespace(
+        format_description=lambda: "in words", to_json=lambda: '{"in": "json"}'
+    )
+    families = types.SimpleNamespace(describe=lambda path: description)
+    monkeypatch.setitem(sys.modules, "lockstep.model.checkpoint.families", families)
+    assert cli.main(["inspect", "x.safetensors"]) == 0
+    assert cli.main(["inspect", "x.safetensors", "--json"]) == 0
+    assert capsys.readouterr().out == 'in words\n{"in": "json"}\n'
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights"])
+def test_inspect_refuses_what_is_no_checkpoint(tmp_path, capsys, content):
+    file = tmp_path / "x.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    assert cli.main(["inspect", str(file)]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith("lockstep: ")
+    assert stderr.count("\n") == 1
+    assert "x.safetensors" in stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["make"], ["generate"], ["generate", "a ball"], ["inspect"]])
+def test_half_a_command_is_one_sentence(capsys, arguments):
+    assert cli.main(arguments) == 2
+    stdout, stderr = capsys.readouterr()
+    assert (stdout, stderr.count("\n")) == ("", 1)
+    assert "--help)" in stderr
+
+
+def test_help_and_refusals_answer_without_loading_torch(tmp_path):
+    code = (
+        "import sys; from lockstep.model.cli import main\n"
+        "assert main(['generate', '', '-o', 'x.mp4']) == 2\n"
+        "assert 'torch' not in sys.modules and 'av' not in sys.modules\n"
+        "main(['generate', '--help'])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--last-image FILE" in run.stdout
+
+
+def run_command(*arguments, folder):
+    command = [sys.executable, "-m", "lockstep.model.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ)
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not trained yet")
+def test_the_embedded_model_makes_a_clip_from_start_to_file(tmp_path):
+    options = ("-o", "clip.mp4", "--seconds", "1", "--steps", "4", "--seed", "3", "--json")
+    run = run_command("generate", "a red ball bounces like a zebra", *options, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert "zebra" in run.stderr
+    assert [warning for warning in report["warnings"] if "zebra" in warning]
+    clip = media.read_clip(tmp_path / "clip.mp4")
+    assert clip.frames.shape[0] == report["frames"]
+    assert clip.waveform.shape[1] == round(report["frames"] / report["fps"] * report["sample_rate"])
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not trained yet")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("zebra quagga okapi",),
+        ("a red ball", "--size", "127x64"),
+        ("a red ball", "--size", "large"),
+        ("a red ball", "--seconds", "1e9"),
+        ("a red ball", "--model", "absent.safetensors"),
+    ],
+)
+def test_the_embedded_model_refuses_in_a_sentence_what_it_cannot_make(arguments, tmp_path):
+    run = run_command("generate", *arguments, "-o", "clip.mp4", "--seed", "3", folder=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.splitlines()[-1].startswith("lockstep: ")
+    assert "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []

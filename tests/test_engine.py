@@ -1,0 +1,148 @@
+"""The engine on the shipped weights: what stages promise each other, whatever the model has learnt."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lockstep.model.engine import Engine, SampleSettings, latent_sha256
+from lockstep.model.errors import Cancelled, CheckpointError, PromptError, ShapeError, UnsupportedModelError, WorkflowError
+from lockstep.model.sampler.guidance import Guidance
+from lockstep.model.values import GenerateRequest, Progress
+
+RED_BALL = GenerateRequest("a red ball bounces on a gray background", steps=2, seed=7, seconds=1.0)
+UNGUIDED = SampleSettings(steps=2, guidance=Guidance())
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("embedded", device="cpu")
+
+
+def test_same_seed_gives_the_same_clip_and_another_seed_another(engine):
+    first, again = engine.generate(RED_BALL), Engine("embedded", device="cpu").generate(RED_BALL)
+    assert first.latent_sha256 == again.latent_sha256
+    assert torch.equal(first.clip.frames, again.clip.frames)
+    assert first.latent_sha256 != engine.generate(replace(RED_BALL, seed=8)).latent_sha256
+
+
+@pytest.mark.parametrize(("size", "seconds", "fps"), [("1:1", 1, 12), ("16:9", 2, 12), ("9:16", 1.5, 16), ("64x80", 1, 24)])
+def test_picture_and_sound_are_equally_long(engine, size, seconds, fps):
+    clip = engine.generate(replace(RED_BALL, steps=1, size=size, seconds=seconds, fps=fps)).clip
+    frames, height, width, channels = clip.frames.shape
+    assert channels == 3
+    assert height % 16 == width % 16 == 0
+    assert abs(frames / fps - seconds) <= 2 / fps + 1e-9  # frames come in 4k + 1
+    assert clip.waveform.shape[1] == round(frames / fps * clip.sample_rate_hz)
+    assert 0 <= clip.frames.min()
+    assert clip.frames.max() <= 1
+    assert clip.waveform.abs().max() <= 1
+
+
+def test_progress_tells_every_step_of_every_stage(engine):
+    ticks: list[Progress] = []
+    engine.generate(RED_BALL, ticks.append)
+    assert [(t.step, t.steps) for t in ticks if t.stage == "sample"] == [(1, 2), (2, 2)]
+    assert {t.stage for t in ticks} == {"text", "sample", "video", "audio"}
+    assert all(t.step == t.steps for t in (ticks[-1], [t for t in ticks if t.stage == "video"][-1]))
+
+
+@pytest.mark.parametrize("stage", ["text", "sample", "video", "audio"])
+def test_a_callback_that_raises_stops_the_run_and_harms_nothing(engine, stage):
+    def stop(progress: Progress) -> None:
+        if progress.stage == stage:
+            raise Cancelled("enough")
+
+    before = engine.generate(RED_BALL).latent_sha256
+    with pytest.raises(Cancelled):
+        engine.generate(RED_BALL, stop)
+    assert engine.generate(RED_BALL).latent_sha256 == before
+
+
+def test_unknown_words_are_named_and_a_prompt_without_known_ones_refused(engine):
+    result = engine.generate(replace(RED_BALL, prompt="a red ball bounces on zorbly gray"))
+    assert any("zorbly" in warning for warning in result.warnings)
+    for nothing in ("", "   ", "xyzzy plugh", "the of a"):
+        with pytest.raises(PromptError, match="it knows .*ball"):
+            engine.encode_text(nothing)
+
+
+def test_a_given_stream_comes_out_bit_for_bit(engine):
+    shape = engine.shape(seconds=1.0)
+    prompt = engine.encode_text("a red ball bounces")
+    made = engine.sample(prompt, shape, settings=UNGUIDED, seed=3)
+    fitted = engine.sample(prompt, shape, settings=UNGUIDED, seed=4, given_audio=made.audio)
+    assert torch.equal(fitted.audio, made.audio)
+    assert not torch.equal(fitted.video, made.video)
+    fitted = engine.sample(prompt, shape, settings=UNGUIDED, seed=4, given_video=made.video)
+    assert torch.equal(fitted.video, made.video)
+
+
+def test_a_first_image_of_full_strength_is_kept_as_it_is(engine):
+    shape = engine.shape(seconds=1.0)
+    guide = engine.encode_image(torch.rand(30, 50, 3, generator=torch.Generator().manual_seed(0)), shape)
+    latents = engine.sample(engine.encode_text("a red ball"), shape, [guide], UNGUIDED, seed=1)
+    assert torch.equal(latents.video[:, :, :1], guide.latent)
+
+
+def test_guides_only_add_noise_behind_that_of_the_clip(engine):
+    """With a guide of strength 0 in an appended place, the clip's own tokens start from the same noise."""
+    shape = engine.shape(seconds=1.0)
+    prompt = engine.encode_text("a red ball")
+    image = torch.zeros(64, 64, 3)
+    seen: list[torch.Tensor] = []
+    for guides in ([], [engine.encode_image(image, shape, shape.frames - 1)]):
+        engine.sample(
+            prompt, shape, guides, replace(UNGUIDED, sigmas=(1.0, 0.999999, 0.0)), 5, progress=lambda p: seen.append(p.preview)
+        )
+    # the first prediction of the video differs by what the guide says, its shape by the appended tokens
+    assert seen[2].shape[1] == seen[0].shape[1] + shape.latent_height * shape.latent_width
+
+
+def test_values_of_another_model_are_refused(engine):
+    shape = engine.shape(seconds=1.0)
+    prompt = engine.encode_text("a red ball")
+    with pytest.raises(WorkflowError, match="encode it again"):
+        engine.sample(replace(prompt, model_id="other"), shape, settings=UNGUIDED)
+    latents = replace(engine.sample(prompt, shape, settings=UNGUIDED), model_id="other")
+    for decode in (engine.decode_video, engine.decode_audio):
+        with pytest.raises(WorkflowError, match="decode with the model"):
+            decode(latents)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (replace(RED_BALL, size="65x64"), "use 64 or 80"),
+        (replace(RED_BALL, size="512x512"), "use 112"),
+        (replace(RED_BALL, size="big"), "use 64x64 or 16:9"),
+        (replace(RED_BALL, size="0x64"), "WIDTHxHEIGHT"),
+        (replace(RED_BALL, size="9:1"), "16:9"),
+        (replace(RED_BALL, seconds=90.0), "use 4.2"),
+        (replace(RED_BALL, fps=240.0), "use 24"),
+    ],
+)
+def test_sizes_out_of_reach_are_refused_with_the_nearest(engine, request_, sentence):
+    with pytest.raises(ShapeError, match=sentence):
+        engine.generate(request_)
+
+
+def test_components_are_read_once(engine):
+    engine.generate(RED_BALL)
+    before = {name: id(module) for name, module in engine._modules.items()}
+    engine.generate(replace(RED_BALL, seed=99))
+    assert {name: id(module) for name, module in engine._modules.items()} == before
+
+
+def test_the_hash_covers_both_streams(engine):
+    shape = engine.shape(seconds=1.0)
+    latents = engine.sample(engine.encode_text("a red ball"), shape, settings=UNGUIDED)
+    assert latent_sha256(latents) != latent_sha256(replace(latents, audio=latents.audio + 1e-3))
+    assert latent_sha256(latents) != latent_sha256(replace(latents, video=latents.video + 1e-3))
+
+
+def test_unknown_models_and_devices_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Engine(tmp_path / "nowhere.safetensors")
+    with pytest.raises(UnsupportedModelError, match="auto, cpu or cuda"):
+        Engine("embedded", device="abacus")

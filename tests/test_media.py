@@ -1,0 +1,348 @@
+"""Files in and out. What was written is also read back with PyAV alone, which knows nothing of this code."""
+
+import struct
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lockstep.model import media
+from lockstep.model.errors import MediaError
+from lockstep.model.media import fit_image, read_clip, read_image, write_clip
+from lockstep.model.values import Clip
+
+# What the embedded model paints with; plain areas must come back as they were.
+PALETTE = [(230, 38, 38), (38, 191, 64), (51, 89, 242), (242, 217, 51), (242, 242, 242), (153, 64, 204)]
+PALETTE += [(250, 140, 26), (51, 217, 230), (13, 13, 13), (102, 102, 102), (13, 18, 77), (77, 46, 20)]
+
+
+def make_clip(frames: int = 9, fps: float = 12, rate_hz: int = 16000, channels: int = 1, **parts) -> Clip:
+    pictures = parts.get("frames_FHWC", torch.rand(1, 1, 1, 3).expand(frames, 32, 48, 3))
+    sound = parts.get("waveform_CS", torch.zeros(channels, round(frames / fps * rate_hz)))
+    return Clip(pictures, sound, fps, rate_hz)
+
+
+def sound_as_players_hear_it(path: Path) -> np.ndarray:
+    """(C, S) at the times that the file says: samples before 0, the encoder's priming, are not played."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(audio=0))
+        assert frames[0].pts == 0
+        return np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("fps", "frames", "rate_hz", "channels"),
+    [
+        (12, 25, 16000, 1),
+        (24, 49, 16000, 2),
+        (24000 / 1001, 49, 48000, 2),
+        (12.5, 7, 44100, 1),
+        (25, 26, 24000, 1),
+    ],
+)
+def test_streams_of_a_file_are_equally_long(tmp_path, fps, frames, rate_hz, channels):
+    write_clip(tmp_path / "a.mp4", make_clip(frames, fps, rate_hz, channels))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
+        assert (video.start_time, audio.start_time) == (0, 0)
+        assert video.frames == frames
+        durations = [float(stream.duration * stream.time_base) for stream in (video, audio)]
+    assert durations[0] == pytest.approx(frames / fps, abs=1e-4)
+    assert durations[1] == pytest.approx(durations[0], abs=1.5 / rate_hz)  # whole samples
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.25, 0.5])
+@pytest.mark.parametrize("rate_hz", [16000, 24000, 48000])
+def test_an_impulse_is_heard_when_it_was_made(tmp_path, seconds, rate_hz):
+    clip = make_clip(frames=13, rate_hz=rate_hz, channels=2)
+    place = round(seconds * rate_hz)
+    clip.waveform[:, place] = 0.9
+    write_clip(tmp_path / "a.mp4", clip)
+    for heard in (
+        read_clip(tmp_path / "a.mp4").waveform,
+        torch.from_numpy(sound_as_players_hear_it(tmp_path / "a.mp4")),
+    ):
+        assert abs(heard[0].abs().argmax().item() - place) <= 0.002 * rate_hz
+
+
+def test_silence_stays_silent_and_a_tone_keeps_its_loudness(tmp_path):
+    clip = make_clip(frames=25)
+    tone = 0.5 * torch.sin(torch.arange(16000) / 16000 * 2 * torch.pi * 440)
+    clip.waveform[0, 16000:32000] = tone
+    write_clip(tmp_path / "a.mp4", clip)
+    heard = read_clip(tmp_path / "a.mp4").waveform[0]
+    assert heard[:15000].abs().max() < 1e-4  # -80 dBFS; the tone's own pre-echo starts one AAC frame early
+    assert heard[17000:31000].std() == pytest.approx(tone.std().item(), rel=0.02)
+
+
+def test_a_clip_comes_back_with_its_pictures_size_rate_and_length(tmp_path):
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 96), indexing="ij")
+    frames = torch.stack([torch.stack((rows, columns, torch.full_like(rows, i / 8)), -1) for i in range(9)])
+    write_clip(tmp_path / "a.mp4", make_clip(frames_FHWC=frames))
+    clip = read_clip(tmp_path / "a.mp4")
+    assert clip.frames.shape == frames.shape
+    assert (clip.fps, clip.sample_rate_hz, tuple(clip.waveform.shape)) == (12, 16000, (1, 12000))
+    assert -10 * (clip.frames - frames).square().mean().log10() > 38  # dB, smooth colours at crf 14
+
+
+def test_plain_colours_survive(tmp_path):
+    colours = torch.tensor(PALETTE).float() / 255
+    for colour in colours:
+        write_clip(tmp_path / "a.mp4", make_clip(frames_FHWC=colour.expand(3, 32, 32, 3)))
+        # 8-bit BT.709 in studio range holds about 2/255 of RGB
+        assert (read_clip(tmp_path / "a.mp4").frames - colour).abs().max() <= 2.01 / 255
+
+
+def test_a_file_says_how_its_colours_are_meant(tmp_path):
+    write_clip(tmp_path / "a.mp4", make_clip())
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        tags = (context.color_primaries, context.color_trc, context.colorspace, context.color_range)
+        assert (context.pix_fmt, *tags) == ("yuv420p", 1, 1, 1, 1)
+
+
+def test_metadata_stays_in_the_file_and_equal_clips_make_equal_files(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(
+            tmp_path / name,
+            make_clip(frames_FHWC=torch.full((9, 32, 48, 3), 0.5)),
+            {"lockstep": '{"seed": 7}'},
+        )
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["lockstep"] == '{"seed": 7}'
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_clip_without_sound_has_no_audio_stream(tmp_path):
+    write_clip(tmp_path / "a.mp4", make_clip(waveform_CS=None))
+    clip = read_clip(tmp_path / "a.mp4")
+    assert clip.waveform is None
+    assert clip.frames.shape[0] == 9
+
+
+@pytest.mark.parametrize("samples", [0, 5, 11999, 20000])
+def test_sound_is_cut_or_padded_to_the_pictures(tmp_path, samples):
+    write_clip(tmp_path / "a.mp4", make_clip(waveform_CS=torch.zeros(1, samples)))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        audio = container.streams.audio[0]
+        assert audio.duration * audio.time_base == Fraction(12000, 16000)
+
+
+@pytest.mark.parametrize(
+    ("clip", "sentence"),
+    [
+        (make_clip(frames_FHWC=torch.zeros(3, 33, 47, 3)), "even sizes, got 47x33: use 46x32"),
+        (make_clip(frames_FHWC=torch.zeros(0, 32, 32, 3)), r"shape \(F, H, W, 3\), got \(0, 32, 32, 3\)"),
+        (
+            make_clip(frames_FHWC=torch.full((3, 32, 32, 3), torch.nan)),
+            "pictures hold values that are not finite",
+        ),
+        (make_clip(waveform_CS=torch.full((1, 9), torch.inf)), "sound holds values that are not finite"),
+        (make_clip(waveform_CS=torch.zeros(6, 9)), "1 or 2 channels"),
+        (Clip(torch.zeros(3, 32, 32, 3), torch.zeros(1, 9), 12, 16001), "resample to 16000 Hz"),
+        (Clip(torch.zeros(3, 32, 32, 3), None, float("nan"), 16000), "got nan"),
+        (Clip(torch.zeros(3, 32, 32, 3), None, -1.0, 16000), "above 0 and up to 1000"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_in_a_sentence(tmp_path, clip, sentence):
+    with pytest.raises(MediaError, match=sentence):
+        write_clip(tmp_path / "a.mp4", clip)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("no space left"), MemoryError])
+def test_a_failure_midway_leaves_no_file_and_an_old_one_whole(tmp_path, monkeypatch, failure):
+    def fails_at_the_third_picture(frames, rate):
+        for index, frame in enumerate(honest(frames, rate)):
+            if index == 2:
+                raise failure
+            yield frame
+
+    honest = media._video_frames
+    (tmp_path / "old.mp4").write_bytes(b"old")
+    monkeypatch.setattr(media, "_video_frames", fails_at_the_third_picture)
+    for name in ("new.mp4", "old.mp4"):
+        with pytest.raises((MediaError, KeyboardInterrupt, MemoryError)):
+            write_clip(tmp_path / name, make_clip())
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("old.mp4", b"old")]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(MediaError, match=r"cannot write .*absent.*: No such file"):
+        write_clip(tmp_path / "absent" / "a.mp4", make_clip())
+
+
+def write_by_hand(path: Path, picture_seconds: list[float], sound_starts: float | None = None) -> None:
+    """One grey level per picture, rising, at given times; a click at the first sample of the sound."""
+    with av.open(str(path), "w", format="matroska") as container:  # keeps any time stamp
+        video = container.add_stream("libx264", rate=10, options={"crf": "0", "bf": "0"})
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        audio = (
+            container.add_stream("pcm_f32le", rate=16000, layout="mono") if sound_starts is not None else None
+        )
+        for index, seconds in enumerate(picture_seconds):
+            pixels = np.full((32, 32, 3), 20 * index, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = round(seconds * 10), Fraction(1, 10)
+            container.mux(video.encode(frame))
+        if audio is not None:
+            click = np.zeros((1, 1600), np.float32)
+            click[0, 0] = 1
+            frame = av.AudioFrame.from_ndarray(click, format="flt", layout="mono")
+            frame.sample_rate, frame.time_base = 16000, Fraction(1, 16000)
+            frame.pts = round(sound_starts * 16000)
+            container.mux(audio.encode(frame))
+        for stream in filter(None, (video, audio)):
+            container.mux(stream.encode(None))
+
+
+def test_time_stamps_of_pictures_are_obeyed(tmp_path):
+    write_by_hand(tmp_path / "a.mkv", [0.5, 0.6, 0.9, 1.0])
+    clip = read_clip(tmp_path / "a.mkv")
+    levels = (clip.frames.mean((1, 2, 3)) * 255 / 20).round().int().tolist()
+    assert clip.fps == 10
+    assert levels == [0, 1, 1, 1, 2, 3]  # the picture of 0.6 s is held until 0.9 s
+
+
+@pytest.mark.parametrize(("sound_starts", "heard_at"), [(0.0, 0), (0.2, 3200)])
+def test_late_sound_is_preceded_by_silence(tmp_path, sound_starts, heard_at):
+    write_by_hand(tmp_path / "a.mkv", [0.0, 0.1, 0.2, 0.3], sound_starts)
+    clip = read_clip(tmp_path / "a.mkv")
+    assert clip.waveform.shape == (1, 6400)
+    assert clip.waveform[0].nonzero().flatten().tolist() == [heard_at]
+
+
+@pytest.mark.parametrize("content", [b"", b"no clip at all", b"\0\0\0\x18ftypmp42" + bytes(100)])
+def test_a_file_that_is_no_clip_is_refused(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(MediaError, match=r"a\.mp4"):
+        read_clip(tmp_path / "a.mp4")
+
+
+def test_a_file_without_pictures_is_refused_as_a_clip(tmp_path):
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 160), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    with pytest.raises(MediaError, match=r"a\.wav holds no picture"):
+        read_clip(tmp_path / "a.wav")
+
+
+def save(path: Path, pixels: np.ndarray, mode: str | None = None, **options) -> Path:
+    Image.fromarray(pixels, mode).save(path, **options) if mode else Image.fromarray(pixels).save(
+        path, **options
+    )
+    return path
+
+
+def test_pictures_of_every_kind_become_rgb(tmp_path):
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    picture = Image.fromarray(grey)
+    expected = torch.from_numpy(grey)[..., None].expand(3, 4, 3).float() / 255
+    for mode in ("L", "RGB", "RGBA", "LA", "P"):
+        picture.convert(mode).save(tmp_path / "a.png")
+        image = read_image(tmp_path / "a.png")
+        assert image.dtype == torch.float32
+        torch.testing.assert_close(image, expected)
+    picture.convert("1").save(tmp_path / "a.png")
+    assert set(read_image(tmp_path / "a.png").unique().tolist()) <= {0.0, 1.0}
+    picture.convert("CMYK").save(tmp_path / "a.tif")
+    torch.testing.assert_close(read_image(tmp_path / "a.tif"), expected, atol=1.5 / 255, rtol=0)
+
+
+def test_sixteen_bit_grey_keeps_its_depth(tmp_path):
+    save(tmp_path / "a.png", np.array([[0, 1, 257, 65535]], np.uint16))
+    image = read_image(tmp_path / "a.png")
+    assert image.shape == (1, 4, 3)
+    torch.testing.assert_close(image[0, :, 2] * 65535, torch.tensor([0.0, 1, 257, 65535]))
+
+
+def test_transparent_pixels_lie_on_white(tmp_path):
+    save(tmp_path / "a.png", np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]], np.uint8))
+    expected = torch.tensor([[1, 0, 0], [1, 1, 1], [0.8, 0.8, 0.8]])
+    torch.testing.assert_close(read_image(tmp_path / "a.png")[0], expected)
+
+
+def test_a_turned_photograph_is_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255  # left half white: upright, the top half is
+    save(tmp_path / "a.png", pixels, exif=exif)
+    image = read_image(tmp_path / "a.png")
+    assert image.shape == (32, 16, 3)
+    assert image[:16].min() == 1
+    assert image[16:].max() == 0
+
+
+def test_a_picture_that_unpacks_too_large_is_refused_unread(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 12000, 12000, 8, 2, 0, 0, 0)
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
+    (tmp_path / "a.png").write_bytes(bomb)
+    with pytest.raises(MediaError, match="12000x12000 pixels: 100 million are the most"):
+        read_image(tmp_path / "a.png")
+
+
+def test_damaged_pictures_are_refused_at_every_length(tmp_path):
+    for suffix in (".png", ".jpg", ".gif", ".webp", ".tif", ".bmp"):
+        whole = save(
+            tmp_path / f"whole{suffix}", np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8)
+        )
+        content = whole.read_bytes()
+        for kept in (0, 1, 10, len(content) // 4, len(content) // 2):
+            (tmp_path / "cut").write_bytes(content[:kept])
+            with pytest.raises(MediaError, match=r"cannot read .*cut as a picture: "):
+                read_image(tmp_path / "cut")
+
+
+def test_missing_files_are_named(tmp_path):
+    for read in (read_image, read_clip):
+        for path in (tmp_path / "absent.png", tmp_path):
+            with pytest.raises(MediaError, match=f"no such file: {path}"):
+                read(path)
+
+
+def test_fitting_keeps_the_centre_and_covers_the_frame():
+    image = torch.zeros(40, 100, 3)
+    image[:, 30:70] = 1  # the square in the middle
+    fitted = fit_image(image, 20, 20)
+    assert fitted.shape == (20, 20, 3)
+    assert fitted.min() == 1
+    assert fit_image(image, 32, 80).shape == (32, 80, 3)
+    tall = fit_image(image.transpose(0, 1), 20, 20)
+    assert tall.min() == 1
+
+
+def test_a_picture_that_fits_is_left_alone():
+    image = torch.rand(16, 24, 3)
+    assert torch.equal(fit_image(image, 16, 24), image)
+
+
+def test_shrinking_averages_instead_of_skipping():
+    stripes = torch.zeros(64, 64, 3)
+    stripes[:, ::2] = 1
+    inner = fit_image(stripes, 16, 16)[:, 2:-2]
+    torch.testing.assert_close(inner, torch.full_like(inner, 0.5), atol=0.02, rtol=0)  # the filter's ripple
+
+
+def test_extreme_aspects_are_fitted_within_bounds():
+    for shape in ((1, 5000, 3), (5000, 1, 3), (1, 1, 3)):
+        fitted = fit_image(torch.rand(shape), 32, 48)
+        assert fitted.shape == (32, 48, 3)
+        assert fitted.min() >= 0
+        assert fitted.max() <= 1

@@ -1,0 +1,152 @@
+"""The walls of the pack: who imports whom, what is shipped, what an installation needs. Source is read, not imported."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MODEL_FILES = sorted((ROOT / "model").rglob("*.py"))
+PACK_FILES = [ROOT / "__init__.py", *MODEL_FILES, *sorted((ROOT / "nodes").rglob("*.py"))]
+
+BASE = {"errors", "options", "shapes", "values", "layers"}
+STAGES = {"text", "conditioning", "transformer", "sampler", "latents", "codec"}
+MAY_IMPORT = {
+    "errors": set(),
+    "options": {"errors"},
+    "shapes": {"errors"},
+    "values": {"errors", "shapes"},
+    "layers": BASE - {"layers"},
+    **dict.fromkeys(("text", "transformer", "sampler", "latents"), BASE),
+    **dict.fromkeys(("codec", "conditioning"), BASE | {"latents"}),
+    "media": BASE,
+    "measure": BASE | {"media"},
+    "residency": BASE,
+    "checkpoint": BASE | STAGES,
+    "embedded": BASE | STAGES | {"checkpoint", "media", "measure"},
+    "denoiser": BASE | {"conditioning", "transformer"},  # where the sampler's function meets the model
+    "recipes": BASE | {"sampler"},
+    "engine": BASE
+    | STAGES
+    | {"checkpoint", "embedded", "residency", "media", "measure", "denoiser", "recipes"},
+    "cli": BASE | {"engine", "checkpoint", "media"},
+}
+THIRD_PARTY = {"torch", "numpy", "safetensors", "einops", "av", "PIL", "tqdm"}
+
+
+def imports(file: Path) -> Iterator[tuple[str, ...]]:
+    """Every module that a file imports: ("torch", "nn"), or from the root as ("", "model", "errors") if relative."""
+    package = file.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield tuple((node.module or "").split("."))
+        elif isinstance(node, ast.ImportFrom):
+            start = ("", *package[: len(package) - node.level + 1])
+            if node.module:
+                yield (*start, *node.module.split("."))
+            else:
+                yield from ((*start, alias.name) for alias in node.names)
+
+
+def part_of(file: Path) -> str:
+    """The part of model/ that a file belongs to: its stage folder, or its own name at the top."""
+    return file.relative_to(ROOT / "model").parts[0].removesuffix(".py")
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def test_model_parts_import_only_what_stands_below_them() -> None:
+    for file in MODEL_FILES:
+        part = part_of(file)
+        if part == "__init__":
+            continue
+        assert part in MAY_IMPORT, f"say in MAY_IMPORT what model/{part} may import"
+        for module in imports(file):
+            if module[0] != "":
+                continue
+            assert module[1] == "model", f"{name_of(file)} reaches out of model/ for {'.'.join(module[1:])}"
+            allowed = MAY_IMPORT[part] | {part}
+            assert module[2] in allowed, (
+                f"{name_of(file)} imports model/{module[2]}; it may: {sorted(allowed)}"
+            )
+
+
+def test_the_packages_themselves_load_nothing() -> None:
+    roots = [file for file in MODEL_FILES if file.name == "__init__.py"]
+    loading = [f for f in roots if any(m[0] not in sys.stdlib_module_names for m in imports(f))]
+    assert [name_of(file) for file in loading] == []
+
+
+def test_model_needs_only_what_comfyui_installs_and_knows_no_comfyui() -> None:
+    known = THIRD_PARTY | set(sys.stdlib_module_names)
+    found = {name_of(f): {module[0] for module in imports(f) if module[0]} - known for f in MODEL_FILES}
+    assert {name: modules for name, modules in found.items() if modules} == {}
+
+
+def test_the_pack_never_imports_itself_by_an_absolute_name() -> None:
+    # `nodes` would be ComfyUI's own module, `lockstep` a second copy of every class and of the weights.
+    forbidden = {"lockstep", "nodes", "model"}
+    assert [name_of(f) for f in PACK_FILES if forbidden & {module[0] for module in imports(f)}] == []
+
+
+def test_only_the_host_file_knows_the_inside_of_comfyui() -> None:
+    inside = {"comfy", "comfy_execution", "comfy_extras", "folder_paths", "server"}
+    knowing = [f.name for f in PACK_FILES if inside & {module[0] for module in imports(f)}]
+    assert set(knowing) <= {"host.py"}
+
+
+def test_every_file_says_what_it_does() -> None:
+    silent = [f for f in MODEL_FILES if not ast.get_docstring(ast.parse(f.read_text(encoding="utf-8")))]
+    assert [name_of(file) for file in silent] == []
+
+
+def test_import_rules_are_read_from_the_source_as_meant(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "model" / "text" / "x.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import torch.nn\nfrom . import y\nfrom .. import errors\nfrom ..codec.mel import Mel\nfrom ...nodes import z\n"
+    )
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert [".".join(module) for module in imports(file)] == [
+        "torch.nn",
+        ".model.text.y",
+        ".model.errors",
+        ".model.codec.mel",
+        ".nodes",
+    ]
+
+
+def test_shipped_packages_are_exactly_the_folders_of_model() -> None:
+    folders = {
+        "lockstep." + ".".join(f.relative_to(ROOT).parts[:-1]) for f in MODEL_FILES if f.name == "__init__.py"
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == {"lockstep", *folders}
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    assert [name_of(f) for f in MODEL_FILES if not (f.parent / "__init__.py").exists()] == []
+
+
+def test_requirements_are_the_package_s_dependencies_and_leave_torch_to_the_host() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert lines == PROJECT["project"]["dependencies"]
+    assert not [line for line in lines if line.startswith("torch")]
+
+
+def test_readme_commands_install_the_extras_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {"standalone", "test"} <= set(extras)
+    assert 'pip install ".[standalone]"' in readme
+    assert 'pip install -e ".[standalone,test]"' in readme
+    assert "python -m pytest" in readme
