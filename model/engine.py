@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +25,20 @@ from .checkpoint.header import Header, read_header
 from .codec.audio_vae import AudioVAE, AudioVAEConfig
 from .codec.mel import LogMel
 from .codec.video_vae import VideoVAE, VideoVAEConfig
+from .codec.vocoder import Generator
 from .conditioning.layout import lay_out_audio, lay_out_video
-from .denoiser import Denoiser
+from .denoiser import JointDenoiser, starting_state
 from .embedded import WEIGHTS
 from .errors import MediaError, ShapeError, UnsupportedModelError, WorkflowError
-from .latents.noise import draw_joint_noise, draw_noise, seeded_generator
-from .latents.patchify import audio_to_tokens, tokens_to_audio, tokens_to_video, video_to_tokens
+from .latents.patchify import tokens_to_audio, tokens_to_video
 from .media import fit_image
 from .recipes import Recipe, clip_shape, recipe_of
 from .sampler.guidance import Guidance
-from .sampler.loop import JointState, denoise, noised_stream
+from .sampler.loop import denoise
 from .sampler.schedule import shifted_schedule
 from .shapes import AudioRate, ClipShape, Compression
 from .text.tokenizer import Tokens, WordTokenizer
+from .transformer.model import AVTransformer
 from .values import (
     AVLatents,
     Clip,
@@ -133,13 +135,17 @@ class Engine:
             )
         return WordTokenizer.from_json(text, self.recipe.text_length)
 
-    def shape(self, size: str | None = None, seconds: float | None = None, fps: float | None = None) -> ClipShape:
+    def shape(
+        self, size: str | None = None, seconds: float | None = None, fps: float | None = None
+    ) -> ClipShape:
         """The clip that these words ask of this model; Raises ShapeError with the nearest that works."""
         return clip_shape(self.recipe, self.compression, self.audio_rate, size, seconds, fps)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
-    def encode_text(self, prompt: str, negative: str = "", progress: ProgressCallback = _nothing) -> Conditioning:
+    def encode_text(
+        self, prompt: str, negative: str = "", progress: ProgressCallback = _nothing
+    ) -> Conditioning:
         """Prompt and negative prompt to what the transformer reads.
 
         Raises PromptError for a prompt in which the model knows no word; unknown words beside known ones are warnings.
@@ -165,14 +171,21 @@ class Engine:
             return Context(video.float().cpu(), audio.float().cpu())
 
     def encode_image(
-        self, image_HWC: Tensor, shape: ClipShape, frame: int = 0, strength: float = 1.0, progress: ProgressCallback = _nothing
+        self,
+        image_HWC: Tensor,
+        shape: ClipShape,
+        frame: int = 0,
+        strength: float = 1.0,
+        progress: ProgressCallback = _nothing,
     ) -> Guide:
         """A picture (H, W, 3), 0..1, covering the clip's frame, to a guide at pixel frame `frame`.
 
         Raises MediaError for a picture of another layout or with values that are no numbers.
         """
         if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not torch.isfinite(image_HWC).all():
-            raise MediaError(f"an image must be (rows, columns, 3) finite values, got {tuple(image_HWC.shape)}")
+            raise MediaError(
+                f"an image must be (rows, columns, 3) finite values, got {tuple(image_HWC.shape)}"
+            )
         pixels = fit_image(image_HWC, shape.height, shape.width).permute(2, 0, 1)[None, :, None] * 2 - 1
         guide = Guide(self.encode_video(pixels), frame, strength)
         progress(Progress("image", 1, 1))
@@ -210,36 +223,27 @@ class Engine:
         """
         if conditioning.model_id != self.model_id:
             raise WorkflowError(
-                f"this conditioning was encoded by {conditioning.model_id}, the sampler runs {self.model_id}: encode it again"
+                f"this conditioning was encoded by {conditioning.model_id}, the sampler runs {self.model_id}: "
+                "encode it again"
             )
         settings = settings or SampleSettings()
         guidance = settings.guidance or self.recipe.guidance
         sigmas = settings.sigmas or self._sigmas(settings.steps or self.recipe.steps, shape)
         with self._lock:
-            video_vae, audio_vae = self._video_vae.config, self._audio_vae.config
-            video = lay_out_video(shape, video_vae.latent_channels, guides, given_video)
-            audio = lay_out_audio(shape, audio_vae.latent_channels, audio_vae.latent_bins, given_audio)
-            grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
-            generator = seeded_generator(seed)
-            video_noise, audio_noise = draw_joint_noise(
-                (1, video_vae.latent_channels, *grid),
-                (1, audio_vae.latent_channels, shape.audio_latents, audio_vae.latent_bins),
-                generator,
-            )
-            guide_noise = draw_noise((1, video.clean.shape[1] - video.own_tokens, video.clean.shape[2]), generator)
-            video_noise = torch.cat([video_to_tokens(video_noise), guide_noise], dim=1)
-            state = JointState(
-                noised_stream(video.clean.to(self.device), video.mask.to(self.device), video_noise.to(self.device)),
-                noised_stream(
-                    audio.clean.to(self.device), audio.mask.to(self.device), audio_to_tokens(audio_noise).to(self.device)
-                ),
-            )
-            denoiser = Denoiser(self._module(keymap.TRANSFORMER), video, audio, conditioning, guidance.stg_blocks)
+            channels, (z, bins) = self._video_vae.config.latent_channels, self._audio_grid
+            video = lay_out_video(shape, channels, guides, given_video)
+            audio = lay_out_audio(shape, z, bins, given_audio)
+            state = starting_state(shape, video, audio, z, seed, sigmas[0], self.device)
+            denoiser = JointDenoiser(self._transformer, video, audio, conditioning, guidance.stg_blocks)
             done = denoise(state, sigmas, denoiser, settings.sampler, guidance, seed, progress)
-        video_tokens = done.video.tokens_BTC[:, : video.own_tokens].cpu()
-        audio_tokens = done.audio.tokens_BTC.cpu()
-        latents = tokens_to_video(video_tokens, *grid), tokens_to_audio(audio_tokens, audio_vae.latent_channels)
-        return AVLatents(*latents, shape=shape, model_id=self.model_id)
+        video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
+        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+        return AVLatents(
+            tokens_to_video(video_tokens[:, : video.own_tokens], *grid),
+            tokens_to_audio(audio_tokens, z),
+            shape,
+            self.model_id,
+        )
 
     def decode_video(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
         """Latents to frames (F, H, W, 3), float32 0..1 on the CPU; progress after every decoder block."""
@@ -259,7 +263,7 @@ class Engine:
         """
         self._check_owner(latents)
         with self._lock, torch.inference_mode():
-            vae, vocoder = self._audio_vae, self._module(keymap.VOCODER)
+            vae, vocoder = self._audio_vae, self._vocoder
             mel = vae.decode(latents.audio.to(next(vae.parameters())))
             progress(Progress("audio", 1, 2))
             waveform = vocoder(mel.float())[0].float().cpu()
@@ -285,7 +289,7 @@ class Engine:
             frames = self.decode_video(latents, progress)
         with clock.stage("audio"):
             waveform = self.decode_audio(latents, progress)
-        clip = Clip(frames, waveform, shape.fps, self._module(keymap.VOCODER).sample_rate_hz)
+        clip = Clip(frames, waveform, shape.fps, self._vocoder.sample_rate_hz)
         return GenerateResult(
             clip, latent_sha256(latents), clock.seconds, conditioning.warnings, request.seed, self.info
         )
@@ -305,13 +309,27 @@ class Engine:
                 _logger.info("loaded %s of %s", component, self.header.path.name)
             return self._modules[component]
 
+    # the same, with the type that the name promises
+    @property
+    def _transformer(self) -> AVTransformer:
+        return cast(AVTransformer, self._module(keymap.TRANSFORMER))
+
     @property
     def _video_vae(self) -> VideoVAE:
-        return self._module(keymap.VIDEO_VAE)  # pyright: ignore[reportReturnType]
+        return cast(VideoVAE, self._module(keymap.VIDEO_VAE))
 
     @property
     def _audio_vae(self) -> AudioVAE:
-        return self._module(keymap.AUDIO_VAE)  # pyright: ignore[reportReturnType]
+        return cast(AudioVAE, self._module(keymap.AUDIO_VAE))
+
+    @property
+    def _audio_grid(self) -> tuple[int, int]:
+        config = self._audio_vae.config
+        return config.latent_channels, config.latent_bins
+
+    @property
+    def _vocoder(self) -> Generator:
+        return cast(Generator, self._module(keymap.VOCODER))
 
     def _dtype(self, component: str) -> torch.dtype:
         parameters = sum(entry.parameters for entry in self._description.components)
@@ -331,7 +349,11 @@ class Engine:
 
     def _guides(self, request: GenerateRequest, shape: ClipShape, progress: ProgressCallback) -> list[Guide]:
         pictures = [(request.image, 0), (request.last_image, shape.frames - 1)]
-        return [self.encode_image(image, shape, frame, progress=progress) for image, frame in pictures if image is not None]
+        return [
+            self.encode_image(image, shape, frame, progress=progress)
+            for image, frame in pictures
+            if image is not None
+        ]
 
     def _settings(self, request: GenerateRequest) -> SampleSettings:
         guidance = self.recipe.guidance
@@ -367,7 +389,9 @@ def _warn(name: str, tokens: Tokens) -> tuple[str, ...]:
     if tokens.unknown:
         warnings.append(f"this model does not know these words of the {name}: {', '.join(tokens.unknown)}")
     if tokens.dropped:
-        warnings.append(f"the {name} is longer than the {len(tokens.ids)} words that this model reads: {tokens.dropped} were left out")
+        warnings.append(
+            f"the {name} is longer than the {len(tokens.ids)} words that this model reads: {tokens.dropped} were left out"
+        )
     return tuple(warnings)
 
 

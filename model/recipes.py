@@ -75,7 +75,11 @@ def clip_shape(
     _check_range("fps", fps, recipe.fps_limits, "")
     width, height = (recipe.width, recipe.height) if size is None else _read_size(size, recipe, compression)
     if seconds is None:
-        frames = recipe.frames if fps == recipe.fps else nearest_frames(recipe.frames * fps / recipe.fps, compression)
+        frames = (
+            recipe.frames
+            if fps == recipe.fps
+            else nearest_frames(recipe.frames * fps / recipe.fps, compression)
+        )
     else:
         _check_range("seconds", seconds, recipe.seconds_limits, " s")
         frames = nearest_frames(seconds * fps, compression)
@@ -88,7 +92,14 @@ def clip_shape(
 def _read_size(size: str, recipe: Recipe, compression: Compression) -> tuple[int, int]:
     for separator in ("x", ":"):
         left, found, right = size.strip().lower().partition(separator)
-        if found and left.isascii() and right.isascii() and left.isdigit() and right.isdigit() and int(left) * int(right):
+        if (
+            found
+            and left.isascii()
+            and right.isascii()
+            and left.isdigit()
+            and right.isdigit()
+            and int(left) * int(right)
+        ):
             numbers = int(left), int(right)
             return numbers if separator == "x" else _from_aspect(*numbers, recipe, compression)
     example = f"{recipe.width}x{recipe.height}"
@@ -101,7 +112,9 @@ def _from_aspect(across: int, down: int, recipe: Recipe, compression: Compressio
     long = round(short * max(across, down) / min(across, down) / step) * step
     if recipe.side_limits and long > recipe.side_limits[1]:
         most = recipe.side_limits[1] / short
-        raise ShapeError(f"aspect {across}:{down} is longer than this model takes: use up to {most:.3g}:1, such as 16:9")
+        raise ShapeError(
+            f"aspect {across}:{down} is longer than this model takes: use up to {most:.3g}:1, such as 16:9"
+        )
     return (long, short) if across >= down else (short, long)
 
 

@@ -120,7 +120,8 @@ def _causal_bounds(latents: Tensor, stride: int) -> tuple[Tensor, Tensor]:
 
 def _grid(starts: list[Tensor], ends: list[Tensor]) -> Tensor:
     bounds = [
-        torch.stack(torch.meshgrid(*axis_values, indexing="ij")) for axis_values in (tuple(starts), tuple(ends))
+        torch.stack(torch.meshgrid(*axis_values, indexing="ij"))
+        for axis_values in (tuple(starts), tuple(ends))
     ]
     return rearrange(torch.stack(bounds, dim=-1), "dimension F H W bound -> 1 dimension (F H W) bound")
 
@@ -132,7 +133,9 @@ def _space_bounds(count: int, pixels: int) -> tuple[Tensor, Tensor]:
 
 def video_positions(shape: ClipShape) -> Tensor:
     """Bounds of every video token: (1, 3, T, 2) float32, axes (seconds, row, column) (spec section 2.3)."""
-    start, end = _causal_bounds(torch.arange(shape.latent_frames, dtype=torch.float32), shape.compression.time)
+    start, end = _causal_bounds(
+        torch.arange(shape.latent_frames, dtype=torch.float32), shape.compression.time
+    )
     rows = _space_bounds(shape.latent_height, shape.compression.space)
     columns = _space_bounds(shape.latent_width, shape.compression.space)
     return _grid([start / shape.fps, rows[0], columns[0]], [end / shape.fps, rows[1], columns[1]])

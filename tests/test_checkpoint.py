@@ -60,6 +60,10 @@ PUBLISHED = {
         "vocoder": (1227, 129_085_032),
         "duration_head": (15, 1_903_361),
     },
+    "2.5 diffusion": {
+        "files": ["ltx-2.5.video-vae-diffusion-file"],
+        "video_vae_diffusion": (395, 736_070_769),
+    },
     "2.0 upsampler": {"files": ["ltx-2.0.spatial_upscaler_x2"], "upsampler": (73, 497_867_929)},
     "2.3 upsampler": {"files": ["ltx-2.3.spatial_upscaler_x2"], "upsampler": (72, 497_867_904)},
 }
@@ -88,15 +92,21 @@ def golden_headers(model: str, config: dict | None = None) -> list[Header]:
     ]
 
 
+def stated_config(model: str, component: str) -> dict:
+    """What the metadata of the component's own file says."""
+    config = published_config(model[:3])
+    if component == "upsampler":
+        return config["upsampler"]
+    return {"vae": config[component]} if component == "video_vae_diffusion" else config
+
+
 # --- published names, both ways -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("model", "component"), COMPONENTS)
 @pytest.mark.parametrize("stated", [True, False], ids=["with config", "without config"])
 def test_every_published_tensor_has_its_parameter_and_none_is_left_over(model, component, stated):
-    config = published_config(model[:3])
-    config = config["upsampler"] if component == "upsampler" else config
-    headers = golden_headers(model, config if stated else None)
+    headers = golden_headers(model, stated_config(model, component) if stated else None)
     shapes = component_shapes(headers)[component]
     needed = {
         name: tuple(tensor.shape) for name, tensor in build_on_meta(component, headers).state_dict().items()
@@ -406,9 +416,27 @@ def test_asking_for_an_absent_component_names_those_present():
         component_config(fake_header(golden_keys("ltx-2.5.video-vae-conv-file")), "vocoder")
 
 
-def test_the_diffusion_decoder_is_refused_with_its_twin():
-    with pytest.raises(UnsupportedModelError, match="video-vae-conv"):
-        build_on_meta("video_vae_diffusion", fake_header(golden_keys("ltx-2.5.video-vae-diffusion-file")))
+def test_a_component_that_is_not_built_is_refused_with_who_loads_it():
+    with pytest.raises(
+        UnsupportedModelError, match=r"video_vae_diffusion.* are\. The language model is loaded by"
+    ):
+        build_on_meta("language_model", fake_header(golden_keys("ltx-2.5.video-vae-conv-file")))
+
+
+def test_a_diffusion_decoders_file_is_of_the_version_that_has_it():
+    description = describe(fake_header(golden_keys("ltx-2.5.video-vae-diffusion-file")))
+    assert description.version == "2.5"
+    assert [part.name for part in description.components] == ["video_vae_diffusion"]
+    assert "video_vae" not in description.missing
+
+
+def test_a_diffusion_decoder_without_its_encoder_is_said_and_built_alone():
+    keys = golden_keys("ltx-2.5.video-vae-diffusion-file")
+    header = fake_header({name: info for name, info in keys.items() if not name.startswith("encoder.")})
+    assert "video_vae_diffusion.encoder" in describe(header).missing
+    assert component_config(header, "video_vae_diffusion")["decoder_only"] is True
+    built = build_on_meta("video_vae_diffusion", header).state_dict()
+    assert set(built) == set(header.tensors)
 
 
 # --- strict builds ------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "residency": BASE,
     "checkpoint": BASE | STAGES,
     "embedded": BASE | STAGES | {"checkpoint", "media", "measure"},
-    "denoiser": BASE | {"conditioning", "transformer"},  # where the sampler's function meets the model
+    "denoiser": BASE
+    | {"conditioning", "latents", "sampler", "transformer"},  # where the sampler's function meets the model
     "recipes": BASE | {"sampler"},
     "engine": BASE
     | STAGES

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedModelError
 from .families import Family, Files, as_headers, detect, quantisation
+from .gates import fold_gates, gated_linears
 from .header import Header
 
 # What to do about a component that is recognised and not built.
 _ADVICE: Mapping[str, str] = {
-    "video_vae_diffusion": "The diffusion decoder has a convolutional twin: use the file video-vae-conv.",
     "language_model": "The language model is loaded by the host or from its own folder.",
 }
 
@@ -25,7 +25,7 @@ def build(component: str, files: Files, dtype: torch.dtype | None = None) -> nn.
 
     component: a name of keymap.py.  files: the header, or the headers over which the model is split (2.5 has
     part of the connectors in its text encoder's file).  dtype: of all floating tensors; None keeps the file's
-    own, tensor by tensor.  Raises CheckpointError that lists missing, unexpected and misshapen tensors,
+    own, tensor by tensor.  Static gates are in the weights already (gates.py).  Raises CheckpointError that lists missing, unexpected and misshapen tensors,
     UnsupportedModelError for a structure that is not implemented.
     """
     headers = as_headers(files)
@@ -60,9 +60,9 @@ def load_state(files: Files, component: str, dtype: torch.dtype | None = None) -
     Raises CheckpointError if the files hold none.
     """
     headers = as_headers(files)
-    route = detect(headers).route
+    family = detect(headers)
     state: dict[str, Tensor] = {}
-    names = route(name for header in headers for name in header.tensors).components.get(component, {})
+    names = family.route(name for header in headers for name in header.tensors).components.get(component, {})
     for header in headers:
         own = {inside: published for inside, published in names.items() if published in header.tensors}
         if not own:
@@ -71,7 +71,7 @@ def load_state(files: Files, component: str, dtype: torch.dtype | None = None) -
             state |= {inside: _cast(file.get_tensor(published), dtype) for inside, published in own.items()}
     if not state:
         raise CheckpointError(f"{_paths(headers)}: no tensors of {component!r}")
-    return state
+    return fold_gates(state, family.gates.get(component, {}))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -97,6 +97,9 @@ def _check_fit(module: nn.Module, headers: Iterable[Header], family: Family, com
     infos = {name: info for header in headers for name, info in header.tensors.items()}
     found = {inside: infos[name].shape for inside, name in family.route(infos).components[component].items()}
     needed = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    # gates are welcome where their linear is, and vanish in it
+    gates = gated_linears(found, family.gates.get(component, {}))
+    needed |= {gate: needed[weight][:1] for gate, weight in gates.items() if weight in needed}
     faults = {
         "missing": [name for name in needed if name not in found],
         "unexpected": [name for name in found if name not in needed],

@@ -3,6 +3,7 @@
 None says that the tensors show nothing. What no shape ever shows: RoPE settings, norm kinds, paddings, rates.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def component_facts(component: str, shapes: ComponentShapes, section: Mapping[st
         return facts
     if component == keymap.VIDEO_VAE:
         return _video_vae_facts(own, section, path)
+    if component == keymap.VIDEO_VAE_DIFFUSION:
+        return _diffusion_vae_facts(own, section, path)
     if component == keymap.AUDIO_VAE:
         return {"model": {"params": {"ddconfig": _audio_vae_facts(own)}}}
     if component == keymap.VOCODER:
@@ -119,7 +122,7 @@ def _video_vae_facts(shapes: Shapes, section: Mapping[str, Any], path: str) -> F
     conditioned = has(shapes, "decoder.last_time_embedder.") if has(shapes, "decoder.") else None
     facts: Facts = {
         "latent_channels": _axis(shapes, "decoder.conv_in.conv.weight", 1),
-        "patch_size": round((patched / 3) ** 0.5) if patched else None,
+        "patch_size": _patch(patched),
         "encoder_base_channels": _axis(shapes, "encoder.conv_in.conv.weight", 0),
         "decoder_base_channels": _axis(shapes, "decoder.conv_out.conv.weight", 1),
         "timestep_conditioning": conditioned,
@@ -130,6 +133,62 @@ def _video_vae_facts(shapes: Shapes, section: Mapping[str, Any], path: str) -> F
         if isinstance(section.get(key), list) and has(shapes, prefix):
             facts[key] = _seen_blocks(shapes, prefix, section[key][::step], key, path)[::step]
     return facts
+
+
+def _diffusion_vae_facts(shapes: Shapes, section: Mapping[str, Any], path: str) -> Facts:
+    channels = _axis(shapes, "decoder.conv_in.weight", 1)
+    facts: Facts = {
+        "latent_channels": channels,
+        "decoder": _diffusion_decoder_facts(shapes, section.get("decoder")),
+        "decoder_only": not has(shapes, "encoder."),
+    }
+    if has(shapes, "encoder."):
+        encoder = section.get("encoder")
+        blocks = encoder.get("blocks") if isinstance(encoder, Mapping) else None
+        prefix = "encoder.down_blocks."
+        facts["encoder"] = {
+            "out_channels": channels,
+            "base_channels": _axis(shapes, "encoder.conv_in.conv.weight", 0),
+            "patch_size": _patch(_axis(shapes, "encoder.conv_in.conv.weight", 1)),
+            "blocks": _seen_blocks(shapes, prefix, blocks, "encoder.blocks", path)
+            if isinstance(blocks, list)
+            else None,
+        }
+    return facts
+
+
+def _diffusion_decoder_facts(shapes: Shapes, stated: Any) -> Facts:
+    stages = range(_count(shapes, "decoder.upsamples."))
+    widths = [_axis(shapes, f"decoder.upsamples.{i}.proj.weight", 1) for i in stages]
+    grown = [_axis(shapes, f"decoder.upsamples.{i}.proj.weight", 0) for i in stages]
+    upsamples = stated.get("upsamples") if isinstance(stated, Mapping) else None
+    return {
+        "in_channels": _axis(shapes, "decoder.conv_in.weight", 1),
+        "patch_size": _patch(_axis(shapes, "decoder.conv_out.weight", 0)),
+        "head_dim": _axis(shapes, "decoder.det_stages.0.0.attn.q_norm.weight", 0),
+        "stage_channels": [*widths, _axis(shapes, "decoder.conv_in_x_t.weight", 0)],
+        "stage_depths": [
+            *(_count(shapes, f"decoder.det_stages.{i}.") for i in stages),
+            _count(shapes, "decoder.diff_blocks."),
+        ],
+        "upsamples": _seen_upsamples(upsamples, widths, grown),
+        "t_emb_dim": _axis(shapes, "decoder.t_embedder.mlp.0.weight", 0),
+    }
+
+
+def _seen_upsamples(stated: Any, widths: Sequence, grown: Sequence) -> list | None:
+    """The stated strides with the reductions of width that the tensors show."""
+    seen = []
+    for entry, width, made in zip(stated or (), widths, grown, strict=False):
+        match entry:
+            case [[int(t), int(h), int(w)] as stride, _] if width and made:
+                seen.append([stride, t * h * w * width // made])
+    return seen if len(seen) == len(widths) else None
+
+
+def _patch(channels: int | None) -> int | None:
+    """Side of the square patches of three colours."""
+    return math.isqrt(channels // 3) if channels else None
 
 
 def _seen_blocks(shapes: Shapes, prefix: str, blocks: Sequence, key: str, path: str) -> list:

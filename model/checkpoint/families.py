@@ -35,6 +35,7 @@ class Family:
     ]  # component -> module from its config section
     whole: tuple[tuple[str, ...], ...]  # what a whole model needs: one of each group
     parts: Mapping[str, tuple[str, ...]]  # children that a component may lack in a split or stripped file
+    gates: Mapping[str, Mapping[str, str]]  # component -> static gates and their linears, see gates.py
 
 
 LTX = Family(
@@ -56,6 +57,7 @@ LTX = Family(
         (keymap.TEXT_ENCODER, keymap.LANGUAGE_MODEL),
     ),
     parts=keymap.PARTS,
+    gates=keymap.GATES,
 )
 FAMILIES: tuple[Family, ...] = (LTX,)
 

@@ -46,10 +46,15 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
     VIDEO_VAE_DIFFUSION: (*_UNUSED_STATISTICS, "decoder.type_emb", "coarse_*", "*.coarse_*"),
     "": ("tokenizer_json", "hf_asset__*"),
 }
+# Static gates: last part of the name -> the linear in the same block whose output it scales.
+GATES: Mapping[str, Mapping[str, str]] = {
+    VIDEO_VAE_DIFFUSION: {"gate_msa": "attn.proj", "gate_mlp": "mlp.w_down", "gate_ctx": "context_proj"},
+}
 # Children that files may keep apart: 2.5 has the connectors beside its transformer, their projection not.
 PARTS: Mapping[str, tuple[str, ...]] = {
     CONNECTORS: ("video_embeddings_connector", "audio_embeddings_connector", "text_embedding_projection"),
     VIDEO_VAE: ("encoder", "decoder", "per_channel_statistics"),
+    VIDEO_VAE_DIFFUSION: ("encoder", "decoder", "per_channel_statistics"),
     AUDIO_VAE: ("encoder", "decoder", "per_channel_statistics"),
 }
 QUANTISATION_SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant")

@@ -34,6 +34,13 @@ def _video_vae(section: Section) -> nn.Module:
     return VideoVAE(VideoVAEConfig.from_published(section))
 
 
+def _video_vae_diffusion(section: Section) -> nn.Module:
+    from ..codec.diffusion_config import DiffusionVAEConfig
+    from ..codec.diffusion_decoder import DiffusionVAE
+
+    return DiffusionVAE(DiffusionVAEConfig.from_published(section))
+
+
 def _audio_vae(section: Section) -> nn.Module:
     from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 
@@ -68,6 +75,7 @@ LTX_MODULES: Mapping[str, Callable[[Section], nn.Module]] = {
     keymap.TRANSFORMER: _transformer,
     keymap.CONNECTORS: _connectors,
     keymap.VIDEO_VAE: _video_vae,
+    keymap.VIDEO_VAE_DIFFUSION: _video_vae_diffusion,
     keymap.AUDIO_VAE: _audio_vae,
     keymap.VOCODER: _vocoder,
     keymap.DURATION_HEAD: _duration_head,

@@ -135,6 +135,37 @@ _VIDEO_VAE_23: Section = {
         *(_resample("compress_all", 1), _res(2), _resample("compress_all", 2), _res(2)),
     ],
 }
+# the encoder of 2.3, and a decoder that denoises
+_VIDEO_VAE_DIFFUSION: Section = {
+    "_class_name": "CausalDiffusionVAE",
+    "latent_channels": 128,
+    "model_output_type": "x0",
+    "encoder": {
+        "dims": 3,
+        "in_channels": 3,
+        "out_channels": 128,
+        "blocks": _VIDEO_VAE_23["encoder_blocks"],
+        "patch_size": 4,
+        "norm_layer": "pixel_norm",
+        "latent_log_var": "constant",
+        "spatial_padding_mode": "zeros",
+        "base_channels": 128,
+    },
+    "decoder": {
+        "in_channels": 128,
+        "out_channels": 3,
+        "patch_size": 4,
+        "head_dim": 64,
+        "stage_channels": [2048, 1024, 512, 512, 256],
+        "stage_depths": [4, 6, 4, 2, 8],
+        "stage_kernels": [[3, 7, 7], [3, 7, 7], [3, 5, 5], [3, 5, 5], [11, 11, 11]],
+        "upsamples": [[[1, 2, 2], 2], [[2, 1, 1], 2], [[2, 2, 2], 1], [[2, 2, 2], 2]],
+        "stage5_kernel": [11, 11, 11],
+        "t_emb_dim": 384,
+        "timestep_scale_multiplier": 1000.0,
+        "default_num_inference_steps": 1,
+    },
+}
 _AUDIO_VAE: Section = {
     "model": {
         "params": {
@@ -234,7 +265,8 @@ VERSIONS: tuple[str, ...] = tuple(_TRANSFORMERS)
 def published_config(version: str) -> dict[str, Section]:
     """The whole nested config of a version's files; version: one of VERSIONS.
 
-    A latent upsampler's file has its own flat config; it stands here under "upsampler".
+    A latent upsampler's file has its own flat config; it stands here under "upsampler". The diffusion decoder's
+    file has a `vae` section of its own; it stands here under "video_vae_diffusion".
     Sections are shared: copy to change.
     """
     first = version == "2.0"
@@ -248,4 +280,5 @@ def published_config(version: str) -> dict[str, Section]:
     }
     if version == "2.5":
         config["duration_head"] = _DURATION_HEAD
+        config["video_vae_diffusion"] = _VIDEO_VAE_DIFFUSION
     return config

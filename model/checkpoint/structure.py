@@ -40,6 +40,7 @@ _UNSAID: Mapping[str, Any] = {
     "use_keyframes_abs_pos_embedding": False,
     "timestep_conditioning": False,
     "use_bias_at_final": True,
+    "decoder_only": False,
 }
 # One tensor of each component that no other model names so: (component, name inside it, axes).
 MARKS: tuple[tuple[str, str, int], ...] = (
@@ -146,10 +147,11 @@ def _default_section(headers: Sequence[Header], component: str, shapes: Componen
     # each by its own tensors, since a split file may hold it alone; two share the transformer's section
     voters = {component, keymap.TRANSFORMER} if SECTIONS[component] == "transformer" else {component}
     version = structure_version({name: own for name, own in shapes.items() if name in voters})
-    key = SECTIONS[component] or component
-    section = published_config(version).get(key)
+    config = published_config(version)
+    # what shares the key of its section with another component stands under its own name
+    section = config.get(component, config.get(SECTIONS[component] or component))
     names = ", ".join(header.path.name for header in headers)
-    if section is None or component == keymap.VIDEO_VAE_DIFFUSION:
+    if section is None:
         raise UnsupportedModelError(
             f"{names}: no config for {component} in the metadata, and none is published for it"
         )

@@ -1,11 +1,11 @@
 """Pixels to video latents and back: the convolutional video VAE, encoder causal in time (spec sections 1.3 and 2.15).
 
 Structure comes from the published `vae` config. Module names are the published ones.
-B batch, C channels, F frames, H rows, W columns; p, q spatial patch offsets.
+B batch, C channels, F frames, H rows, W columns; p, q spatial patch offsets; R modulation rows.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ShapeError, UnsupportedModelError
+from ..latents.noise import draw_noise
 from ..latents.statistics import PerChannelStatistics
 from ..layers.causal_conv import CausalConv3d
 from ..layers.norms import pixel_norm
+from ..layers.timestep import TimestepMLP
 from ..options import Options
 from ..shapes import Compression, check_frames, check_side
 
 Tick = Callable[[int, int], None]
 _EPS = 1e-8
+# the usual noise level of a timestep-conditioned decoder, and how much noise it expects in its latents
+_TIMESTEP, _NOISE_SHARE = 0.05, 0.025
 _STRIDES = {"compress_all": (2, 2, 2), "compress_space": (1, 2, 2), "compress_time": (2, 1, 1)}
 
 
-def _no_tick(_done: int, _total: int) -> None:
+def no_tick(_done: int, _total: int) -> None:
     """Nobody watches."""
 
 
@@ -56,6 +60,7 @@ class VideoVAEConfig:
     encoder_padding: str = "zeros"
     decoder_padding: str = "reflect"
     causal_decoder: bool = False
+    timestep_conditioning: bool = False  # the decoder is told how noisy its latents are
 
     @property
     def compression(self) -> Compression:
@@ -73,7 +78,6 @@ class VideoVAEConfig:
         options.expect("norm_layer", "pixel_norm")
         options.expect("latent_log_var", "uniform")
         options.expect("use_quant_conv", False)
-        options.expect("timestep_conditioning", False)
         options.expect("scaling_factor", 1.0)
         options.ignore("encoder_spatial_padding_mode")
         # the key names the decoder's padding; encoders of every version pad with zeros
@@ -87,9 +91,30 @@ class VideoVAEConfig:
             patch=options.take("patch_size", 4),
             decoder_padding=decoder_padding,
             causal_decoder=options.expect("causal_decoder", False, True),
+            timestep_conditioning=options.expect("timestep_conditioning", False, True),
         )
         options.close()
         return config
+
+
+def read_encoder(options: Options, latent_channels: int) -> VideoVAEConfig:
+    """Reads the `encoder` section that stands apart in a diffusion VAE's config; the decoder's part stays empty."""
+    options.expect("dims", 3)
+    options.expect("in_channels", 3)
+    options.expect("out_channels", latent_channels)
+    options.expect("norm_layer", "pixel_norm")
+    # either way one log-variance beside the means, which encoding drops
+    options.expect("latent_log_var", "constant", "uniform")
+    config = VideoVAEConfig(
+        encoder_stages=_read_stages(options.take("blocks"), encoder=True),
+        decoder_stages=(),
+        encoder_width=options.take("base_channels", 128),
+        latent_channels=latent_channels,
+        patch=options.take("patch_size", 4),
+        encoder_padding=options.expect("spatial_padding_mode", "zeros", "reflect"),
+    )
+    options.close()
+    return config
 
 
 def _read_stages(blocks, encoder: bool) -> tuple[Stage, ...]:
@@ -97,17 +122,27 @@ def _read_stages(blocks, encoder: bool) -> tuple[Stage, ...]:
 
 
 def _read_stage(kind: str, settings: Mapping | int, encoder: bool) -> Stage:
-    options = Options({"num_layers": settings} if isinstance(settings, int) else settings, f"vae block {kind}")
+    options = Options(
+        {"num_layers": settings} if isinstance(settings, int) else settings, f"vae block {kind}"
+    )
     if kind == "res_x":
         options.expect("inject_noise", False)
         stage = Stage(depth=options.take("num_layers"))
-    elif (base := kind.removesuffix("_res") if encoder else kind) in _STRIDES and (encoder == kind.endswith("_res")):
+    elif (base := kind.removesuffix("_res") if encoder else kind) in _STRIDES and (
+        encoder == kind.endswith("_res")
+    ):
         residual = not encoder and options.expect("residual", False, True)
-        stage = Stage(stride=_STRIDES[base], multiplier=options.take("multiplier", 2 if encoder else 1), residual=residual)
+        stage = Stage(
+            stride=_STRIDES[base],
+            multiplier=options.take("multiplier", 2 if encoder else 1),
+            residual=residual,
+        )
     else:
         side, suffix = ("encoder", "_res") if encoder else ("decoder", "")
         known = ", ".join(name + suffix for name in _STRIDES)
-        raise UnsupportedModelError(f"unknown {side} block {kind!r} in the vae config: res_x, {known} are known")
+        raise UnsupportedModelError(
+            f"unknown {side} block {kind!r} in the vae config: res_x, {known} are known"
+        )
     options.close()
     return stage
 
@@ -132,30 +167,66 @@ def _depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return rearrange(x, "B (C t h w) F H W -> B C (F t) (H h) (W w)", t=t, h=h, w=w)
 
 
-class ResBlock(nn.Module):
-    """x + conv(act(conv(act(x)))), act = pixel norm then SiLU; (B, C, F, H, W) unchanged in shape."""
+def _activate(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Pixel norm, modulation if the decoder is conditioned, SiLU."""
+    x = pixel_norm(x, _EPS)
+    if shift is not None and scale is not None:
+        x = x * (1 + scale) + shift
+    return functional.silu(x)
 
-    def __init__(self, channels: int, causal: bool, padding: str):
+
+class TimeEmbedder(nn.Module):
+    """Noise levels (B,), already scaled, to modulation rows (B, R, C)."""
+
+    def __init__(self, rows: int, channels: int):
+        super().__init__()
+        self.rows = rows
+        self.timestep_embedder = TimestepMLP(rows * channels)
+
+    def forward(self, levels_B: Tensor) -> Tensor:
+        return rearrange(self.timestep_embedder(levels_B), "B (R C) -> B R C", R=self.rows)
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(conv(act(x)))), act = pixel norm then SiLU; (B, C, F, H, W) unchanged in shape.
+
+    timed: shift and scale follow each norm; rows_BRC has them in this order, for both norms.
+    """
+
+    def __init__(self, channels: int, causal: bool, padding: str, timed: bool = False):
         super().__init__()
         self.conv1 = CausalConv3d(channels, channels, causal, padding)
         self.conv2 = CausalConv3d(channels, channels, causal, padding)
+        self.scale_shift_table = nn.Parameter(torch.zeros(4, channels)) if timed else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(functional.silu(pixel_norm(x, _EPS)))
-        h = self.conv2(functional.silu(pixel_norm(h, _EPS)))
+    def forward(self, x: Tensor, rows_BRC: Tensor | None = None) -> Tensor:
+        rows = _aligned(rows_BRC, self.scale_shift_table)
+        h = self.conv1(_activate(x, *rows[:2]))
+        h = self.conv2(_activate(h, *rows[2:]))
         return x + h
+
+
+def _aligned(rows_BRC: Tensor | None, table_RC: Tensor | None) -> Sequence[Tensor]:
+    """The rows over (B, C, F, H, W), none without conditioning."""
+    if rows_BRC is None or table_RC is None:
+        return ()
+    return rearrange(rows_BRC + table_RC, "B R C -> R B C 1 1 1").unbind()
 
 
 class ResStage(nn.Module):
     """`depth` residual blocks."""
 
-    def __init__(self, channels: int, stage: Stage, causal: bool, padding: str):
+    def __init__(self, channels: int, stage: Stage, causal: bool, padding: str, timed: bool = False):
         super().__init__()
-        self.res_blocks = nn.ModuleList(ResBlock(channels, causal, padding) for _ in range(stage.depth))
+        self.time_embedder = TimeEmbedder(4, channels) if timed else None
+        self.res_blocks = nn.ModuleList(
+            ResBlock(channels, causal, padding, timed) for _ in range(stage.depth)
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, levels_B: Tensor | None = None) -> Tensor:
+        rows_BRC = self.time_embedder(levels_B) if self.time_embedder else None
         for block in self.res_blocks:
-            x = block(x)
+            x = block(x, rows_BRC)
         return x
 
 
@@ -171,7 +242,9 @@ class Downsample(nn.Module):
         if self.stride[0] == 2:
             # the first frame stands alone in time: double it, so that pairs start there
             x = torch.cat([x[:, :, :1], x], dim=2)
-        skip = reduce(_space_to_depth(x, self.stride), "B (C g) F H W -> B C F H W", "mean", C=self.channels_out)
+        skip = reduce(
+            _space_to_depth(x, self.stride), "B (C g) F H W -> B C F H W", "mean", C=self.channels_out
+        )
         return _space_to_depth(self.conv(x), self.stride) + skip
 
 
@@ -216,7 +289,7 @@ class VideoEncoder(nn.Module):
         x = self.conv_in(patchify(pixels_BCFHW, self.patch))
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(functional.silu(pixel_norm(x, _EPS)))
+        return self.conv_out(_activate(x))
 
 
 class VideoDecoder(nn.Module):
@@ -225,24 +298,32 @@ class VideoDecoder(nn.Module):
     def __init__(self, config: VideoVAEConfig):
         super().__init__()
         width = config.decoder_width * math.prod(stage.multiplier for stage in config.decoder_stages)
-        causal, padding = config.causal_decoder, config.decoder_padding
+        causal, padding, timed = config.causal_decoder, config.decoder_padding, config.timestep_conditioning
         self.patch = config.patch
         self.conv_in = CausalConv3d(config.latent_channels, width, causal, padding)
         self.up_blocks = nn.ModuleList()
         for stage in config.decoder_stages:
             if stage.depth:
-                self.up_blocks.append(ResStage(width, stage, causal, padding))
+                self.up_blocks.append(ResStage(width, stage, causal, padding, timed))
             else:
                 self.up_blocks.append(Upsample(width, stage, causal, padding))
                 width //= stage.multiplier
         self.conv_out = CausalConv3d(width, 3 * config.patch**2, causal, padding)
+        self.timestep_scale_multiplier = nn.Parameter(torch.tensor(1000.0)) if timed else None
+        self.last_time_embedder = TimeEmbedder(2, width) if timed else None
+        self.last_scale_shift_table = nn.Parameter(torch.zeros(2, width)) if timed else None
 
-    def forward(self, latent_BCFHW: Tensor, tick: Tick = _no_tick) -> Tensor:
+    def forward(self, latent_BCFHW: Tensor, tick: Tick = no_tick, timestep: float = _TIMESTEP) -> Tensor:
+        levels_B = rows_BRC = None
+        if self.last_time_embedder is not None and self.timestep_scale_multiplier is not None:
+            levels_B = (self.timestep_scale_multiplier.float() * timestep).reshape(1)
+            rows_BRC = self.last_time_embedder(levels_B)
         x = self.conv_in(latent_BCFHW)
         for done, block in enumerate(self.up_blocks):
-            x = block(x)
+            x = block(x, levels_B) if isinstance(block, ResStage) else block(x)
             tick(done + 1, len(self.up_blocks))
-        return unpatchify(self.conv_out(functional.silu(pixel_norm(x, _EPS))), self.patch)
+        x = _activate(x, *_aligned(rows_BRC, self.last_scale_shift_table))
+        return unpatchify(self.conv_out(x), self.patch)
 
 
 class VideoVAE(nn.Module):
@@ -260,20 +341,39 @@ class VideoVAE(nn.Module):
 
         Raises ShapeError for a size that the grid cannot hold.
         """
-        self._check(pixels_BCFHW)
+        check_pixels(pixels_BCFHW, self.config.compression)
         mean, _log_variance = self.encoder(pixels_BCFHW).split([self.config.latent_channels, 1], dim=1)
         return self.per_channel_statistics.normalize(mean, 1)
 
-    def decode(self, latent_BCFHW: Tensor, tick: Tick = _no_tick) -> Tensor:
+    def decode(
+        self,
+        latent_BCFHW: Tensor,
+        tick: Tick = no_tick,
+        timestep: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Normalised latents (B, C, f, h, w) to pixels (B, 3, F, H, W), about [-1, 1], not clamped.
 
         tick: called with (blocks done, blocks in all); what it raises ends the decode.
+        timestep, generator: for a timestep-conditioned decoder alone, the noise level that it is told (None: the usual
+        0.05) and where a little noise for the latents comes from (None: no noise).
+        Raises UnsupportedModelError if a decoder without conditioning is given either.
         """
-        return self.decoder(self.per_channel_statistics.denormalize(latent_BCFHW, 1), tick)
+        if not self.config.timestep_conditioning and (timestep is not None or generator is not None):
+            raise UnsupportedModelError(
+                "this decoder knows no noise level: leave timestep and generator away"
+            )
+        if generator is not None:
+            noise = draw_noise(latent_BCFHW.shape, generator, latent_BCFHW.device).to(latent_BCFHW.dtype)
+            latent_BCFHW = torch.lerp(latent_BCFHW, noise, _NOISE_SHARE)
+        latent_BCFHW = self.per_channel_statistics.denormalize(latent_BCFHW, 1)
+        return self.decoder(latent_BCFHW, tick, _TIMESTEP if timestep is None else timestep)
 
-    def _check(self, pixels: Tensor) -> None:
-        if pixels.ndim != 5 or pixels.shape[1] != 3:
-            raise ShapeError(f"pixels must be (batch, 3, frames, rows, columns), got {tuple(pixels.shape)}")
-        check_frames(pixels.shape[2], self.config.compression)
-        check_side("height", pixels.shape[3], self.config.compression)
-        check_side("width", pixels.shape[4], self.config.compression)
+
+def check_pixels(pixels: Tensor, compression: Compression) -> None:
+    """Raises ShapeError unless the pixels are (B, 3, F, H, W) on the grid."""
+    if pixels.ndim != 5 or pixels.shape[1] != 3:
+        raise ShapeError(f"pixels must be (batch, 3, frames, rows, columns), got {tuple(pixels.shape)}")
+    check_frames(pixels.shape[2], compression)
+    check_side("height", pixels.shape[3], compression)
+    check_side("width", pixels.shape[4], compression)

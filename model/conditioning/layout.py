@@ -33,7 +33,9 @@ class Layout:
         return self.masks == (0.0,)
 
 
-def lay_out_video(shape: ClipShape, channels: int, guides: Sequence[Guide], given: Tensor | None = None) -> Layout:
+def lay_out_video(
+    shape: ClipShape, channels: int, guides: Sequence[Guide], given: Tensor | None = None
+) -> Layout:
     """Tokens of a clip with its guides: a guide at frame 0 takes the first latents' place, others are appended.
 
     given: (1, C, F, H, W), the whole video stream when it is to stay as it is.
@@ -72,10 +74,14 @@ def lay_out_audio(shape: ClipShape, channels: int, bins: int, given: Tensor | No
     tokens = audio_to_tokens(clean)
     mask = torch.full_like(tokens[..., :1], 1.0 if given is None else 0.0)
     marked = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-    return _layout([tokens], [mask], [audio_positions(shape.audio_latents, shape.audio_rate)], tokens.shape[1], marked)
+    return _layout(
+        [tokens], [mask], [audio_positions(shape.audio_latents, shape.audio_rate)], tokens.shape[1], marked
+    )
 
 
-def _layout(cleans: list[Tensor], masks: list[Tensor], positions: list[Tensor], own_tokens: int, marked: Tensor) -> Layout:
+def _layout(
+    cleans: list[Tensor], masks: list[Tensor], positions: list[Tensor], own_tokens: int, marked: Tensor
+) -> Layout:
     mask = torch.cat(masks, dim=1)
     values, index = torch.unique(mask[..., 0], return_inverse=True)
     return Layout(
@@ -94,7 +100,9 @@ def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
         if not 0 <= guide.strength <= 1:
             raise WorkflowError(f"guide strength {guide.strength} must lie between 0 and 1")
         if guide.latent.shape[2] > shape.latent_frames:
-            raise WorkflowError(f"a guide of {guide.latent.shape[2]} latent frames does not fit {shape.latent_frames}")
+            raise WorkflowError(
+                f"a guide of {guide.latent.shape[2]} latent frames does not fit {shape.latent_frames}"
+            )
     frames = [guide.frame for guide in guides]
     twice = sorted({frame for frame in frames if frames.count(frame) > 1})
     if twice:
@@ -104,4 +112,6 @@ def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
 
 def _check_latent(name: str, latent: Tensor, needed: tuple[int, ...]) -> None:
     if tuple(latent.shape) != needed:
-        raise ShapeError(f"{name} has latents of shape {tuple(latent.shape)}, this clip needs {needed}: encode it again")
+        raise ShapeError(
+            f"{name} has latents of shape {tuple(latent.shape)}, this clip needs {needed}: encode it again"
+        )

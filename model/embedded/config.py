@@ -115,7 +115,13 @@ TRANSFORMER = {
 
 def text_encoder(words: int) -> dict:
     """The `text_encoder` section for a vocabulary of so many words (padding and unknown included)."""
-    return {"_class_name": "WordEncoder", "num_words": words, "num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 1}
+    return {
+        "_class_name": "WordEncoder",
+        "num_words": words,
+        "num_attention_heads": 3,
+        "attention_head_dim": 32,
+        "num_layers": 1,
+    }
 
 
 # how the packed model wants to be sampled, and the limits of what it was trained on

@@ -77,7 +77,9 @@ def encode_shard(index: int, folder: Path, video_vae: VideoVAE, audio_vae: Audio
     (folder / f"{index:05}.partial").rename(folder / f"{index:05}.safetensors")
 
 
-def encode_shards(folder: Path, shards: range, video_vae: VideoVAE, audio_vae: AudioVAE, seed: int = 0) -> None:
+def encode_shards(
+    folder: Path, shards: range, video_vae: VideoVAE, audio_vae: AudioVAE, seed: int = 0
+) -> None:
     """Encodes the shards that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in shards:
@@ -85,13 +87,17 @@ def encode_shards(folder: Path, shards: range, video_vae: VideoVAE, audio_vae: A
             encode_shard(index, folder, video_vae, audio_vae, seed)
 
 
+def format_of(path: Path) -> tuple[int, int, int, float]:
+    """Rows, columns, frames and fps of a shard, by its number."""
+    return FORMATS[int(path.stem) % len(FORMATS)]
+
+
 def load_shard(path: Path, video_vae: VideoVAE, audio_vae: AudioVAE) -> Batch:
     """One encoded shard as a batch."""
-    height, width, frames, fps = FORMATS[int(path.stem) % len(FORMATS)]
+    height, width, frames, fps = format_of(path)
     with safe_open(path, "pt") as file:
         truth = json.loads(file.metadata()["truth"])
         video, audio, guide = (file.get_tensor(key).float() for key in ("video", "audio", "guide"))
     shape = ClipShape(frames, height, width, fps, video_vae.config.compression, audio_vae.config.rate)
     scenes = [world.Scene(**scene) for scene in truth["scenes"]]
     return Batch(video, audio, guide, truth["guide_frame"], scenes, shape)
-

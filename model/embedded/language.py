@@ -29,33 +29,94 @@ WORDS = {
 }
 # motion: finite forms, then forms after "is" or before the noun
 FINITE = {
-    "bounces": ["bounces", "hops", "bounces up and down", "jumps up and down", "falls and rebounds", "bounces on the floor"],
-    "slides": ["slides", "glides", "slides from side to side", "moves from wall to wall", "travels left and right"],
+    "bounces": [
+        "bounces",
+        "hops",
+        "bounces up and down",
+        "jumps up and down",
+        "falls and rebounds",
+        "bounces on the floor",
+    ],
+    "slides": [
+        "slides",
+        "glides",
+        "slides from side to side",
+        "moves from wall to wall",
+        "travels left and right",
+    ],
     "swings": ["swings", "sways", "swings like a pendulum", "swings back and forth", "sways to and fro"],
     "pulses": ["pulses", "pulsates", "throbs", "grows and shrinks", "expands and contracts"],
-    "orbits": ["orbits", "revolves", "orbits the centre", "circles around the center", "goes round and round"],
+    "orbits": [
+        "orbits",
+        "revolves",
+        "orbits the centre",
+        "circles around the center",
+        "goes round and round",
+    ],
     "still": ["stays still", "sits still", "does not move", "rests", "stands still", "remains motionless"],
 }
 GERUND = {
-    "bounces": ["bouncing", "hopping", "bouncing up and down", "jumping up and down", "falling and rebounding"],
-    "slides": ["sliding", "gliding", "sliding from side to side", "moving from wall to wall", "travelling left and right"],
-    "swings": ["swinging", "swaying", "swinging like a pendulum", "swinging back and forth", "swaying to and fro"],
+    "bounces": [
+        "bouncing",
+        "hopping",
+        "bouncing up and down",
+        "jumping up and down",
+        "falling and rebounding",
+    ],
+    "slides": [
+        "sliding",
+        "gliding",
+        "sliding from side to side",
+        "moving from wall to wall",
+        "travelling left and right",
+    ],
+    "swings": [
+        "swinging",
+        "swaying",
+        "swinging like a pendulum",
+        "swinging back and forth",
+        "swaying to and fro",
+    ],
     "pulses": ["pulsing", "pulsating", "throbbing", "growing and shrinking", "expanding and contracting"],
-    "orbits": ["orbiting", "revolving", "orbiting the center", "circling around the centre", "going round and round"],
-    "still": ["staying still", "sitting still", "not moving", "resting", "standing still", "motionless", "static"],
+    "orbits": [
+        "orbiting",
+        "revolving",
+        "orbiting the center",
+        "circling around the centre",
+        "going round and round",
+    ],
+    "still": [
+        "staying still",
+        "sitting still",
+        "not moving",
+        "resting",
+        "standing still",
+        "motionless",
+        "static",
+    ],
 }
 TEMPO = {
     "slow": ["slowly", "at a slow pace", "gently", "lazily"],
     "normal": [""],
     "fast": ["quickly", "fast", "rapidly", "at a fast pace", "swiftly"],
 }
-PLACE = {"center": [""], "left": ["on the left", "on the left side", "at the left"], "right": ["on the right", "on the right side"]}
+PLACE = {
+    "center": [""],
+    "left": ["on the left", "on the left side", "at the left"],
+    "right": ["on the right", "on the right side"],
+}
 AMBIENCE = {
     "none": [""],
     "rain": ["in the rain", "while it rains", "on a rainy day", "in rainy weather"],
     "wind": ["in the wind", "while the wind blows", "on a windy day", "in windy weather"],
 }
-BACKGROUND = ["on a {} background", "on {}", "against a {} backdrop", "in front of a {} wall", "over a {} background"]
+BACKGROUND = [
+    "on a {} background",
+    "on {}",
+    "against a {} backdrop",
+    "in front of a {} wall",
+    "over a {} background",
+]
 OPENINGS = ["", "", "", "a video of ", "show me ", "there is ", "a clip of ", "we see ", "here is "]
 HELD_OUT_OPENINGS = ["please make a movie of ", "i want to see "]
 # s subject, m motion with tempo, p place, b background, a ambience, g motion before the noun
@@ -72,20 +133,23 @@ ORDERS = [
 ]
 HELD_OUT_ORDERS = ["b a , s m p", "p b , s m a"]
 # words that carry no meaning here, but are no reason to complain
-FILLER = (
+_FILLER = (
     "a an the of and with it its is are was be being please make me show want to see i we you here there this that some one "
     "video clip movie film scene picture animation image footage shot very so just really then while in on at over under "
     "against front background backdrop wall floor ground side object thing shape colored coloured pace sound sounds audio "
     "hear hearing camera view frame screen which who what has have does do not no from for by into as like up down back "
     "forth round around day weather create generate render simple small big large nice beautiful bright plain"
-).split()
+)
+FILLER = _FILLER.split()
 
 
 def describe(scene: Scene, rng: random.Random, held_out: bool = False) -> str:
     """A random way of saying `scene`; held_out takes the phrasings that training never uses."""
     order = rng.choice(HELD_OUT_ORDERS if held_out else ORDERS)
     color, shape = rng.choice(WORDS[scene.color]), rng.choice(WORDS[scene.shape])
-    subject = rng.choice([f"a {color} {shape}"] * 4 + [f"the {color} {shape}", f"a {shape} that is {color} and"])
+    subject = rng.choice(
+        [f"a {color} {shape}"] * 4 + [f"the {color} {shape}", f"a {shape} that is {color} and"]
+    )
     tempo = rng.choice(TEMPO[scene.tempo])
     slots = {
         "s": subject,
@@ -102,9 +166,22 @@ def describe(scene: Scene, rng: random.Random, held_out: bool = False) -> str:
     return re.sub(r"\s+", " ", text).replace(" ,", ",").strip(" ,")
 
 
+def interrupt(prompt: str, rng: random.Random) -> str:
+    """The prompt with up to three words strewn in that say nothing: filler, or one that no vocabulary knows."""
+    words = prompt.split()
+    for _ in range(rng.choice([0, 0, 1, 2, 3])):
+        words.insert(rng.randint(0, len(words)), rng.choice([*FILLER, "qqq", "qqq"]))
+    return " ".join(words)
+
+
 def content_words() -> list[str]:
     """Every word that means something to the model, sorted."""
-    phrases = [p for group in (WORDS, FINITE, GERUND, TEMPO, PLACE, AMBIENCE) for forms in group.values() for p in forms]
+    phrases = [
+        p
+        for group in (WORDS, FINITE, GERUND, TEMPO, PLACE, AMBIENCE)
+        for forms in group.values()
+        for p in forms
+    ]
     return sorted({word for phrase in phrases for word in phrase.split()} - set(FILLER))
 
 

@@ -12,7 +12,11 @@ from ..checkpoint import keymap
 from ..text.tokenizer import FIRST_ID
 from . import config, language
 
-_GENERATOR = ((keymap.TEXT_ENCODER, "text_encoder."), (keymap.CONNECTORS, "connectors."), (keymap.TRANSFORMER, "transformer."))
+_GENERATOR = (
+    (keymap.TEXT_ENCODER, "text_encoder."),
+    (keymap.CONNECTORS, "connectors."),
+    (keymap.TRANSFORMER, "transformer."),
+)
 # a few hundred numbers that scale everything: bf16 would shift colours and levels
 _EXACT = ("per_channel_statistics.",)
 
@@ -22,10 +26,16 @@ def pack(states: dict[str, dict[str, Tensor]], record: dict, path: Path) -> None
 
     states: EMA weights by stage: "video", "audio", "vocoder", "generator"; record: how they came about (steps, losses).
     """
-    components = {keymap.VIDEO_VAE: states["video"], keymap.AUDIO_VAE: states["audio"], keymap.VOCODER: states["vocoder"]}
+    components = {
+        keymap.VIDEO_VAE: states["video"],
+        keymap.AUDIO_VAE: states["audio"],
+        keymap.VOCODER: states["vocoder"],
+    }
     for component, prefix in _GENERATOR:
         generator = states["generator"]
-        components[component] = {k.removeprefix(prefix): v for k, v in generator.items() if k.startswith(prefix)}
+        components[component] = {
+            k.removeprefix(prefix): v for k, v in generator.items() if k.startswith(prefix)
+        }
     tensors = {
         keymap.to_published(component, name): _stored(name, tensor)
         for component, state in components.items()

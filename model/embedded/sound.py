@@ -21,7 +21,9 @@ _BEEPS_HZ = {"ball": 330.0, "square": 440.0, "triangle": 660.0, "star": 990.0}
 _HUMS_HZ = {"ball": 110.0, "square": 165.0, "triangle": 220.0, "star": 330.0}
 
 
-def synthesize(scene: Scene, samples: int, width: float, height: float, sample_rate_hz: int = 16000) -> Tensor:
+def synthesize(
+    scene: Scene, samples: int, width: float, height: float, sample_rate_hz: int = 16000
+) -> Tensor:
     """The scene's sound: (1, S) float32, peak at most 0.8; width and height of the picture in short sides."""
     generator = torch.Generator().manual_seed(scene.noise_seed)
     times = torch.arange(samples, dtype=torch.float32) / sample_rate_hz
@@ -87,14 +89,24 @@ def _whoosh(shape: str, speed: Tensor, rate: int, generator: torch.Generator) ->
 
 def _hum(shape: str, height: Tensor, rate: int) -> Tensor:
     turn = 2 * math.pi * torch.cumsum(_HUMS_HZ[shape] * 2**height, 0) / rate
-    harmonics = {"ball": (1.0, 0.2), "square": (1.0, 0.0, 0.4), "triangle": (1.0, 0.5, 0.3), "star": (1.0, 0.6, 0.5, 0.4)}
-    return 0.22 * sum(level * torch.sin((n + 1) * turn) for n, level in enumerate(harmonics[shape]))
+    harmonics = {
+        "ball": (1.0, 0.2),
+        "square": (1.0, 0.0, 0.4),
+        "triangle": (1.0, 0.5, 0.3),
+        "star": (1.0, 0.6, 0.5, 0.4),
+    }
+    wave = torch.zeros_like(turn)
+    for number, level in enumerate(harmonics[shape], start=1):
+        wave += level * torch.sin(number * turn)
+    return 0.22 * wave
 
 
 def _weather(ambience: str, samples: int, rate: int, generator: torch.Generator) -> Tensor:
     if ambience == "rain":
         return 0.02 * _band_noise(samples, rate, 900.0, 7500.0, generator)
     if ambience == "wind":
-        gust = 0.65 + 0.35 * torch.sin(2 * math.pi * (0.35 * torch.arange(samples) / rate + torch.rand(1, generator=generator)))
+        gust = 0.65 + 0.35 * torch.sin(
+            2 * math.pi * (0.35 * torch.arange(samples) / rate + torch.rand(1, generator=generator))
+        )
         return 0.035 * gust * _band_noise(samples, rate, 120.0, 500.0, generator)
     return torch.zeros(samples)

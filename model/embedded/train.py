@@ -1,11 +1,11 @@
 """Trains the embedded model from nothing, stage by stage; every stage resumes where its folder stands.
 
-    python -m lockstep.model.embedded.train video       RUNS --steps 2400
-    python -m lockstep.model.embedded.train audio       RUNS --steps 500
-    python -m lockstep.model.embedded.train vocoder     RUNS --steps 1500
-    python -m lockstep.model.embedded.train shards      RUNS --steps 130
-    python -m lockstep.model.embedded.train transformer RUNS --steps 2500
-    python -m lockstep.model.embedded.train pack        RUNS
+python -m lockstep.model.embedded.train video       RUNS --steps 2400
+python -m lockstep.model.embedded.train audio       RUNS --steps 500
+python -m lockstep.model.embedded.train vocoder     RUNS --steps 1500
+python -m lockstep.model.embedded.train shards      RUNS --steps 130
+python -m lockstep.model.embedded.train transformer RUNS --steps 2500
+python -m lockstep.model.embedded.train pack        RUNS
 """
 
 import argparse
@@ -22,11 +22,14 @@ from .dataset import encode_shards
 from .pack import pack
 from .train_audio import initialise_audio, measure_audio_statistics, train_audio_vae, train_vocoder
 from .train_transformer import Generator, initialise_generator, train_transformer
-from .train_video_vae import initialise, measure_statistics, train_video_vae
+from .train_video_vae import initialise, measure_statistics, train_video_decoder, train_video_vae
 from .training import Run, TrainSettings, averaged_state
 
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=list(_STAGES))
     parser.add_argument("runs", type=Path, help="folder that holds one folder per stage")
     parser.add_argument("--steps", type=int, default=0, help="training steps, or shards to encode")
@@ -46,6 +49,16 @@ def _video(given: argparse.Namespace) -> None:
     train_video_vae(Run(given.runs / "video", vae.to(given.device), settings), given.device)
 
 
+def _decoder(given: argparse.Namespace) -> None:
+    vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
+    vae.load_state_dict(averaged_state(given.runs / "video"))
+    vae.encoder.requires_grad_(False)
+    settings = TrainSettings(
+        given.steps, learning_rate=5e-4, matrix_rate=0.008, warmup_steps=50, ema_decay=0.995
+    )
+    train_video_decoder(Run(given.runs / "decoder", vae.to(given.device), settings), given.device)
+
+
 def _audio(given: argparse.Namespace) -> None:
     vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE))
     initialise_audio(vae, seed=0)
@@ -63,13 +76,17 @@ def _vocoder(given: argparse.Namespace) -> None:
 
 def _shards(given: argparse.Namespace) -> None:
     shards = range(given.first, given.first + given.steps)
-    encode_shards(given.runs / "shards", shards, finished_video_vae(given.runs), finished_audio_vae(given.runs))
+    encode_shards(
+        given.runs / "shards", shards, finished_video_vae(given.runs), finished_audio_vae(given.runs)
+    )
 
 
 def _transformer(given: argparse.Namespace) -> None:
     model = Generator()
     initialise_generator(model, seed=0)
-    settings = TrainSettings(given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.997)
+    settings = TrainSettings(
+        given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.997
+    )
     run = Run(given.runs / "transformer", model.to(given.device), settings)
     video_vae, audio_vae = finished_video_vae(given.runs), finished_audio_vae(given.runs)
     train_transformer(run, given.runs / "shards", video_vae, audio_vae, given.device)
@@ -82,7 +99,7 @@ def _pack(given: argparse.Namespace) -> None:
         "vocoder": averaged_state(given.runs / "vocoder"),
         "generator": averaged_state(given.runs / "transformer"),
     }
-    record = {stage: _last_line(given.runs / stage) for stage in ("video", "audio", "vocoder", "transformer")}
+    record = {stage: _last_line(given.runs / stage) for stage in _TRAINED}
     pack(states, record, WEIGHTS)
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB")
 
@@ -92,6 +109,9 @@ def finished_video_vae(runs: Path) -> VideoVAE:
     vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
     vae.load_state_dict(averaged_state(runs / "video"))
     measure_statistics(vae.eval().requires_grad_(False))
+    if (runs / "decoder" / "state.safetensors").exists():
+        polished = averaged_state(runs / "decoder")
+        vae.load_state_dict({k: v for k, v in polished.items() if k.startswith("decoder.")}, strict=False)
     return vae
 
 
@@ -104,11 +124,15 @@ def finished_audio_vae(runs: Path) -> AudioVAE:
 
 
 def _last_line(run: Path) -> dict:
+    if not (run / "log.jsonl").exists():
+        return {}
     return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
 
 
+_TRAINED = ("video", "decoder", "audio", "vocoder", "transformer")
 _STAGES = {
     "video": _video,
+    "decoder": _decoder,
     "audio": _audio,
     "vocoder": _vocoder,
     "shards": _shards,

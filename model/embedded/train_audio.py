@@ -1,6 +1,7 @@
 """Trains the audio VAE and the vocoder on sounds synthesised on the fly, without any discriminator."""
 
 import random
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from ..codec.audio_vae import AudioVAE
 from ..codec.mel import LogMel, MelConfig
+from ..codec.vocoder import Generator
 from . import world
 from .config import SAMPLE_RATE_HZ
 from .sound import synthesize
@@ -43,7 +45,7 @@ def audio_vae_loss(vae: AudioVAE, mel: Tensor) -> tuple[Tensor, dict[str, float]
     return loss, {"mel_l1": l1.item(), "kl": kl.item()}
 
 
-def train_audio_vae(run: Run, device: str, batch: int = 16, frames: int = 65) -> None:
+def train_audio_vae(run: Run[AudioVAE], device: str, batch: int = 16, frames: int = 65) -> None:
     """Trains until the run's last step; run.model is an AudioVAE."""
     log_mel = LogMel(run.model.config.mel)
     hop = run.model.config.mel.hop_samples
@@ -80,7 +82,9 @@ def vocoder_loss(made: Tensor, real: Tensor, log_mel: LogMel) -> tuple[Tensor, d
     for n_fft, hop in _STFTS:
         a, b = _stft(made_flat, n_fft, hop), _stft(real_flat, n_fft, hop)
         scale = n_fft**0.5
-        spectral = spectral + ((a - b).abs() / scale).mean() * 4 + ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
+        spectral = (
+            spectral + ((a - b).abs() / scale).mean() * 4 + ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
+        )
     mel = (log_mel(made) - log_mel(real)).abs().mean()
     return spectral / len(_STFTS) + mel, {"mel_l1": mel.item()}
 
@@ -104,8 +108,11 @@ def train_vocoder(run: Run, device: str, vae: AudioVAE | None, batch: int = 12, 
     run.train(loss_of_step)
 
 
+_MEL_MEAN, _MEL_SPREAD = -7.0, 3.0  # of log-mels in this world, roughly
+
+
 def initialise_audio(module: nn.Module, seed: int) -> None:
-    """Seeded start with variance-preserving weights and zero biases."""
+    """Seeded start with variance-preserving weights and zero biases; the mel side of an AudioVAE centred on its data."""
     torch.manual_seed(seed)
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
@@ -113,7 +120,22 @@ def initialise_audio(module: nn.Module, seed: int) -> None:
             if "conv2." in name or "convs2" in name:
                 parameter.data.mul_(0.1)
             if "ups." in name:
-                # a transposed convolution sums in * kernel / rate inputs, not fan-in's out * kernel
-                parameter.data.mul_((parameter.shape[1] / parameter.shape[0]) ** 0.5)
+                # a transposed convolution sums in * kernel / rate inputs; its kernels are two rates long
+                channels_in, channels_out, kernel = parameter.shape
+                parameter.data.mul_((channels_out / channels_in * kernel / 2) ** 0.5)
         else:
             nn.init.zeros_(parameter)
+    with torch.no_grad():
+        if isinstance(module, AudioVAE):
+            _centre_input(module.encoder.conv_in.conv)
+            module.decoder.conv_out.conv.weight.mul_(_MEL_SPREAD)
+            nn.init.constant_(cast(Tensor, module.decoder.conv_out.conv.bias), _MEL_MEAN)
+        elif isinstance(module, Generator):
+            _centre_input(module.conv_pre)
+            module.conv_post.weight.mul_(0.05)
+
+
+def _centre_input(conv: nn.Conv1d | nn.Conv2d) -> None:
+    """Makes a first layer see log-mels as if they had mean 0 and spread 1."""
+    conv.weight.div_(_MEL_SPREAD)
+    cast(Tensor, conv.bias).copy_(-_MEL_MEAN * conv.weight.flatten(1).sum(1))

@@ -4,13 +4,16 @@ Per-token noise levels and clean tokens during training give image, keyframe, au
 B batch, T video tokens, S audio tokens.
 """
 
+import math
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..codec.audio_vae import AudioVAE
 from ..codec.video_vae import VideoVAE
@@ -23,17 +26,26 @@ from ..transformer.config import TransformerConfig
 from ..transformer.model import AVTransformer, StreamInput
 from ..values import Guide
 from . import config, language
-from .dataset import Batch, load_shard
+from .dataset import Batch, format_of, load_shard
 from .training import Run
 
 _DROP_PROMPT = 0.1
 # what is given in a step, and how often
-_MODES = {"nothing": 0.62, "first": 0.14, "guide": 0.06, "first and guide": 0.08, "audio": 0.05, "video": 0.05}
+_MODES = {
+    "nothing": 0.62,
+    "first": 0.14,
+    "guide": 0.06,
+    "first and guide": 0.08,
+    "audio": 0.05,
+    "video": 0.05,
+}
 
 
 def tokenizer() -> WordTokenizer:
     """The embedded model's tokenizer."""
-    return WordTokenizer(tuple(language.vocabulary()), frozenset(language.content_words()), config.TEXT_LENGTH)
+    return WordTokenizer(
+        tuple(language.vocabulary()), frozenset(language.content_words()), config.TEXT_LENGTH
+    )
 
 
 class Generator(nn.Module):
@@ -69,7 +81,9 @@ def initialise_generator(model: Generator, seed: int) -> None:
 
 def encode_prompts(batch: Batch, rng: random.Random, words: WordTokenizer) -> tuple[Tensor, Tensor]:
     """A fresh prompt for every scene: ids and mask (B, L); some prompts are dropped for guidance."""
-    rows = [words.encode(language.describe(scene, rng)).ids for scene in batch.scenes]
+    rows = [
+        words.encode(language.interrupt(language.describe(scene, rng), rng)).ids for scene in batch.scenes
+    ]
     longest = max(len(row) for row in rows)
     ids = torch.stack([functional.pad(row, (0, longest - len(row))) for row in rows])
     mask = torch.stack([(torch.arange(longest) < len(row)).float() for row in rows])
@@ -110,10 +124,14 @@ def _stream(layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor) -> tu
 
 def _error(velocity: Tensor, wanted: Tensor, layout: Layout) -> Tensor:
     mask = layout.mask.to(velocity)
-    return ((velocity.float() - wanted).square() * mask).sum() / (mask.sum() * len(velocity) * velocity.shape[2]).clamp(min=1)
+    return ((velocity.float() - wanted).square() * mask).sum() / (
+        mask.sum() * len(velocity) * velocity.shape[2]
+    ).clamp(min=1)
 
 
-def flow_loss(model: Generator, batch: Batch, ids: Tensor, mask: Tensor, mode: str) -> tuple[Tensor, dict[str, float]]:
+def flow_loss(
+    model: Generator, batch: Batch, ids: Tensor, mask: Tensor, mode: str
+) -> tuple[Tensor, dict[str, float]]:
     """Squared error of both velocities over the tokens that are noised."""
     video_layout, audio_layout = _layouts(batch, mode)
     device = batch.video.device
@@ -132,18 +150,35 @@ def flow_loss(model: Generator, batch: Batch, ids: Tensor, mask: Tensor, mode: s
     return video_loss + audio_loss, {"video": video_loss.item(), "audio": audio_loss.item()}
 
 
-def train_transformer(run: Run, folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, device: str) -> None:
+def _part(batch: Batch, rng: random.Random, count: int, device: str) -> Batch:
+    """`count` clips of a shard, on the device."""
+    rows = rng.sample(range(len(batch.scenes)), count)
+    chosen = {name: getattr(batch, name)[rows].to(device) for name in ("video", "audio", "guide")}
+    return replace(batch, scenes=[batch.scenes[row] for row in rows], **chosen)
+
+
+def _choose_shard(paths: list[Path], rng: random.Random, progress: float) -> Path:
+    """Any shard, but only short square clips in the first third of the run: they teach the words fastest."""
+    if progress < 1 / 3:
+        paths = [path for path in paths if math.prod(format_of(path)[:3]) <= 64 * 64 * 25]
+    return rng.choice(paths)
+
+
+def train_transformer(
+    run: Run[Generator], folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, device: str, batch: int = 24
+) -> None:
     """Trains until the run's last step on the shards in `folder`; run.model is a Generator."""
-    words = tokenizer()
+    words, paths = tokenizer(), sorted(folder.glob("*.safetensors"))
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"{run.settings.seed}/flow/{step}")
         torch.manual_seed(rng.randrange(2**31))
-        shard = rng.choice(sorted(folder.glob("*.safetensors")))
-        batch = load_shard(shard, video_vae, audio_vae)
-        ids, mask = encode_prompts(batch, rng, words)
+        shard = load_shard(_choose_shard(paths, rng, step / run.settings.steps), video_vae, audio_vae)
+        clips = _part(shard, rng, batch, device)
+        ids, mask = encode_prompts(clips, rng, words)
         (mode,) = rng.choices(list(_MODES), weights=list(_MODES.values()))
-        on_device = {name: getattr(batch, name).to(device) for name in ("video", "audio", "guide")}
-        return flow_loss(run.model, replace(batch, **on_device), ids.to(device), mask.to(device), mode)
+        # on CPUs the fused attention's backward takes longer than that of plain products, at these sizes twice as long
+        with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
+            return flow_loss(run.model, clips, ids.to(device), mask.to(device), mode)
 
     run.train(loss_of_step)

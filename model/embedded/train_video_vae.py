@@ -1,6 +1,7 @@
 """Trains the video VAE on scenes drawn on the fly: short clips and single pictures, a few formats, any fps."""
 
 import random
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -12,7 +13,13 @@ from . import world
 from .training import Run
 
 # (batch, frames, height, width) and how often
-_BATCHES = [((8, 9, 64, 64), 5), ((40, 1, 64, 64), 2), ((4, 17, 64, 64), 2), ((5, 9, 64, 112), 1), ((5, 9, 112, 64), 1)]
+_BATCHES = [
+    ((8, 9, 64, 64), 5),
+    ((40, 1, 64, 64), 2),
+    ((4, 17, 64, 64), 2),
+    ((5, 9, 64, 112), 1),
+    ((5, 9, 112, 64), 1),
+]
 _KL_WEIGHT = 5e-5
 
 
@@ -23,7 +30,9 @@ def draw_pixels(rng: random.Random, batch: int, frames: int, height: int, width:
         scene = world.draw_scene(rng, allow_held_out=False)
         clip = world.render(scene, frames, height, width, fps=rng.uniform(10, 24))
         if rng.random() < 0.2:
-            clip = (clip[..., torch.randperm(3)] * rng.uniform(0.5, 1.1) + rng.uniform(0, 0.2)).clamp(0, 1)
+            clip = (clip[..., rng.sample(range(3), 3)] * rng.uniform(0.5, 1.1) + rng.uniform(0, 0.2)).clamp(
+                0, 1
+            )
         clips.append(clip)
     return rearrange(torch.stack(clips), "B F H W C -> B C F H W") * 2 - 1
 
@@ -37,22 +46,27 @@ def reconstruct(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return vae.decoder(latent).float(), mean, log_variance
 
 
-def video_loss(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """L1 plus squared error, the object's surroundings weighted up, plus a faint KL that keeps latents near unit size."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
-        restored, mean, log_variance = reconstruct(vae, pixels)
+def pixel_loss(restored: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """L1 plus squared error, the object's surroundings weighted up."""
     error = restored - pixels
     paper = pixels[..., :1, :1]
     object_mask = ((pixels - paper).abs().amax(dim=1, keepdim=True) > 0.02).float()
     near = functional.max_pool3d(object_mask, (1, 5, 5), 1, (0, 2, 2))
-    weight = 1 + 4 * near
-    pixel = (weight * (error.abs() + 2 * error.square())).mean()
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    weighted = ((1 + 4 * near) * (error.abs() + 2 * error.square())).mean()
     mse = error.detach().square().mean() / 4
-    return pixel + _KL_WEIGHT * kl * mean.shape[1], {"psnr": -10 * mse.log10().item(), "kl": kl.item()}
+    return weighted, {"psnr": -10 * mse.log10().item()}
 
 
-def train_video_vae(run: Run, device: str) -> None:
+def video_loss(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The pixel loss plus a faint KL that keeps latents near unit size."""
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        restored, mean, log_variance = reconstruct(vae, pixels)
+    loss, figures = pixel_loss(restored, pixels)
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return loss + _KL_WEIGHT * kl * mean.shape[1], figures | {"kl": kl.item()}
+
+
+def train_video_vae(run: Run[VideoVAE], device: str) -> None:
     """Trains until the run's last step; run.model is a VideoVAE."""
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -64,11 +78,35 @@ def train_video_vae(run: Run, device: str) -> None:
     run.train(loss_of_step)
 
 
+def train_video_decoder(run: Run[VideoVAE], device: str) -> None:
+    """Polishes the decoder alone: latents stay what they are, so a transformer trained on them stays valid.
+
+    A little more noise than the encoder's own makes the decoder forgive the transformer's errors.
+    """
+    run.model.encoder.requires_grad_(False)
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"{run.settings.seed}/decoder/{step}")
+        torch.manual_seed(rng.randrange(2**31))
+        (shape,) = rng.choices([b for b, _ in _BATCHES], weights=[w for _, w in _BATCHES])
+        pixels = draw_pixels(rng, *shape).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                latent = run.model.encoder(pixels)[:, : run.model.config.latent_channels]
+            restored = run.model.decoder(latent + rng.choice([0.0, 0.04, 0.08]) * torch.randn_like(latent))
+        return pixel_loss(restored.float(), pixels)
+
+    run.train(loss_of_step)
+
+
 @torch.no_grad()
 def measure_statistics(vae: VideoVAE, seed: int = 1, clips: int = 96) -> None:
     """Writes mean and standard deviation of the latents of fresh scenes into the VAE's statistics."""
     rng = random.Random(f"{seed}/video statistics")
-    latents = [vae.encoder(draw_pixels(rng, 8, 17, 64, 64))[:, : vae.config.latent_channels] for _ in range(clips // 8)]
+    latents = [
+        vae.encoder(draw_pixels(rng, 8, 17, 64, 64))[:, : vae.config.latent_channels]
+        for _ in range(clips // 8)
+    ]
     flat = rearrange(torch.cat(latents), "B C F H W -> C (B F H W)")
     vae.per_channel_statistics.get_buffer("mean-of-means").copy_(flat.mean(1))
     vae.per_channel_statistics.get_buffer("std-of-means").copy_(flat.std(1))
@@ -86,5 +124,5 @@ def initialise(module: nn.Module, seed: int) -> None:
             nn.init.zeros_(parameter)
     if isinstance(module, VideoVAE):
         # nearly noiseless latents at first: unit noise would hide what the encoder starts to say
-        module.encoder.conv_out.conv.bias.data[-1] = -6.0
+        cast(Tensor, module.encoder.conv_out.conv.bias).data[-1] = -6.0
         module.encoder.conv_out.conv.weight.data[-1].zero_()

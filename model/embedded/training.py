@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from PIL import Image, ImageDraw
@@ -70,14 +71,27 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 def is_hidden_matrix(name: str, weight: Tensor) -> bool:
     """Whether Muon should train this weight: matrices inside, not first or last layers, embeddings or tables."""
-    edges = ("conv_in", "conv_out", "conv_pre", "conv_post", "patchify_proj", "proj_out", "embedding.", "registers")
+    edges = (
+        "conv_in",
+        "conv_out",
+        "conv_pre",
+        "conv_post",
+        "patchify_proj",
+        "proj_out",
+        "embedding.",
+        "registers",
+        "adaln",
+    )
     return weight.ndim > 1 and "table" not in name and not any(edge in name for edge in edges)
 
 
-class Run:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Run(Generic[Model]):
     """One stage's weights, EMA and optimizer in a folder; continues where the folder stands."""
 
-    def __init__(self, folder: Path, model: nn.Module, settings: TrainSettings):
+    def __init__(self, folder: Path, model: Model, settings: TrainSettings):
         self.folder, self.model, self.settings = folder, model, settings
         folder.mkdir(parents=True, exist_ok=True)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -133,8 +147,8 @@ class Run:
     def _average(self) -> None:
         # a young average follows fast, or the random start would linger in it
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        ema, raw = list(self.ema.values()), [self.weights[n] for n in self.ema]
-        torch._foreach_lerp_(ema, raw, 1 - decay)
+        for name, average in self.ema.items():
+            average.lerp_(self.weights[name], 1 - decay)
 
     def _log(self, figures: dict[str, float]) -> None:
         line = json.dumps({k: round(v, 6) for k, v in figures.items()})
@@ -152,18 +166,18 @@ class Run:
         partial = self.folder / "state.partial"
         save_file(tensors, partial, {"step": str(self.step)})
         os.replace(partial, self.folder / "state.safetensors")
-        draw_curve(self.folder / "log.jsonl", self.folder / "curve.png")
+        if (self.folder / "log.jsonl").exists():
+            draw_curve(self.folder / "log.jsonl", self.folder / "curve.png")
 
     def _load(self) -> None:
         with safe_open(self.folder / "state.safetensors", "pt") as file:
             self.step = int(file.metadata()["step"])
-            self.model.load_state_dict({k[6:]: file.get_tensor(k) for k in file.keys() if k.startswith("model.")})
-            for name in self.names:
-                self.ema[name].copy_(file.get_tensor(f"ema.{name}"))
-            for key in file.keys():
-                if key.startswith("optimizer."):
-                    _, entry, name = key.split(".", 2)
-                    self._restore(entry, self.weights[name], file.get_tensor(key))
+            self.model.load_state_dict(_below(file, "model."))
+            for name, value in _below(file, "ema.").items():
+                self.ema[name].copy_(value)
+            for key, value in _below(file, "optimizer.").items():
+                entry, name = key.split(".", 1)
+                self._restore(entry, self.weights[name], value)
 
     def _restore(self, entry: str, weight: nn.Parameter, value: Tensor) -> None:
         adam, muon = self.optimizers
@@ -172,11 +186,16 @@ class Run:
         optimizer.state[weight][entry] = value if entry == "step" else value.to(weight.device)
 
 
+def _below(file, prefix: str) -> dict[str, Tensor]:
+    """Tensors of an open safetensors file whose names begin with `prefix`, without it."""
+    names = list(file.keys())
+    return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+
+
 def averaged_state(folder: Path) -> dict[str, Tensor]:
     """The newest EMA weights (and buffers) of the run in `folder`."""
     with safe_open(folder / "state.safetensors", "pt") as file:
-        state = {k[6:]: file.get_tensor(k) for k in file.keys() if k.startswith("model.")}
-        return state | {k[4:]: file.get_tensor(k) for k in file.keys() if k.startswith("ema.")}
+        return _below(file, "model.") | _below(file, "ema.")
 
 
 def draw_curve(log: Path, picture: Path, width: int = 640, height: int = 320) -> None:
@@ -188,7 +207,8 @@ def draw_curve(log: Path, picture: Path, width: int = 640, height: int = 320) ->
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     line = [
-        (30 + (x - x0) / (x1 - x0) * (width - 40), height - 20 - (y - y0) / (y1 - y0) * (height - 40)) for x, y in points
+        (30 + (x - x0) / (x1 - x0) * (width - 40), height - 20 - (y - y0) / (y1 - y0) * (height - 40))
+        for x, y in points
     ]
     draw.line(line, fill="navy", width=2)
     draw.text((5, 5), f"log10 loss {y1:.2f} to {y0:.2f}, steps {x0} to {x1}", fill="black")

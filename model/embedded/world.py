@@ -140,7 +140,9 @@ def event_times(scene: Scene, seconds: float) -> list[float]:
     if scene.motion not in ("bounces", "slides", "pulses"):
         return []
     first = math.ceil(scene.phase)
-    times = [(n - scene.phase) * scene.period for n in range(first, first + math.ceil(seconds / scene.period) + 1)]
+    times = [
+        (n - scene.phase) * scene.period for n in range(first, first + math.ceil(seconds / scene.period) + 1)
+    ]
     return [t for t in times if 0 <= t < seconds]
 
 

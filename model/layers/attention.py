@@ -18,7 +18,14 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width: int, context_width: int, heads: int, head_width: int, gated: bool, bias: bool = True, eps: float = 1e-6
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        head_width: int,
+        gated: bool,
+        bias: bool = True,
+        eps: float = 1e-6,
     ):
         super().__init__()
         inner = heads * head_width

@@ -15,7 +15,9 @@ class CausalConv3d(nn.Module):
     padding_mode: "zeros" or "reflect", spatial only.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, causal: bool, padding_mode: str = "zeros", kernel: int = 3):
+    def __init__(
+        self, channels_in: int, channels_out: int, causal: bool, padding_mode: str = "zeros", kernel: int = 3
+    ):
         super().__init__()
         self.conv = nn.Conv3d(channels_in, channels_out, kernel)
         self.reach, self.causal, self.padding_mode = kernel - 1, causal, padding_mode
@@ -28,5 +30,7 @@ class CausalConv3d(nn.Module):
             x_BCFHW = functional.pad(x_BCFHW, (edge, edge, edge, edge, 0, 0), mode="reflect")
             edge = 0
         first, last = x_BCFHW[:, :, :1], x_BCFHW[:, :, -1:]
-        x_BCFHW = torch.cat([first.expand(-1, -1, before, -1, -1), x_BCFHW, last.expand(-1, -1, after, -1, -1)], dim=2)
+        x_BCFHW = torch.cat(
+            [first.expand(-1, -1, before, -1, -1), x_BCFHW, last.expand(-1, -1, after, -1, -1)], dim=2
+        )
         return functional.conv3d(x_BCFHW, self.conv.weight, self.conv.bias, padding=(0, edge, edge))

@@ -21,7 +21,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, bias: bool = True):
         super().__init__()
-        self.net = nn.ModuleList([_GELUProjection(width, hidden, bias), nn.Identity(), nn.Linear(hidden, width, bias=bias)])
+        self.net = nn.ModuleList(
+            [_GELUProjection(width, hidden, bias), nn.Identity(), nn.Linear(hidden, width, bias=bias)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))

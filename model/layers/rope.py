@@ -28,7 +28,9 @@ def midpoints(bounds: Tensor) -> Tensor:
     return (bounds[..., 0] + bounds[..., 1]) / 2
 
 
-def make_rope(positions: Tensor, max_positions: tuple[float, ...], theta: float, width: int, heads: int) -> Rope:
+def make_rope(
+    positions: Tensor, max_positions: tuple[float, ...], theta: float, width: int, heads: int
+) -> Rope:
     """Tables for `width` rotary channels over `heads` heads.
 
     positions: (B, axes, T) float32 on the CPU, in the units of max_positions, one per axis.

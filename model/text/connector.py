@@ -82,7 +82,12 @@ class ConnectorsConfig:
 
 
 def _concerns_text(key: str) -> bool:
-    others = ("caption_proj_before_connector", "caption_channels", "text_encoder_norm_type", "positional_embedding_theta")
+    others = (
+        "caption_proj_before_connector",
+        "caption_channels",
+        "text_encoder_norm_type",
+        "positional_embedding_theta",
+    )
     return key in others or key.startswith(("connector_", "audio_connector_"))
 
 
@@ -107,7 +112,8 @@ class Connector(nn.Module):
         self.config, self.shared = config, shared
         self.learnable_registers = nn.Parameter(torch.zeros(shared.registers, config.width))
         self.transformer_1d_blocks = nn.ModuleList(
-            ConnectorBlock(config.width, config.heads, config.head_width, shared.gated) for _ in range(config.layers)
+            ConnectorBlock(config.width, config.heads, config.head_width, shared.gated)
+            for _ in range(config.layers)
         )
 
     def forward(self, text_BLW: Tensor, mask_BL: Tensor) -> Tensor:
@@ -162,7 +168,9 @@ class Connectors(nn.Module):
         self.video_embeddings_connector = Connector(config.video, config)
         self.audio_embeddings_connector = Connector(config.audio, config)
 
-    def forward(self, states_BLDZ: Tensor, mask_BL: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, states_BLDZ: Tensor, mask_BL: Tensor, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(B, L, D, Z) states and their (B, L) mask (1 = a token) to contexts (B, length, W) of both streams.
 
         length: positions that the transformer reads (default L); the part beyond the prompt holds registers.
@@ -176,7 +184,9 @@ class Connectors(nn.Module):
         video, audio = self.text_embedding_projection(flat)
         mask_BL = functional.pad(mask_BL, (0, length - tokens))
         video, audio = (functional.pad(x, (0, 0, 0, length - tokens)) for x in (video, audio))
-        return self.video_embeddings_connector(video, mask_BL), self.audio_embeddings_connector(audio, mask_BL)
+        return self.video_embeddings_connector(video, mask_BL), self.audio_embeddings_connector(
+            audio, mask_BL
+        )
 
 
 def normalize_states(states_BLDZ: Tensor, mask_BL: Tensor, norm: str) -> Tensor:

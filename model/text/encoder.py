@@ -36,7 +36,12 @@ class WordEncoderConfig:
         """Reads the `text_encoder` section of an embedded checkpoint."""
         options = Options(section, "text_encoder")
         options.expect("_class_name", "WordEncoder")
-        config = cls(*(options.take(k) for k in ("num_words", "num_attention_heads", "attention_head_dim", "num_layers")))
+        config = cls(
+            *(
+                options.take(k)
+                for k in ("num_words", "num_attention_heads", "attention_head_dim", "num_layers")
+            )
+        )
         options.close()
         return config
 
@@ -49,7 +54,8 @@ class WordEncoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.words, config.width)
         self.blocks = nn.ModuleList(
-            ConnectorBlock(config.width, config.heads, config.head_width, gated=True) for _ in range(config.layers)
+            ConnectorBlock(config.width, config.heads, config.head_width, gated=True)
+            for _ in range(config.layers)
         )
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -57,7 +63,9 @@ class WordEncoder(nn.Module):
         x_BLD = self.embedding(ids_BL)
         positions = torch.arange(ids_BL.shape[1], dtype=torch.float32).view(1, 1, -1)
         rope = make_rope(positions, (64.0,), 100.0, self.config.width, self.config.heads).to(x_BLD.device)
-        bias = torch.zeros(mask_BL.shape, device=x_BLD.device).masked_fill(mask_BL == 0, torch.finfo(torch.float32).min)
+        bias = torch.zeros(mask_BL.shape, device=x_BLD.device).masked_fill(
+            mask_BL == 0, torch.finfo(torch.float32).min
+        )
         states = [x_BLD]
         for block in self.blocks:
             states.append(block(states[-1], rope, bias[:, None, None].to(x_BLD.dtype)))

@@ -44,8 +44,12 @@ class Block(nn.Module):
         self.attn2 = self._attention(video, video.context_width, gated)
         self.audio_attn2 = self._attention(audio, audio.context_width, gated)
         # 3. the other stream, in the audio stream's heads both ways
-        self.audio_to_video_attn = Attention(video.width, audio.width, audio.heads, audio.head_width, gated, eps=self.eps)
-        self.video_to_audio_attn = Attention(audio.width, video.width, audio.heads, audio.head_width, gated, eps=self.eps)
+        self.audio_to_video_attn = Attention(
+            video.width, audio.width, audio.heads, audio.head_width, gated, eps=self.eps
+        )
+        self.video_to_audio_attn = Attention(
+            audio.width, video.width, audio.heads, audio.head_width, gated, eps=self.eps
+        )
         # 4. feed-forward
         self.ff = FeedForward(video.width, 4 * video.width, video.ff_bias)
         self.audio_ff = FeedForward(audio.width, 4 * audio.width, audio.ff_bias)
@@ -78,14 +82,18 @@ class Block(nn.Module):
         audio_BSD = self._attend_self(self.audio_attn1, audio_BSD, audio, audio_rows, perturbed)
         # 2. text
         video_BTD = self._attend_text(self.attn2, video_BTD, video, video_rows, "prompt_scale_shift_table")
-        audio_BSD = self._attend_text(self.audio_attn2, audio_BSD, audio, audio_rows, "audio_prompt_scale_shift_table")
+        audio_BSD = self._attend_text(
+            self.audio_attn2, audio_BSD, audio, audio_rows, "audio_prompt_scale_shift_table"
+        )
         # 3. the other stream
         if not isolated:
             video_BTD, audio_BSD = self._attend_each_other(video_BTD, audio_BSD, video, audio)
         # 4. feed-forward
         return self._feed(self.ff, video_BTD, video_rows), self._feed(self.audio_ff, audio_BSD, audio_rows)
 
-    def _attend_self(self, attention: Attention, x: Tensor, stream: StreamState, rows, perturbed: bool) -> Tensor:
+    def _attend_self(
+        self, attention: Attention, x: Tensor, stream: StreamState, rows, perturbed: bool
+    ) -> Tensor:
         shift, scale, gate = rows[0:3]
         normed = modulate(rms_norm(x, self.eps), scale, shift)
         return x + gate * attention(normed, rope=stream.rope, bias=stream.self_bias, values_only=perturbed)

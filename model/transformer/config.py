@@ -59,7 +59,9 @@ class TransformerConfig:
         theta = float(options.take("positional_embedding_theta", 10000.0))
         text_modulation = options.expect("cross_attention_adaln", False, True)
         config = cls(
-            video=_read_stream(options, "", [20, 2048, 2048], (32, 128), options.expect("ff_bias", True, False)),
+            video=_read_stream(
+                options, "", [20, 2048, 2048], (32, 128), options.expect("ff_bias", True, False)
+            ),
             audio=_read_stream(options, "audio_", [20], (32, 64), True),
             layers=options.take("num_layers", 48),
             caption_width=None if before else caption_width,
@@ -76,7 +78,9 @@ class TransformerConfig:
         return config
 
 
-def _read_stream(options: Options, prefix: str, max_pos: list, heads: tuple[int, int], ff_bias: bool) -> StreamConfig:
+def _read_stream(
+    options: Options, prefix: str, max_pos: list, heads: tuple[int, int], ff_bias: bool
+) -> StreamConfig:
     count = options.take(f"{prefix}num_attention_heads", heads[0])
     head_width = options.take(f"{prefix}attention_head_dim", heads[1])
     return StreamConfig(
@@ -99,16 +103,39 @@ def _refuse_variants(options: Options) -> None:
     options.expect("positional_embedding_type", "rope")
     options.expect("rope_type", "split")
     options.expect("frequencies_precision", "float64")
-    always = ("attention_bias", "cross_attention_norm", "use_audio_video_cross_attention", "av_cross_ada_norm")
-    for key in (*always, "use_middle_indices_grid", "causal_temporal_positioning", "use_embeddings_connector"):
+    always = (
+        "attention_bias",
+        "cross_attention_norm",
+        "use_audio_video_cross_attention",
+        "av_cross_ada_norm",
+    )
+    for key in (
+        *always,
+        "use_middle_indices_grid",
+        "causal_temporal_positioning",
+        "use_embeddings_connector",
+    ):
         options.expect(key, True)
-    never = ("use_linear_projection", "only_cross_attention", "double_self_attention", "upcast_attention", "share_ff")
-    for key in (*never, "norm_elementwise_affine", "caption_projection_first_linear", "caption_proj_input_norm"):
+    never = (
+        "use_linear_projection",
+        "only_cross_attention",
+        "double_self_attention",
+        "upcast_attention",
+        "share_ff",
+    )
+    for key in (
+        *never,
+        "norm_elementwise_affine",
+        "caption_projection_first_linear",
+        "caption_proj_input_norm",
+    ):
         options.expect(key, False)
     options.expect("caption_projection_second_linear", False)
     options.expect("num_vector_embeds", None)
     options.ignore("dropout", "num_embeds_ada_norm", "text_encoder_norm_type")
     for prefix in ("connector", "audio_connector"):
-        options.ignore(*(f"{prefix}_{k}" for k in ("num_attention_heads", "attention_head_dim", "num_layers")))
+        options.ignore(
+            *(f"{prefix}_{k}" for k in ("num_attention_heads", "attention_head_dim", "num_layers"))
+        )
     options.ignore("connector_positional_embedding_max_pos", "connector_num_learnable_registers")
     options.ignore("connector_norm_output", "connector_apply_gated_attention")

@@ -27,7 +27,9 @@ class RopeTables:
     cross_audio: Rope
 
     def to(self, device: torch.device | str) -> "RopeTables":
-        return RopeTables(*(getattr(self, n).to(device) for n in ("video", "audio", "cross_video", "cross_audio")))
+        return RopeTables(
+            *(getattr(self, n).to(device) for n in ("video", "audio", "cross_video", "cross_audio"))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,10 @@ class AVTransformer(nn.Module):
     def _mark_keyframes(self, video_BTD: Tensor, marked: Tensor | None) -> Tensor:
         if marked is None or not self.config.keyframe_marker:
             return video_BTD
-        return video_BTD + rearrange(marked, "B T -> B T 1").to(video_BTD.dtype) * self.keyframes_abs_pos_embedding
+        return (
+            video_BTD
+            + rearrange(marked, "B T -> B T 1").to(video_BTD.dtype) * self.keyframes_abs_pos_embedding
+        )
 
     def _prepare(
         self, stream: StreamInput, other: StreamInput, prefix: str, rope: Rope, cross_rope: Rope

@@ -3,7 +3,6 @@
 B batch, U distinct noise levels, T tokens, R rows, W width.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-def timestep_sinusoid(timesteps: Tensor, channels: int = 256) -> Tensor:
-    """(...) timesteps to (..., channels) float32: cosines, then sines, of falling frequency."""
-    half = channels // 2
-    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float().unsqueeze(-1) * exponents.exp()
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+from ..layers.timestep import TimestepMLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +27,6 @@ class Rows:
             return rows
         index = rearrange(self.level_of_token_BT, "B T -> B T 1")
         return tuple(torch.take_along_dim(row, index, dim=1) for row in rows)
-
-
-class TimestepMLP(nn.Module):
-    """Sinusoid to the embedded timestep."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(256, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        sinusoid = timestep_sinusoid(timesteps).to(self.linear_1.weight.dtype)
-        return self.linear_2(functional.silu(self.linear_1(sinusoid)))
 
 
 class AdaLN(nn.Module):

@@ -1,0 +1,270 @@
+"""Latents to pixels by denoising: the diffusion video decoder of 2.5, beside the same convolutional encoder (spec section 2.16).
+
+Four stages of neighbourhood attention grow the latents into a context volume; the last one denoises patches of pixels
+beside it. Module names are the published ones.
+
+B batch, C channels, F H W frames/rows/columns, T timestep width, R modulation rows.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import count
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ShapeError, UnsupportedModelError
+from ..latents.noise import draw_noise
+from ..latents.statistics import PerChannelStatistics
+from ..layers.neighborhood_attention import MEMORY_BYTES, Cells, NeighborhoodAttention, frame_pieces
+from ..layers.timestep import timestep_sinusoid
+from .diffusion_config import ContextStage, DiffusionDecoderConfig, DiffusionVAEConfig
+from .video_vae import Tick, VideoEncoder, check_pixels, no_tick, patchify, unpatchify
+
+_ROWS = 7  # published; scale and shift of attention and MLP, and three gates that no block reads
+_TIME_CHANNELS = 256
+Done = Callable[[], None]
+
+
+def _nobody_counts() -> None:
+    """Nobody watches the blocks."""
+
+
+class SwiGLU(nn.Module):
+    """w_down(silu(w_gate x) * w_up x), hidden 4 times as wide, a few frames at a time."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.w_up = nn.Linear(width, 4 * width, bias=False)
+        self.w_gate = nn.Linear(width, 4 * width, bias=False)
+        self.w_down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x_BFHWC: Tensor) -> Tensor:
+        made = torch.empty_like(x_BFHWC)
+        for frames in frame_pieces(x_BFHWC):
+            piece = x_BFHWC[:, frames]
+            made[:, frames] = self.w_down(functional.silu(self.w_gate(piece)) * self.w_up(piece))
+        return made
+
+
+class ContextBlock(nn.Module):
+    """Neighbourhood attention and SwiGLU, each behind a norm and beside its input."""
+
+    def __init__(self, width: int, head_width: int, kernel: Cells):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.attn = NeighborhoodAttention(width, head_width, kernel)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width)
+
+    def forward(self, x_BFHWC: Tensor, memory_bytes: int) -> Tensor:
+        x_BFHWC = x_BFHWC + self.attn(self.norm1(x_BFHWC), memory_bytes)
+        return x_BFHWC + self.mlp(self.norm2(x_BFHWC))
+
+
+class DenoisingBlock(nn.Module):
+    """The same with the context added first and both norms modulated by the noise level."""
+
+    def __init__(self, width: int, head_width: int, kernel: Cells):
+        super().__init__()
+        self.context_proj = nn.Linear(width, width)
+        self.scale_shift_table = nn.Parameter(torch.zeros(_ROWS, width))
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.attn = NeighborhoodAttention(width, head_width, kernel)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width)
+
+    def forward(self, x_BFHWC: Tensor, context_BFHWC: Tensor, rows_RC: Tensor, memory_bytes: int) -> Tensor:
+        rows_RC = (rows_RC + self.scale_shift_table).to(x_BFHWC.dtype)  # files may keep tables in float32
+        scale_a, shift_a, _, scale_m, shift_m, _, _ = rows_RC
+        x_BFHWC = x_BFHWC + self.context_proj(context_BFHWC)
+        x_BFHWC = x_BFHWC + self.attn(self.norm1(x_BFHWC) * (1 + scale_a) + shift_a, memory_bytes)
+        return x_BFHWC + self.mlp(self.norm2(x_BFHWC) * (1 + scale_m) + shift_m)
+
+
+class PixelShuffle(nn.Module):
+    """Linear and channels-last depth-to-space; time doubled drops the first frame."""
+
+    def __init__(self, stage: ContextStage):
+        super().__init__()
+        self.stride = stage.stride
+        self.proj = nn.Linear(stage.width, math.prod(stage.stride) * stage.width // stage.reduction)
+
+    def forward(self, x_BFHWC: Tensor) -> Tensor:
+        t, h, w = self.stride
+        spread = "B F H W (C t h w) -> B (F t) (H h) (W w) C"
+        made = rearrange(self.proj(x_BFHWC), spread, t=t, h=h, w=w)
+        return made[:, 1:] if t == 2 else made
+
+
+class TimestepEmbedder(nn.Module):
+    """One noise level to its vector (T,)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(_TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        return self.mlp(timestep_sinusoid(timestep, _TIME_CHANNELS).to(next(self.parameters()).dtype))
+
+
+class SharedAdaLN(nn.Module):
+    """The level's vector to modulation rows (R, C), shared by all blocks."""
+
+    def __init__(self, width: int, timestep_width: int):
+        super().__init__()
+        self.proj = nn.Linear(timestep_width, _ROWS * width)
+
+    def forward(self, embedded_T: Tensor) -> Tensor:
+        return rearrange(self.proj(functional.silu(embedded_T)), "(R C) -> R C", R=_ROWS)
+
+
+class DiffusionDecoder(nn.Module):
+    """Un-normalised latents and noise to pixels: a context once, then one pass per step."""
+
+    def __init__(self, config: DiffusionDecoderConfig):
+        super().__init__()
+        self.config = config
+        head_width, patch_channels = config.head_width, 3 * config.patch**2
+        # 1. context
+        self.conv_in = nn.Linear(config.latent_channels, config.stages[0].width)
+        self.det_stages = nn.ModuleList(
+            nn.ModuleList(ContextBlock(stage.width, head_width, stage.kernel) for _ in range(stage.depth))
+            for stage in config.stages
+        )
+        self.upsamples = nn.ModuleList(PixelShuffle(stage) for stage in config.stages)
+        # 2. denoising
+        self.t_embedder = TimestepEmbedder(config.timestep_width)
+        self.shared_adaln = SharedAdaLN(config.width, config.timestep_width)
+        self.conv_in_x_t = nn.Linear(patch_channels, config.width)
+        self.diff_blocks = nn.ModuleList(
+            DenoisingBlock(config.width, head_width, config.kernel) for _ in range(config.depth)
+        )
+        self.norm_out = nn.RMSNorm(config.width, eps=1e-6)
+        self.conv_out = nn.Linear(config.width, patch_channels)
+
+    def context(
+        self,
+        latent_BCFHW: Tensor,
+        memory_bytes: int = MEMORY_BYTES,
+        block_done: Done = _nobody_counts,
+    ) -> Tensor:
+        """Latents (B, C, f, h, w), at least config.smallest_latent, to the context of every patch (B, F, H, W, C)."""
+        ghosts = self.config.ghost_frames
+        last = latent_BCFHW[:, :, -1:].expand(-1, -1, ghosts, -1, -1)
+        x = rearrange(torch.cat([latent_BCFHW, last], dim=2), "B C F H W -> B F H W C")
+        x = self.conv_in(x.to(self.conv_in.weight.dtype))
+        for blocks, upsample in zip(self.det_stages, self.upsamples, strict=True):
+            for block in blocks.children():
+                x = block(x, memory_bytes)
+                block_done()
+            x = upsample(x)
+        return x[:, : x.shape[1] - ghosts * self.config.compression.time]
+
+    def denoise(
+        self,
+        context_BFHWC: Tensor,
+        noise_BCFHW: Tensor,
+        steps: int = 1,
+        memory_bytes: int = MEMORY_BYTES,
+        block_done: Done = _nobody_counts,
+    ) -> Tensor:
+        """Noise (B, 3, F, H, W) to pixels by `steps` Euler steps at t = 1, 1 - 1/n, ..., 1/n; float32."""
+        pixels = noise_BCFHW.float()
+        for left in range(steps, 0, -1):
+            clean = self.predict(context_BFHWC, pixels, left / steps, memory_bytes, block_done)
+            # (x - x0)/t times the step of 1/n, with t = left/n; the last step lands on x0 itself
+            pixels = clean if left == 1 else pixels - (pixels - clean) / left
+        return pixels
+
+    def predict(
+        self,
+        context_BFHWC: Tensor,
+        pixels_BCFHW: Tensor,
+        t: float,
+        memory_bytes: int = MEMORY_BYTES,
+        block_done: Done = _nobody_counts,
+    ) -> Tensor:
+        """Clean pixels as the model sees them in pixels of noise level t in (0, 1]; float32."""
+        timestep = torch.tensor(t * self.config.timestep_scale, device=pixels_BCFHW.device)
+        rows_RC = self.shared_adaln(self.t_embedder(timestep))
+        patches = rearrange(patchify(pixels_BCFHW, self.config.patch), "B C F H W -> B F H W C")
+        x = self.conv_in_x_t(patches.to(context_BFHWC.dtype))
+        for block in self.diff_blocks:
+            x = block(x, context_BFHWC, rows_RC, memory_bytes)
+            block_done()
+        patches = rearrange(self.conv_out(self.norm_out(x)), "B F H W C -> B C F H W")
+        return unpatchify(patches, self.config.patch).float()
+
+
+class DiffusionVAE(nn.Module):
+    """Both directions with the statistics that normalise the latents between them; its latents are the 2.5 conv VAE's."""
+
+    def __init__(self, config: DiffusionVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = VideoEncoder(config.encoder) if config.encoder else None
+        self.decoder = DiffusionDecoder(config.decoder)
+        self.per_channel_statistics = PerChannelStatistics(config.latent_channels)
+
+    def encode(self, pixels_BCFHW: Tensor) -> Tensor:
+        """As VideoVAE.encode; Raises UnsupportedModelError where the file has only the decoder."""
+        if self.encoder is None:
+            raise UnsupportedModelError(
+                "this file holds only the decoder: encode with the convolutional VAE of the same version"
+            )
+        check_pixels(pixels_BCFHW, self.config.compression)
+        mean, _log_variance = self.encoder(pixels_BCFHW).split([self.config.latent_channels, 1], dim=1)
+        return self.per_channel_statistics.normalize(mean, 1)
+
+    def decode(
+        self,
+        latent_BCFHW: Tensor,
+        generator: torch.Generator,
+        tick: Tick = no_tick,
+        steps: int | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> Tensor:
+        """Normalised latents (B, C, f, h, w) to pixels (B, 3, F, H, W), about [-1, 1], not clamped, float32.
+
+        generator: on the CPU, the source of the noise. tick: called with (blocks done, blocks in all); what it raises
+        ends the decode. steps: None for the file's own number. memory_bytes: cap of one attention's working set.
+        Latents smaller than the kernels are continued by copies of their edge, the result is cropped.
+        Raises ShapeError for no latents and for fewer than one step.
+        """
+        steps = self.config.decoder.steps if steps is None else steps
+        if steps < 1:
+            raise ShapeError(
+                f"{steps} steps given, 1 or more are needed: {self.config.decoder.steps} is usual"
+            )
+        if latent_BCFHW.ndim != 5 or 0 in latent_BCFHW.shape:
+            raise ShapeError(
+                f"latents must be (batch, channels, frames, rows, columns), got {tuple(latent_BCFHW.shape)}"
+            )
+        latent = _continued(self.per_channel_statistics.denormalize(latent_BCFHW, 1), self.config.decoder)
+        done = self._counter(tick, steps)
+        context = self.decoder.context(latent, memory_bytes, done)
+        batch, frames, rows, columns, _ = context.shape
+        patch, grid = self.config.decoder.patch, self.config.compression
+        noise = draw_noise((batch, 3, frames, rows * patch, columns * patch), generator, context.device)
+        pixels = self.decoder.denoise(context, noise, steps, memory_bytes, done)
+        f, h, w = latent_BCFHW.shape[2:]
+        return pixels[:, :, : (f - 1) * grid.time + 1, : h * grid.space, : w * grid.space]
+
+    def _counter(self, tick: Tick, steps: int) -> Done:
+        decoder, done = self.config.decoder, count(1)
+        total = sum(stage.depth for stage in decoder.stages) + steps * decoder.depth
+        return lambda: tick(next(done), total)
+
+
+def _continued(latent_BCFHW: Tensor, config: DiffusionDecoderConfig) -> Tensor:
+    """Copies of the last frame, row and column up to the smallest grid."""
+    for axis, smallest in enumerate(config.smallest_latent, start=2):
+        cells = latent_BCFHW.shape[axis]
+        if cells < smallest:
+            last = latent_BCFHW.narrow(axis, cells - 1, 1)
+            copies = [last] * (smallest - cells)
+            latent_BCFHW = torch.cat([latent_BCFHW, *copies], dim=axis)
+    return latent_BCFHW

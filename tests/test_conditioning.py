@@ -1,0 +1,221 @@
+"""Where guides put their tokens, how strongly those are held, and what is refused; one forward pass with them."""
+
+import pytest
+import torch
+from test_audio_codec import assert_near, seeded
+from tiny_models import TRANSFORMERS
+
+from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
+from lockstep.model.denoiser import JointDenoiser, starting_state
+from lockstep.model.errors import ShapeError, WorkflowError
+from lockstep.model.latents.patchify import audio_to_tokens, video_to_tokens
+from lockstep.model.shapes import ClipShape, audio_positions, frame_positions, video_positions
+from lockstep.model.transformer.config import TransformerConfig
+from lockstep.model.transformer.model import AVTransformer, StreamInput
+from lockstep.model.values import Conditioning, Context, Guide
+
+SHAPE = ClipShape(17, 64, 96, 24.0)  # 3 x 2 x 3 latents, 18 tokens
+FRAME_TOKENS = 6
+
+
+def latent(frames: int = 1) -> torch.Tensor:
+    return torch.randn(1, 4, frames, 2, 3)
+
+
+def test_a_clip_without_guides_is_free_everywhere():
+    layout = lay_out_video(SHAPE, 4, [])
+    assert torch.equal(layout.mask, torch.ones(1, 18, 1))
+    assert torch.equal(layout.clean, torch.zeros(1, 18, 4))
+    assert torch.equal(layout.positions, video_positions(SHAPE))
+    assert (layout.masks, layout.own_tokens, layout.frozen) == ((1.0,), 18, False)
+
+
+def test_a_guide_at_the_start_takes_the_first_latents_place():
+    picture = latent()
+    layout = lay_out_video(SHAPE, 4, [Guide(picture, 0, 1.0)])
+    assert layout.clean.shape == (1, 18, 4)
+    assert torch.equal(layout.clean[:, :FRAME_TOKENS], video_to_tokens(picture))
+    assert layout.mask[0, :, 0].tolist() == [0.0] * FRAME_TOKENS + [1.0] * 12
+    assert torch.equal(layout.positions, video_positions(SHAPE))
+
+
+def test_a_later_guide_is_appended_at_its_frame():
+    picture = latent()
+    layout = lay_out_video(SHAPE, 4, [Guide(picture, 8, 0.75)])
+    assert layout.own_tokens == 18
+    assert torch.equal(layout.clean[:, 18:], video_to_tokens(picture))
+    assert layout.mask[0, :, 0].tolist() == [1.0] * 18 + [0.25] * FRAME_TOKENS
+    assert torch.equal(layout.positions[:, :, 18:], frame_positions(SHAPE, 8))
+
+
+def test_several_guides_keep_their_order_strength_and_length():
+    guides = [Guide(latent(), 16, 0.5), Guide(latent(2), 0, 0.9), Guide(latent(2), 4, 1.0)]
+    layout = lay_out_video(SHAPE, 4, guides)
+    assert layout.clean.shape[1] == layout.mask.shape[1] == layout.positions.shape[2] == 18 + 6 + 12
+    wanted = torch.cat([video_to_tokens(guides[1].latent), torch.zeros(1, 6, 4)], dim=1)
+    assert torch.equal(layout.clean[:, :18], wanted)
+    assert torch.equal(layout.clean[:, 18:24], video_to_tokens(guides[0].latent))
+    assert torch.equal(layout.clean[:, 24:], video_to_tokens(guides[2].latent))
+    assert torch.equal(layout.positions[:, :, 24:], frame_positions(SHAPE, 4, 2))
+
+
+def test_levels_say_of_every_token_what_its_mask_is():
+    layout = lay_out_video(SHAPE, 4, [Guide(latent(), 0, 1.0), Guide(latent(), 8, 0.8)])
+    assert len(layout.masks) == 3
+    assert torch.equal(torch.tensor(layout.masks)[layout.level_of_token], layout.mask[..., 0])
+
+
+@pytest.mark.parametrize(
+    "guides", [[], [Guide(torch.zeros(1, 4, 1, 2, 3), 0, 1.0), Guide(torch.zeros(1, 4, 1, 2, 3), 8, 1.0)]]
+)
+def test_the_clips_first_latent_frame_is_marked_and_no_guide(guides):
+    layout = lay_out_video(SHAPE, 4, guides)
+    assert layout.marked.shape == layout.mask.shape[:2]
+    assert layout.marked[0].nonzero().flatten().tolist() == list(range(FRAME_TOKENS))
+
+
+def test_audio_is_laid_out_without_marks():
+    layout = lay_out_audio(SHAPE, 2, 8)
+    assert layout.clean.shape == (1, SHAPE.audio_latents, 16)
+    assert torch.equal(layout.positions, audio_positions(SHAPE.audio_latents, SHAPE.audio_rate))
+    assert not layout.marked.any()
+    assert not layout.frozen
+
+
+def test_given_streams_are_frozen():
+    video, audio = latent(3), torch.randn(1, 2, SHAPE.audio_latents, 8)
+    video_layout, audio_layout = lay_out_video(SHAPE, 4, [], video), lay_out_audio(SHAPE, 2, 8, audio)
+    assert video_layout.frozen
+    assert audio_layout.frozen
+    assert torch.equal(video_layout.clean, video_to_tokens(video))
+    assert torch.equal(audio_layout.clean, audio_to_tokens(audio))
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1])
+def test_a_strength_outside_its_range_is_refused(strength):
+    with pytest.raises(WorkflowError, match=f"strength {strength} must lie between 0 and 1"):
+        lay_out_video(SHAPE, 4, [Guide(latent(), 0, strength)])
+
+
+def test_two_guides_in_one_place_are_refused():
+    with pytest.raises(WorkflowError, match="two guides at frame 8: keep one"):
+        lay_out_video(SHAPE, 4, [Guide(latent(), 8, 1.0), Guide(latent(), 8, 0.5)])
+
+
+@pytest.mark.parametrize("frame", [-8, 17])
+def test_a_guide_outside_the_clip_is_refused(frame):
+    with pytest.raises(ShapeError, match="lies outside the clip: use 0 to 16"):
+        lay_out_video(SHAPE, 4, [Guide(latent(), frame, 1.0)])
+
+
+@pytest.mark.parametrize("frame", [0, 8])
+def test_a_guide_longer_than_the_clip_is_refused(frame):
+    with pytest.raises(WorkflowError, match="a guide of 4 latent frames does not fit 3"):
+        lay_out_video(SHAPE, 4, [Guide(latent(4), frame, 1.0)])
+
+
+@pytest.mark.parametrize("frame", [0, 8])
+def test_a_guide_of_another_size_is_refused_with_both(frame):
+    with pytest.raises(ShapeError, match=r"\(1, 4, 1, 2, 2\), this clip needs \(1, 4, 1, 2, 3\)"):
+        lay_out_video(SHAPE, 4, [Guide(torch.zeros(1, 4, 1, 2, 2), frame, 1.0)])
+
+
+def test_given_streams_of_another_length_are_refused():
+    with pytest.raises(ShapeError, match="given video"):
+        lay_out_video(SHAPE, 4, [], latent(2))
+    with pytest.raises(ShapeError, match="given audio"):
+        lay_out_audio(SHAPE, 2, 8, torch.zeros(1, 2, SHAPE.audio_latents + 1, 8))
+
+
+def test_guides_on_a_given_video_are_refused():
+    with pytest.raises(WorkflowError, match="nothing to guide"):
+        lay_out_video(SHAPE, 4, [Guide(latent(), 0, 1.0)], latent(3))
+
+
+# --- noise and the denoiser read a layout ----------------------------------------------------------------------------------
+
+
+def start(guides=(), noise_scale: float = 1.0):
+    video, audio = lay_out_video(SHAPE, 4, guides), lay_out_audio(SHAPE, 2, 8)
+    return starting_state(SHAPE, video, audio, 2, 7, noise_scale, torch.device("cpu"))
+
+
+def test_a_run_starts_from_the_clean_tokens_and_the_seeds_noise_by_mask():
+    guides = [Guide(latent(), 0, 1.0), Guide(latent(), 8, 0.75)]
+    free, guided = start(), start(guides)
+    assert torch.equal(guided.video.tokens_BTC[:, :FRAME_TOKENS], video_to_tokens(guides[0].latent))
+    # a guide changes nothing of the noise before it
+    assert torch.equal(guided.video.tokens_BTC[:, FRAME_TOKENS:18], free.video.tokens_BTC[:, FRAME_TOKENS:18])
+    assert torch.equal(guided.audio.tokens_BTC, free.audio.tokens_BTC)
+    noise = (guided.video.tokens_BTC[:, 18:] - 0.75 * video_to_tokens(guides[1].latent)) / 0.25
+    assert 0.5 < noise.std().item() < 1.5  # 24 values of a standard normal
+
+
+def test_a_run_may_start_below_full_noise():
+    whole, half = start(), start(noise_scale=0.5)
+    assert_near(half.video.tokens_BTC, whole.video.tokens_BTC / 2, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def transformer() -> AVTransformer:
+    return seeded(AVTransformer(TransformerConfig.from_published(TRANSFORMERS["2.5"])))
+
+
+def make_denoiser(transformer: AVTransformer, guides=(), given_audio=None) -> JointDenoiser:
+    contexts = [Context(torch.randn(1, 5, 32), torch.randn(1, 5, 16)) for _ in range(2)]
+    video, audio = lay_out_video(SHAPE, 4, guides), lay_out_audio(SHAPE, 2, 8, given_audio)
+    return JointDenoiser(transformer, video, audio, Conditioning(*contexts, model_id="tiny"), stg_blocks=(1,))
+
+
+def tokens_for(denoiser: JointDenoiser) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn_like(denoiser.video.clean), torch.randn_like(denoiser.audio.clean)
+
+
+def test_clean_tokens_follow_from_velocity_and_each_tokens_own_level(transformer):
+    denoiser = make_denoiser(transformer, [Guide(latent(), 0, 1.0), Guide(latent(), 8, 0.75)])
+    video, audio = tokens_for(denoiser)
+    made_video, made_audio = denoiser(video, audio, 0.6, "cond")
+    sigmas = 0.6 * denoiser.video.mask[..., 0]
+    context, every = denoiser.conditioning.positive, torch.arange(sigmas.shape[1])[None]
+    with torch.inference_mode():
+        velocity, audio_velocity = transformer(
+            StreamInput(video, context.video, torch.tensor([0.6]), sigmas, every, denoiser.video.marked),
+            StreamInput(audio, context.audio, torch.tensor([0.6])),
+            transformer.rope_tables(denoiser.video.positions, denoiser.audio.positions),
+        )
+    assert_near(made_video, video - sigmas.unsqueeze(-1) * velocity, 1e-5)  # levels grouped or not
+    assert_near(made_audio, audio - 0.6 * audio_velocity, 1e-5)
+    assert torch.equal(
+        made_video[:, :FRAME_TOKENS], video[:, :FRAME_TOKENS]
+    )  # held tokens are clean as they are
+
+
+def test_passes_differ_in_what_they_name(transformer):
+    denoiser = make_denoiser(transformer)
+    video, audio = tokens_for(denoiser)
+    made = {
+        name: denoiser(video, audio, 0.6, name)[0] for name in ("cond", "uncond", "perturbed", "isolated")
+    }
+    assert len({tensor.sum().item() for tensor in made.values()}) == 4
+    other = make_denoiser(transformer)
+    swapped = Conditioning(denoiser.conditioning.negative, denoiser.conditioning.positive, "tiny")
+    other = JointDenoiser(transformer, denoiser.video, denoiser.audio, swapped, stg_blocks=(1,))
+    assert torch.equal(other(video, audio, 0.6, "cond")[0], made["uncond"])
+
+
+def test_a_frozen_stream_is_at_level_zero_for_its_gates_and_text(transformer):
+    given = torch.randn(1, 2, SHAPE.audio_latents, 8)
+    denoiser = make_denoiser(transformer, given_audio=given)
+    video, _ = tokens_for(denoiser)
+    audio = denoiser.audio.clean
+    made_video, made_audio = denoiser(video, audio, 0.6, "cond")
+    assert torch.equal(made_audio, audio)
+    context = denoiser.conditioning.positive
+    with torch.inference_mode():
+        velocity, _ = transformer(
+            StreamInput(video, context.video, torch.tensor([0.6]), marked=denoiser.video.marked),
+            StreamInput(audio, context.audio, torch.tensor([0.0])),
+            transformer.rope_tables(denoiser.video.positions, denoiser.audio.positions),
+        )
+    # a frozen stream's own tokens are at level 0, too
+    assert_near(made_video, video - 0.6 * velocity, 1e-5)

@@ -1,0 +1,176 @@
+"""The embedded model's world, its language and its training: known truth, held-out sets, runs that resume."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from lockstep.model.checkpoint.families import describe
+from lockstep.model.checkpoint.header import read_header
+from lockstep.model.embedded import WEIGHTS, language, world
+from lockstep.model.embedded.sound import synthesize
+from lockstep.model.embedded.train_transformer import tokenizer
+from lockstep.model.embedded.training import Run, TrainSettings, is_hidden_matrix, orthogonal
+from lockstep.model.errors import PromptError
+
+
+def scenes(count: int, **fixed: str) -> list[world.Scene]:
+    rng = random.Random(5)
+    return [world.draw_scene(rng, **fixed) for _ in range(count)]
+
+
+def test_held_out_combinations_are_never_drawn():
+    combinations = [(c, s, m) for c in world.COLORS for s in world.SHAPES for m in world.MOTIONS]
+    held = {combination for combination in combinations if world.held_out(*combination)}
+    assert len(held) == 24
+    for column in range(3):  # every word is still met in training, and tested
+        counts = Counter(combination[column] for combination in held)
+        assert set(counts) == {combination[column] for combination in combinations}
+    assert not held & {(s.color, s.shape, s.motion) for s in scenes(3000)}
+
+
+def test_held_out_phrasings_are_never_said_in_training():
+    rng = random.Random(1)
+    trained = {language.describe(scene, rng) for scene in scenes(1500)}
+    assert not any(text.startswith(tuple(language.HELD_OUT_OPENINGS)) for text in trained)
+    assert not set(language.ORDERS) & set(language.HELD_OUT_ORDERS)
+    tested = [language.describe(scene, rng, held_out=True) for scene in scenes(50)]
+    assert all(text.startswith(tuple(language.HELD_OUT_OPENINGS)) for text in tested)
+    assert not trained & set(tested)
+
+
+def test_every_word_that_is_taught_is_in_the_vocabulary_and_fits():
+    rng, words = random.Random(2), tokenizer()
+    for scene in scenes(800):
+        for held_out in (False, True):
+            tokens = words.encode(language.describe(scene, rng, held_out))
+            assert tokens.unknown == ()
+            assert tokens.dropped == 0
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["A RED, ball!! bounces... (on) GRAY", "a red ball bounces on gray", "ａ red ball\tbounces on gray"],
+)
+def test_case_punctuation_and_width_do_not_count(prompt):
+    assert (
+        tokenizer().encode(prompt).ids.tolist()
+        == tokenizer().encode("a red ball bounces on gray").ids.tolist()
+    )
+
+
+def test_long_and_odd_prompts_are_cut_and_reported():
+    words = tokenizer()
+    assert words.encode("red ball " * 500).dropped == 1000 - words.longest
+    assert words.encode("red ball \u202e\x00 слон 🎈").unknown == ("слон",)
+    with pytest.raises(PromptError, match="empty"):
+        words.encode("\n\t ")
+
+
+@pytest.mark.parametrize(("motion", "measure"), [("bounces", "y"), ("slides", "x"), ("pulses", "radius")])
+def test_events_fall_where_the_picture_turns(motion, measure):
+    for scene in scenes(10, motion=motion):
+        for time in world.event_times(scene, 3.0):
+            if not 0.1 < time < 2.9:
+                continue
+            before, at, after = getattr(
+                world.pose(scene, torch.tensor([time - 0.05, time, time + 0.05]), 1, 1), measure
+            )
+            assert (at > before and at > after) or (motion == "slides" and at < before and at < after)
+
+
+@pytest.mark.parametrize("motion", world.MOTIONS)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 112), (112, 64)])
+def test_the_object_stays_in_the_picture(motion, height, width):
+    for scene in scenes(4, motion=motion):
+        frames = world.render(scene, 25, height, width, 12.0)
+        assert frames.shape == (25, height, width, 3)
+        paper = torch.tensor(world.BACKGROUNDS[scene.background]) / 255
+        inked = ((frames - paper).abs().amax(-1) > 0.1).float().mean((1, 2))
+        assert inked.min() > 0.01
+
+
+def test_sound_is_silent_without_motion_and_loud_at_events():
+    (still,) = scenes(1, motion="still", ambience="none")
+    assert synthesize(still, 16000, 1, 1).abs().max() == 0
+    for scene in scenes(8, motion="bounces", ambience="none"):
+        wave = synthesize(scene, 48000, 1, 1)[0]
+        assert 0.2 < wave.abs().max() <= 0.8
+        for time in world.event_times(scene, 2.9):
+            if time > 0.05:
+                start = round(time * 16000)
+                assert (
+                    wave[start : start + 800].square().mean()
+                    > 100 * wave[start - 400 : start - 16].square().mean()
+                )
+
+
+class _Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.inner(x)))
+
+
+def _run(folder, steps: int, total: int = 12) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    run = Run(folder, _Line(), TrainSettings(total, save_every=4, warmup_steps=3))
+    run.settings = replace(run.settings, steps=steps)
+
+    def loss_of_step(step: int):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        return (run.model(x) - x.sum(1, keepdim=True)).square().mean(), {}
+
+    # the schedule is that of the whole run, wherever this part of it ends
+    run._set_rate = lambda: _rate(run, total)
+    run.train(loss_of_step)
+    return run.averaged()
+
+
+def _rate(run: Run, total: int) -> None:
+    whole, run.settings = run.settings, replace(run.settings, steps=total)
+    Run._set_rate(run)
+    run.settings = whole
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path, capsys):
+    unbroken = _run(tmp_path / "one", 12)
+    _run(tmp_path / "two", 8)
+    resumed = _run(tmp_path / "two", 12)
+    for name, tensor in unbroken.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_matrix_updates_are_orthogonal_and_only_for_inner_matrices():
+    update = orthogonal(torch.randn(12, 40))
+    # five Newton-Schulz steps bring singular values near 1, not to it
+    singular = torch.linalg.svdvals(update)
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
+    assert is_hidden_matrix("encoder.down_blocks.0.conv1.conv.weight", torch.zeros(4, 4, 3, 3, 3))
+    for name in (
+        "encoder.conv_in.conv.weight",
+        "text_encoder.embedding.weight",
+        "adaln_single.linear.weight",
+    ):
+        assert not is_hidden_matrix(name, torch.zeros(4, 4))
+
+
+def test_the_shipped_file_is_small_whole_and_says_what_it_is():
+    assert WEIGHTS.stat().st_size <= 32_000_000
+    description = describe(WEIGHTS)
+    assert (description.family, description.name) == ("ltx", "Lockstep-Embedded")
+    assert description.missing == description.unexpected == ()
+    assert sum(entry.parameters for entry in description.components) < 16_500_000
+    metadata = read_header(WEIGHTS).metadata
+    assert set(json.loads(metadata["training"])) == {"video", "decoder", "audio", "vocoder", "transformer"}
+    assert json.loads(metadata["tokenizer"])["words"] == language.vocabulary()
+    with safe_open(WEIGHTS, "pt") as file:
+        assert all(torch.isfinite(file.get_tensor(name).float()).all() for name in list(file.keys()))
