@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,6 +36,7 @@ from .recipes import Recipe, clip_shape, recipe_of
 from .sampler.guidance import Guidance
 from .sampler.loop import denoise
 from .sampler.schedule import shifted_schedule
+from .sampler.step import SAMPLERS
 from .shapes import AudioRate, ClipShape, Compression
 from .text.tokenizer import Tokens, WordTokenizer
 from .transformer.model import AVTransformer
@@ -54,6 +55,8 @@ from .values import (
 
 _logger = logging.getLogger("lockstep")
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
+SAMPLER_NAMES = tuple(SAMPLERS)
+Placement = Callable[[nn.Module], None]  # brings a module to the device, before every use
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,20 @@ class _Clock:
 class Engine:
     """One checkpoint on one device.
 
-    model: "embedded" or a path to a safetensors file. device: "auto", "cpu" or "cuda".
+    model: "embedded" or a path to a safetensors file. device: "auto", "cpu", "cuda" or a torch.device.
+    place: a host's memory manager, which owns where modules are from then on; None keeps them all on the device.
     Raises CheckpointError or UnsupportedModelError before any weight is read.
     """
 
-    def __init__(self, model: str | Path = "embedded", device: str = "auto"):
+    def __init__(
+        self,
+        model: str | Path = "embedded",
+        device: str | torch.device = "auto",
+        place: Placement | None = None,
+    ):
         self.header: Header = read_header(WEIGHTS if str(model) == "embedded" else Path(model))
-        self.device = _pick_device(device)
+        self.device = device if isinstance(device, torch.device) else _pick_device(device)
+        self._place = place
         self._description = describe(self.header)
         self._modules: dict[str, nn.Module] = {}
         self._lock = threading.RLock()
@@ -118,13 +128,18 @@ class Engine:
     def recipe(self) -> Recipe:
         return recipe_of(self.header.metadata, self._description.version)
 
-    @cached_property
+    @property
     def compression(self) -> Compression:
-        return VideoVAEConfig.from_published(component_config(self.header, keymap.VIDEO_VAE)).compression
+        return self._video_config.compression
 
-    @cached_property
+    @property
     def audio_rate(self) -> AudioRate:
-        return AudioVAEConfig.from_published(component_config(self.header, keymap.AUDIO_VAE)).rate
+        return self._audio_config.rate
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Of the sound that decode_audio gives."""
+        return self._vocoder.sample_rate_hz
 
     @cached_property
     def tokenizer(self) -> WordTokenizer:
@@ -230,7 +245,9 @@ class Engine:
         guidance = settings.guidance or self.recipe.guidance
         sigmas = settings.sigmas or self._sigmas(settings.steps or self.recipe.steps, shape)
         with self._lock:
-            channels, (z, bins) = self._video_vae.config.latent_channels, self._audio_grid
+            # from the configs: the codecs need not be on the device while the transformer is
+            channels = self._video_config.latent_channels
+            z, bins = self._audio_config.latent_channels, self._audio_config.latent_bins
             video = lay_out_video(shape, channels, guides, given_video)
             audio = lay_out_audio(shape, z, bins, given_audio)
             state = starting_state(shape, video, audio, z, seed, sigmas[0], self.device)
@@ -263,12 +280,21 @@ class Engine:
         """
         self._check_owner(latents)
         with self._lock, torch.inference_mode():
-            vae, vocoder = self._audio_vae, self._vocoder
+            vae = self._audio_vae
             mel = vae.decode(latents.audio.to(next(vae.parameters())))
             progress(Progress("audio", 1, 2))
+            vocoder = self._vocoder
             waveform = vocoder(mel.float())[0].float().cpu()
             progress(Progress("audio", 2, 2))
         return _fit_length(waveform, latents.shape.samples(vocoder.sample_rate_hz), vocoder.sample_rate_hz)
+
+    def preview(self, tokens_BTC: Tensor, shape: ClipShape) -> Tensor | None:
+        """Frames (F, H, W, 3) of a clip in the making, from Progress.preview; None if that would cost too much."""
+        if self._parameters >= _SMALL_PARAMETERS:
+            return None
+        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+        video = tokens_to_video(tokens_BTC[:, : shape.video_tokens].cpu(), *grid)
+        return self.decode_video(AVLatents(video, torch.empty(0), shape, self.model_id))
 
     # -- the whole path --------------------------------------------------------------------------------------------
 
@@ -305,9 +331,23 @@ class Engine:
         with self._lock:
             if component not in self._modules:
                 module = build(component, self.header, self._dtype(component))
-                self._modules[component] = module.to(self.device)
+                self._modules[component] = module if self._place else module.to(self.device)
                 _logger.info("loaded %s of %s", component, self.header.path.name)
+            if self._place:
+                self._place(self._modules[component])
             return self._modules[component]
+
+    @cached_property
+    def _video_config(self) -> VideoVAEConfig:
+        return VideoVAEConfig.from_published(component_config(self.header, keymap.VIDEO_VAE))
+
+    @cached_property
+    def _audio_config(self) -> AudioVAEConfig:
+        return AudioVAEConfig.from_published(component_config(self.header, keymap.AUDIO_VAE))
+
+    @property
+    def _parameters(self) -> int:
+        return sum(entry.parameters for entry in self._description.components)
 
     # the same, with the type that the name promises
     @property
@@ -323,18 +363,12 @@ class Engine:
         return cast(AudioVAE, self._module(keymap.AUDIO_VAE))
 
     @property
-    def _audio_grid(self) -> tuple[int, int]:
-        config = self._audio_vae.config
-        return config.latent_channels, config.latent_bins
-
-    @property
     def _vocoder(self) -> Generator:
         return cast(Generator, self._module(keymap.VOCODER))
 
     def _dtype(self, component: str) -> torch.dtype:
-        parameters = sum(entry.parameters for entry in self._description.components)
         # the vocoder's phases do not survive 16 bits (spec section 1.5)
-        exact = parameters < _SMALL_PARAMETERS or component in (keymap.VOCODER, keymap.AUDIO_VAE)
+        exact = self._parameters < _SMALL_PARAMETERS or component in (keymap.VOCODER, keymap.AUDIO_VAE)
         return torch.float32 if exact else torch.bfloat16
 
     def _context(self, tokens: Tokens) -> Context:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from lockstep.model import cli, media
-from lockstep.model.embedded import WEIGHTS
 from lockstep.model.errors import PromptError, ShapeError
 from lockstep.model.values import Clip, GenerateResult, ModelInfo, Progress
 
@@ -275,7 +274,6 @@ def run_command(*arguments, folder):
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ)
 
 
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not trained yet")
 def test_the_embedded_model_makes_a_clip_from_start_to_file(tmp_path):
     options = ("-o", "clip.mp4", "--seconds", "1", "--steps", "4", "--seed", "3", "--json")
     run = run_command("generate", "a red ball bounces like a zebra", *options, folder=tmp_path)
@@ -288,7 +286,6 @@ def test_the_embedded_model_makes_a_clip_from_start_to_file(tmp_path):
     assert clip.waveform.shape[1] == round(report["frames"] / report["fps"] * report["sample_rate"])
 
 
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not trained yet")
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -11,11 +11,13 @@ python -m lockstep.model.embedded.train pack        RUNS
 import argparse
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.video_vae import VideoVAE, VideoVAEConfig
+from ..codec.vocoder import Generator as Vocoder
 from ..codec.vocoder import VocoderConfig, build_vocoder
 from . import WEIGHTS, config
 from .dataset import encode_shards
@@ -69,8 +71,8 @@ def _audio(given: argparse.Namespace) -> None:
 def _vocoder(given: argparse.Namespace) -> None:
     vocoder = build_vocoder(VocoderConfig.from_published(config.VOCODER))
     initialise_audio(vocoder, seed=0)
-    settings = TrainSettings(given.steps, matrix_rate=0.01, warmup_steps=50, ema_decay=0.99)
-    run = Run(given.runs / "vocoder", vocoder.to(given.device), settings)
+    settings = TrainSettings(given.steps, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99)
+    run = Run(given.runs / "vocoder", cast(Vocoder, vocoder).to(given.device), settings)
     train_vocoder(run, given.device, finished_audio_vae(given.runs).to(given.device))
 
 

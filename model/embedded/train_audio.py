@@ -22,14 +22,33 @@ _STFTS = ((256, 64), (512, 128), (1024, 256), (2048, 512))
 
 def draw_waveforms(rng: random.Random, batch: int, samples: int) -> Tensor:
     """Random windows (B, 1, S) of the sounds of random scenes; every fourth one at another level."""
-    waves = []
-    for _ in range(batch):
-        scene = world.draw_scene(rng)
-        height, width = rng.choice([(1.0, 1.0), (1.0, 1.75), (1.75, 1.0)])
-        start = rng.randrange(SAMPLE_RATE_HZ)
-        wave = synthesize(scene, start + samples, width, height)[:, start:]
-        waves.append(wave * (rng.uniform(0.3, 1.2) if rng.random() < 0.25 else 1.0))
-    return torch.stack(waves)
+    return torch.stack([_draw_window(rng, samples)[0] for _ in range(batch)])
+
+
+def draw_pairs(rng: random.Random, batch: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Free sounds and the same on the grid, each (B, 1, S), and which of them are tones alone (B,).
+
+    Nine in ten windows that hold silence alone are drawn again, since they teach little.
+    """
+    windows: list[tuple[Tensor, Tensor, bool]] = []
+    while len(windows) < batch:
+        window = _draw_window(rng, samples)
+        if window[0].abs().max() > 0.05 or rng.random() < 0.1:
+            windows.append(window)
+    free, on_grid, tonal = zip(*windows, strict=True)
+    return torch.stack(free), torch.stack(on_grid), torch.tensor(tonal)
+
+
+def _draw_window(rng: random.Random, samples: int) -> tuple[Tensor, Tensor, bool]:
+    scene = world.draw_scene(rng)
+    size = rng.choice([(1.0, 1.0), (1.75, 1.0), (1.0, 1.75)])
+    start = 160 * rng.randrange(100)  # whole mel frames, or the grid would shift
+    level = rng.uniform(0.3, 1.2) if rng.random() < 0.25 else 1.0
+    waves = [
+        synthesize(scene, start + samples, *size, on_grid=on_grid)[:, start:] * level
+        for on_grid in (False, True)
+    ]
+    return waves[0], waves[1], scene.ambience == "none" and scene.motion != "swings"
 
 
 def audio_vae_loss(vae: AudioVAE, mel: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -75,8 +94,10 @@ def _stft(wave: Tensor, n_fft: int, hop: int) -> Tensor:
     return torch.stft(wave, n_fft, hop, window=window, return_complex=True).abs()
 
 
-def vocoder_loss(made: Tensor, real: Tensor, log_mel: LogMel) -> tuple[Tensor, dict[str, float]]:
-    """Multi-resolution STFT plus log-mel plus the envelope; both (B, 1, S)."""
+def vocoder_loss(
+    made: Tensor, real: Tensor, tonal: Tensor, log_mel: LogMel
+) -> tuple[Tensor, dict[str, float]]:
+    """Multi-resolution STFT plus log-mel, and the waveform itself where it can be known; both (B, 1, S), tonal (B,)."""
     made_flat, real_flat = made.flatten(0, 1), real.flatten(0, 1)
     spectral = made.new_zeros(())
     for n_fft, hop in _STFTS:
@@ -86,24 +107,27 @@ def vocoder_loss(made: Tensor, real: Tensor, log_mel: LogMel) -> tuple[Tensor, d
             spectral + ((a - b).abs() / scale).mean() * 4 + ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
         )
     mel = (log_mel(made) - log_mel(real)).abs().mean()
-    return spectral / len(_STFTS) + mel, {"mel_l1": mel.item()}
+    wave = ((made - real).abs().mean((1, 2)) * tonal).mean()
+    return spectral / len(_STFTS) + mel + 20 * wave, {"mel_l1": mel.item(), "wave": wave.item()}
 
 
-def train_vocoder(run: Run, device: str, vae: AudioVAE | None, batch: int = 12, frames: int = 48) -> None:
+def train_vocoder(
+    run: Run[Generator], device: str, vae: AudioVAE | None, batch: int = 12, frames: int = 48
+) -> None:
     """Trains until the run's last step; half of the mels have passed through `vae`, as they will in use."""
     log_mel = LogMel(MelConfig())
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"{run.settings.seed}/vocoder/{step}")
         torch.manual_seed(rng.randrange(2**31))
-        wave = draw_waveforms(rng, batch, frames * 160).to(device)
-        mel = log_mel(wave)
+        free, on_grid, tonal = (x.to(device) for x in draw_pairs(rng, batch, frames * 160))
+        mel = log_mel(free)
         if vae is not None and step % 2:
             with torch.no_grad():
                 restored = vae.decode(vae.encode(mel))
             mel = restored[:, :, : frames + 1]
         made = run.model(mel)[..., : frames * 160]
-        return vocoder_loss(made, wave, log_mel)
+        return vocoder_loss(made, on_grid, tonal, log_mel)
 
     run.train(loss_of_step)
 

@@ -150,16 +150,15 @@ def flow_loss(
     return video_loss + audio_loss, {"video": video_loss.item(), "audio": audio_loss.item()}
 
 
-def _part(batch: Batch, rng: random.Random, count: int, device: str) -> Batch:
-    """`count` clips of a shard, on the device."""
-    rows = rng.sample(range(len(batch.scenes)), count)
+def _part(batch: Batch, rows: list[int], device: str) -> Batch:
+    """Some clips of a shard, on the device."""
     chosen = {name: getattr(batch, name)[rows].to(device) for name in ("video", "audio", "guide")}
     return replace(batch, scenes=[batch.scenes[row] for row in rows], **chosen)
 
 
 def _choose_shard(paths: list[Path], rng: random.Random, progress: float) -> Path:
-    """Any shard, but only short square clips in the first third of the run: they teach the words fastest."""
-    if progress < 1 / 3:
+    """Only short square clips in the first third of the run, where they teach the words fastest; half of them after."""
+    if progress < 1 / 3 or rng.random() < 0.5:
         paths = [path for path in paths if math.prod(format_of(path)[:3]) <= 64 * 64 * 25]
     return rng.choice(paths)
 
@@ -172,11 +171,14 @@ def train_transformer(
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"{run.settings.seed}/flow/{step}")
-        torch.manual_seed(rng.randrange(2**31))
         shard = load_shard(_choose_shard(paths, rng, step / run.settings.steps), video_vae, audio_vae)
-        clips = _part(shard, rng, batch, device)
-        ids, mask = encode_prompts(clips, rng, words)
         (mode,) = rng.choices(list(_MODES), weights=list(_MODES.values()))
+        # all processes share the shard and the mode, so that none waits for another; each has clips of its own
+        rows = rng.sample(range(len(shard.scenes)), batch * run.processes)[run.rank :: run.processes]
+        rng = random.Random(f"{run.settings.seed}/flow/{step}/{run.rank}")
+        torch.manual_seed(rng.randrange(2**31))
+        clips = _part(shard, rows, device)
+        ids, mask = encode_prompts(clips, rng, words)
         # on CPUs the fused attention's backward takes longer than that of plain products, at these sizes twice as long
         with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
             return flow_loss(run.model, clips, ids.to(device), mask.to(device), mode)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,7 @@ class Run(Generic[Model]):
         )
         self.ema = {name: self.weights[name].detach().clone() for name in self.names}
         self.step = 0
+        self.rank, self.processes = join_processes()
         if (folder / "state.safetensors").exists():
             self._load()
 
@@ -116,6 +117,7 @@ class Run(Generic[Model]):
             loss, figures = loss_of_step(self.step)
             self.model.zero_grad(set_to_none=True)
             loss.backward()
+            self._average_gradients()
             norm = nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm)
             if torch.isfinite(norm):
                 for optimizer in self.optimizers:
@@ -135,6 +137,16 @@ class Run(Generic[Model]):
         """The model's whole state with EMA weights in place of the raw ones."""
         return self.model.state_dict() | {k: v.clone() for k, v in self.ema.items()}
 
+    def _average_gradients(self) -> None:
+        """The mean over all processes of a torchrun, so that each takes the same step."""
+        if self.processes == 1:
+            return
+        gradients = [w.grad for w in self.weights.values() if w.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient) / self.processes)
+
     def _set_rate(self) -> None:
         s = self.settings
         warm = min(1.0, (self.step + 1) / s.warmup_steps)
@@ -151,12 +163,16 @@ class Run(Generic[Model]):
             average.lerp_(self.weights[name], 1 - decay)
 
     def _log(self, figures: dict[str, float]) -> None:
+        if self.rank:
+            return
         line = json.dumps({k: round(v, 6) for k, v in figures.items()})
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(line + "\n")
         print(line, flush=True)
 
     def _save(self) -> None:
+        if self.rank:
+            return
         tensors = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for name in self.names:
@@ -184,6 +200,15 @@ class Run(Generic[Model]):
         optimizer = muon if entry == "momentum" else adam
         # AdamW keeps its step counts on the CPU
         optimizer.state[weight][entry] = value if entry == "step" else value.to(weight.device)
+
+
+def join_processes() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1), or what torchrun says."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def _below(file, prefix: str) -> dict[str, Tensor]:
