@@ -13,7 +13,8 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODEL_FILES = sorted((ROOT / "model").rglob("*.py"))
-PACK_FILES = [ROOT / "__init__.py", *MODEL_FILES, *sorted((ROOT / "nodes").rglob("*.py"))]
+NODE_FILES = sorted((ROOT / "nodes").rglob("*.py"))
+PACK_FILES = [ROOT / "__init__.py", *MODEL_FILES, *NODE_FILES]
 
 BASE = {"errors", "options", "shapes", "values", "layers"}
 STAGES = {"text", "conditioning", "transformer", "sampler", "latents", "codec"}
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     | {"checkpoint", "embedded", "residency", "media", "measure", "denoiser", "recipes"},
     "cli": BASE | {"engine", "checkpoint", "media"},
 }
+NODES_MAY_IMPORT = {"engine", "embedded", "errors", "shapes", "values"}
 THIRD_PARTY = {"torch", "numpy", "safetensors", "einops", "av", "PIL", "tqdm"}
 
 
@@ -106,8 +108,18 @@ def test_only_the_host_file_knows_the_inside_of_comfyui() -> None:
     assert set(knowing) <= {"host.py"}
 
 
+def test_nodes_see_of_the_model_its_engine_and_values() -> None:
+    for file in NODE_FILES:
+        seen = {module[2] for module in imports(file) if module[:2] == ("", "model")}
+        assert seen <= NODES_MAY_IMPORT, f"{name_of(file)} reaches past the engine: {sorted(seen)}"
+
+
+def test_conversions_work_without_comfyui() -> None:
+    assert not {module[0] for module in imports(ROOT / "nodes" / "types.py")} & {"comfy_api", "comfy"}
+
+
 def test_every_file_says_what_it_does() -> None:
-    silent = [f for f in MODEL_FILES if not ast.get_docstring(ast.parse(f.read_text(encoding="utf-8")))]
+    silent = [f for f in PACK_FILES if not ast.get_docstring(ast.parse(f.read_text(encoding="utf-8")))]
     assert [name_of(file) for file in silent] == []
 
 

@@ -65,11 +65,12 @@ AUDIO_VAE = {
 VOCODER = {
     "resblock": "1",
     "stereo": False,
-    "upsample_initial_channel": 112,
-    "upsample_rates": [5, 4, 4, 2],
-    "upsample_kernel_sizes": [11, 8, 8, 4],
-    "resblock_kernel_sizes": [3, 7],
-    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
+    "upsample_initial_channel": 128,
+    # few and wide stages: deeper ones need far longer to find a phase
+    "upsample_rates": [16, 10],
+    "upsample_kernel_sizes": [24, 20],
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3]],
     "output_sampling_rate": SAMPLE_RATE_HZ,
 }
 

@@ -22,7 +22,7 @@ from ..codec.vocoder import VocoderConfig, build_vocoder
 from . import WEIGHTS, config
 from .dataset import encode_shards
 from .pack import pack
-from .train_audio import initialise_audio, measure_audio_statistics, train_audio_vae, train_vocoder
+from .train_audio import initialise_audio_vae, measure_audio_statistics, train_audio_vae, train_vocoder
 from .train_transformer import Generator, initialise_generator, train_transformer
 from .train_video_vae import initialise, measure_statistics, train_video_decoder, train_video_vae
 from .training import Run, TrainSettings, averaged_state
@@ -63,15 +63,15 @@ def _decoder(given: argparse.Namespace) -> None:
 
 def _audio(given: argparse.Namespace) -> None:
     vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE))
-    initialise_audio(vae, seed=0)
+    initialise_audio_vae(vae, seed=0)
     settings = TrainSettings(given.steps, warmup_steps=50, ema_decay=0.99)
     train_audio_vae(Run(given.runs / "audio", vae.to(given.device), settings), given.device)
 
 
 def _vocoder(given: argparse.Namespace) -> None:
+    torch.manual_seed(0)
     vocoder = build_vocoder(VocoderConfig.from_published(config.VOCODER))
-    initialise_audio(vocoder, seed=0)
-    settings = TrainSettings(given.steps, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99)
+    settings = TrainSettings(given.steps, learning_rate=3e-3, matrix_rate=0, warmup_steps=20, ema_decay=0.99)
     run = Run(given.runs / "vocoder", cast(Vocoder, vocoder).to(given.device), settings)
     train_vocoder(run, given.device, finished_audio_vae(given.runs).to(given.device))
 
@@ -87,7 +87,7 @@ def _transformer(given: argparse.Namespace) -> None:
     model = Generator()
     initialise_generator(model, seed=0)
     settings = TrainSettings(
-        given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.997
+        given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.99
     )
     run = Run(given.runs / "transformer", model.to(given.device), settings)
     video_vae, audio_vae = finished_video_vae(given.runs), finished_audio_vae(given.runs)

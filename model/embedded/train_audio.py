@@ -17,6 +17,9 @@ from .sound import synthesize
 from .training import Run
 
 _KL_WEIGHT = 1e-4
+# magnitudes below this (a tone of about -60 dBFS) count as silence: a lower floor lets the faintest bins, whose logarithms
+# are the steepest, drown what can be heard
+_FLOOR = 0.1
 _STFTS = ((256, 64), (512, 128), (1024, 256), (2048, 512))
 
 
@@ -94,21 +97,30 @@ def _stft(wave: Tensor, n_fft: int, hop: int) -> Tensor:
     return torch.stft(wave, n_fft, hop, window=window, return_complex=True).abs()
 
 
+def _softly(log_mel: Tensor) -> Tensor:
+    return (log_mel.exp() + _FLOOR / 20).log()
+
+
 def vocoder_loss(
     made: Tensor, real: Tensor, tonal: Tensor, log_mel: LogMel
 ) -> tuple[Tensor, dict[str, float]]:
-    """Multi-resolution STFT plus log-mel, and the waveform itself where it can be known; both (B, 1, S), tonal (B,)."""
-    made_flat, real_flat = made.flatten(0, 1), real.flatten(0, 1)
-    spectral = made.new_zeros(())
+    """Relative squared error of tones, whose phase is known; STFT and log-mel of noise, whose phase is not.
+
+    made, real: (B, 1, S); tonal: (B,). Spectra of tones would only hinder: until the phase is found, less is nearer.
+    """
+    error = (made - real).square().mean((1, 2)) / (real.square().mean((1, 2)) + 3e-4)
+    spectral = _spectral_error(made[~tonal], real[~tonal], log_mel) if not tonal.all() else made.new_zeros(())
+    tones = (error * tonal).sum() / tonal.sum().clamp(min=1)
+    return tones + 0.5 * spectral, {"tones": tones.item(), "noise": spectral.item()}
+
+
+def _spectral_error(made: Tensor, real: Tensor, log_mel: LogMel) -> Tensor:
+    spectral = (_softly(log_mel(made)) - _softly(log_mel(real))).abs().mean()
     for n_fft, hop in _STFTS:
-        a, b = _stft(made_flat, n_fft, hop), _stft(real_flat, n_fft, hop)
-        scale = n_fft**0.5
-        spectral = (
-            spectral + ((a - b).abs() / scale).mean() * 4 + ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
-        )
-    mel = (log_mel(made) - log_mel(real)).abs().mean()
-    wave = ((made - real).abs().mean((1, 2)) * tonal).mean()
-    return spectral / len(_STFTS) + mel + 20 * wave, {"mel_l1": mel.item(), "wave": wave.item()}
+        a, b = _stft(made.flatten(0, 1), n_fft, hop), _stft(real.flatten(0, 1), n_fft, hop)
+        linear, logarithmic = (a - b).abs() / n_fft**0.5, (a + _FLOOR).log() - (b + _FLOOR).log()
+        spectral = spectral + (4 * linear.mean() + logarithmic.abs().mean()) / len(_STFTS)
+    return spectral
 
 
 def train_vocoder(
@@ -135,31 +147,19 @@ def train_vocoder(
 _MEL_MEAN, _MEL_SPREAD = -7.0, 3.0  # of log-mels in this world, roughly
 
 
-def initialise_audio(module: nn.Module, seed: int) -> None:
-    """Seeded start with variance-preserving weights and zero biases; the mel side of an AudioVAE centred on its data."""
+def initialise_audio_vae(vae: AudioVAE, seed: int) -> None:
+    """Seeded start: variance-preserving weights, zero biases, the mel side centred on its data."""
     torch.manual_seed(seed)
-    for name, parameter in module.named_parameters():
+    for name, parameter in vae.named_parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter, nonlinearity="linear")
-            if "conv2." in name or "convs2" in name:
+            if "conv2." in name:
                 parameter.data.mul_(0.1)
-            if "ups." in name:
-                # a transposed convolution sums in * kernel / rate inputs; its kernels are two rates long
-                channels_in, channels_out, kernel = parameter.shape
-                parameter.data.mul_((channels_out / channels_in * kernel / 2) ** 0.5)
         else:
             nn.init.zeros_(parameter)
+    first, last = vae.encoder.conv_in.conv, vae.decoder.conv_out.conv
     with torch.no_grad():
-        if isinstance(module, AudioVAE):
-            _centre_input(module.encoder.conv_in.conv)
-            module.decoder.conv_out.conv.weight.mul_(_MEL_SPREAD)
-            nn.init.constant_(cast(Tensor, module.decoder.conv_out.conv.bias), _MEL_MEAN)
-        elif isinstance(module, Generator):
-            _centre_input(module.conv_pre)
-            module.conv_post.weight.mul_(0.05)
-
-
-def _centre_input(conv: nn.Conv1d | nn.Conv2d) -> None:
-    """Makes a first layer see log-mels as if they had mean 0 and spread 1."""
-    conv.weight.div_(_MEL_SPREAD)
-    cast(Tensor, conv.bias).copy_(-_MEL_MEAN * conv.weight.flatten(1).sum(1))
+        first.weight.div_(_MEL_SPREAD)
+        cast(Tensor, first.bias).copy_(-_MEL_MEAN * first.weight.flatten(1).sum(1))
+        last.weight.mul_(_MEL_SPREAD)
+        cast(Tensor, last.bias).fill_(_MEL_MEAN)

@@ -26,7 +26,7 @@ class TrainSettings:
 
     steps: int
     learning_rate: float = 1e-3  # of AdamW: biases, tables, embeddings, first and last layers
-    matrix_rate: float = 0.02  # of Muon: every hidden matrix and convolution
+    matrix_rate: float = 0.02  # of Muon: every hidden matrix and convolution; 0 leaves them to AdamW
     warmup_steps: int = 100
     ema_decay: float = 0.998
     clip_norm: float = 1.0
@@ -96,11 +96,11 @@ class Run(Generic[Model]):
         folder.mkdir(parents=True, exist_ok=True)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.weights = dict(model.named_parameters())
-        hidden = [n for n in self.names if is_hidden_matrix(n, self.weights[n])]
+        hidden = [n for n in self.names if settings.matrix_rate and is_hidden_matrix(n, self.weights[n])]
         other = [self.weights[n] for n in self.names if n not in set(hidden)]
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.AdamW(other, settings.learning_rate, (0.9, 0.98), weight_decay=0.0),
-            Muon([self.weights[n] for n in hidden], settings.matrix_rate),
+            *([Muon([self.weights[n] for n in hidden], settings.matrix_rate)] if hidden else []),
         )
         self.ema = {name: self.weights[name].detach().clone() for name in self.names}
         self.step = 0
@@ -151,7 +151,7 @@ class Run(Generic[Model]):
         s = self.settings
         warm = min(1.0, (self.step + 1) / s.warmup_steps)
         decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
-        for optimizer, rate in zip(self.optimizers, (s.learning_rate, s.matrix_rate), strict=True):
+        for optimizer, rate in zip(self.optimizers, (s.learning_rate, s.matrix_rate), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = rate * warm * decay
 
@@ -196,8 +196,7 @@ class Run(Generic[Model]):
                 self._restore(entry, self.weights[name], value)
 
     def _restore(self, entry: str, weight: nn.Parameter, value: Tensor) -> None:
-        adam, muon = self.optimizers
-        optimizer = muon if entry == "momentum" else adam
+        optimizer = self.optimizers[entry == "momentum"]
         # AdamW keeps its step counts on the CPU
         optimizer.state[weight][entry] = value if entry == "step" else value.to(weight.device)
 

@@ -62,6 +62,8 @@ def held_out(color: str, shape: str, motion: str) -> bool:
 
 def draw_scene(rng: random.Random, allow_held_out: bool = False, **fixed: str) -> Scene:
     """A random scene with the words in `fixed` given; combinations that are held out only if allowed."""
+    asked = tuple(fixed.get(key) for key in ("color", "shape", "motion"))
+    assert allow_held_out or None in asked or not held_out(*asked), f"{asked} is held out"  # pyright: ignore
     while True:
         words = {
             "color": rng.choice(list(COLORS)),

