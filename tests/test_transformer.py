@@ -149,7 +149,8 @@ def test_grouped_levels_equal_a_level_for_every_token(golden, model):
     for grouped, single in zip(
         model(video, audio, rope), model(alone(video), alone(audio), rope), strict=True
     ):
-        assert_near(grouped, single, 1e-6)  # one matrix product of other heights
+        # matrix products of other heights, split over threads, add in another order: 1.3e-6 over three blocks
+        assert_near(grouped, single, 1e-5)
 
 
 def test_a_single_level_equals_the_streams_sigma(golden, model):
@@ -172,7 +173,7 @@ def test_rows_of_several_levels_equal_those_of_tokens_alone():
     for token, level in enumerate(index[0]):
         alone = Rows(adaln(levels[:, level : level + 1])[0], None).plus(table)
         for row, single in zip(together, alone, strict=True):
-            assert_near(row[:, token : token + 1], single, 1e-6)
+            assert_near(row[:, token : token + 1], single, 1e-5)  # the same, sums of 256
 
 
 def test_timestep_sinusoids_give_the_known_answers():
