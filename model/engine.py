@@ -146,7 +146,8 @@ class Engine:
         text = self.header.metadata.get("tokenizer")
         if text is None:
             raise UnsupportedModelError(
-                f"{self.header.path.name} has no text encoder inside: give its text encoder's states instead"
+                f"{self.header.path.name} has no text encoder inside, and language models beside it are not read yet: "
+                "prompts work with the model 'embedded'"
             )
         return WordTokenizer.from_json(text, self.recipe.text_length)
 
@@ -302,6 +303,8 @@ class Engine:
         """A prompt to a clip with sound. Raises a LockstepError before any work for what cannot be done."""
         clock = _Clock()
         shape = self.shape(request.size, request.seconds, request.fps)
+        # a prompt that cannot be used is told before gigabytes are read
+        self.tokenizer.encode(request.prompt)
         with clock.stage("load"):
             self.load()
         with clock.stage("text"):

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import Engine, SampleSettings, latent_sha256
 from lockstep.model.errors import (
     Cancelled,
@@ -153,6 +156,20 @@ def test_the_hash_covers_both_streams(engine):
     latents = engine.sample(engine.encode_text("a red ball"), shape, settings=UNGUIDED)
     assert latent_sha256(latents) != latent_sha256(replace(latents, audio=latents.audio + 1e-3))
     assert latent_sha256(latents) != latent_sha256(replace(latents, video=latents.video + 1e-3))
+
+
+def test_a_prompt_that_cannot_be_used_is_told_before_weights_are_read(tmp_path):
+    untaught = tmp_path / "published.safetensors"
+    with safe_open(WEIGHTS, "pt") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "tokenizer"}
+        save_file({name: file.get_tensor(name) for name in list(file.keys())}, untaught, metadata)
+    for engine, error in (
+        (Engine(untaught, "cpu"), UnsupportedModelError),
+        (Engine("embedded", "cpu"), PromptError),
+    ):
+        with pytest.raises(error):
+            engine.generate(replace(RED_BALL, prompt="xyzzy"))
+        assert engine._modules == {}
 
 
 def test_unknown_models_and_devices_are_refused(tmp_path):

@@ -29,7 +29,7 @@ DTYPE_BITS = {
 # What people hand over instead, by its first bytes.
 _OTHER_FORMATS = {
     b"version https://git-lfs": "this is a Git LFS pointer, the weights themselves were not downloaded",
-    b"PK\x03\x04": "this is a pickled PyTorch file, a .safetensors file is needed",
+    b"PK\x03\x04": "this is a PyTorch archive (.pt, .ckpt), a .safetensors file is needed",
     b"GGUF": "this is a GGUF file, a .safetensors file is needed",
     b"<!DOCTYPE": "this is a web page, the download went wrong",
     b"<html": "this is a web page, the download went wrong",
