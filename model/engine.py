@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .checkpoint import keymap
@@ -24,8 +25,10 @@ from .checkpoint.families import component_config, describe
 from .checkpoint.header import Header, read_header
 from .codec.audio_vae import AudioVAE, AudioVAEConfig
 from .codec.mel import LogMel
+from .codec.streaming import WINDOW_BYTES, decode_stream, encode_stream
 from .codec.video_vae import VideoVAE, VideoVAEConfig
 from .codec.vocoder import Generator
+from .codec.windows import decode_audio_stream, encode_audio_stream, vocode_stream
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser, starting_state
 from .embedded import WEIGHTS
@@ -33,6 +36,7 @@ from .errors import MediaError, ShapeError, UnsupportedModelError, WorkflowError
 from .latents.patchify import tokens_to_audio, tokens_to_video
 from .media import fit_image
 from .recipes import Recipe, clip_shape, recipe_of
+from .residency import stepping_down
 from .sampler.guidance import Guidance
 from .sampler.loop import denoise
 from .sampler.schedule import shifted_schedule
@@ -210,15 +214,14 @@ class Engine:
     def encode_video(self, pixels_BCFHW: Tensor) -> Tensor:
         """Pixels (1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w), float32 on the CPU."""
         with self._lock, torch.inference_mode():
-            vae = self._video_vae
-            return vae.encode(pixels_BCFHW.to(next(vae.parameters()))).float().cpu()
+            return encode_stream(self._video_vae, pixels_BCFHW).float().cpu()
 
     def encode_audio(self, waveform_CS: Tensor) -> Tensor:
         """Sound (channels, S) at the model's sample rate to normalised latents (1, C, L, M), float32 on the CPU."""
         with self._lock, torch.inference_mode():
             vae = self._audio_vae
             mel = LogMel(vae.config.mel)(waveform_CS[None].float())
-            return vae.encode(mel.to(next(vae.parameters()))).float().cpu()
+            return encode_audio_stream(vae, mel.to(next(vae.parameters()))).float().cpu()
 
     def sample(
         self,
@@ -263,16 +266,39 @@ class Engine:
             self.model_id,
         )
 
-    def decode_video(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
-        """Latents to frames (F, H, W, 3), float32 0..1 on the CPU; progress after every decoder block."""
+    def video_frames(
+        self, latents: AVLatents, progress: ProgressCallback = _nothing, window_bytes: int | None = None
+    ) -> Iterator[Tensor]:
+        """Latents to frames in pieces (n, H, W, 3), float32 0..1 on the CPU, in order, while the rest is decoded.
+
+        progress counts frames. window_bytes: of the decoder's widest tensor (None: chosen); memory and speed, not the
+        frames, depend on it. The engine is held until the last piece is taken or the iterator is closed.
+        """
         self._check_owner(latents)
-        with self._lock, torch.inference_mode():
+        with self._lock:
             vae = self._video_vae
-            pixels = vae.decode(
-                latents.video.to(next(vae.parameters())),
-                tick=lambda done, total: progress(Progress("video", done, total)),
+            yield from stepping_down(
+                lambda smaller: self._decoded(vae, latents.video, smaller, progress),
+                window_bytes or WINDOW_BYTES,
             )
-            return ((pixels[0].float().permute(1, 2, 3, 0) + 1) / 2).clamp(0, 1).cpu()
+
+    def decode_video(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
+        """Latents to frames (F, H, W, 3), float32 0..1 on the CPU; progress counts frames."""
+        shape = latents.shape
+        frames_FHWC, done = torch.empty(shape.frames, shape.height, shape.width, 3), 0
+        for piece in self.video_frames(latents, progress):
+            frames_FHWC[done : done + len(piece)] = piece
+            done += len(piece)
+        return frames_FHWC
+
+    def _decoded(
+        self, vae: VideoVAE, latent_BCFHW: Tensor, window_bytes: int, progress: ProgressCallback
+    ) -> Iterator[Tensor]:
+        def tick(done: int, total: int) -> None:
+            progress(Progress("video", done, total))
+
+        for pixels in decode_stream(vae, latent_BCFHW.to(next(vae.parameters())), window_bytes, tick):
+            yield ((rearrange(pixels[0], "C F H W -> F H W C").float() + 1) / 2).clamp(0, 1).cpu()
 
     def decode_audio(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
         """Latents to sound (channels, S), float32 -1..1 on the CPU, exactly as long as the pictures.
@@ -282,11 +308,12 @@ class Engine:
         self._check_owner(latents)
         with self._lock, torch.inference_mode():
             vae = self._audio_vae
-            mel = vae.decode(latents.audio.to(next(vae.parameters())))
+            mel = torch.cat(list(decode_audio_stream(vae, latents.audio.to(next(vae.parameters())))), dim=2)
             progress(Progress("audio", 1, 2))
             vocoder = self._vocoder
-            waveform = vocoder(mel.float())[0].float().cpu()
+            pieces = [piece[0].float().cpu() for piece in vocode_stream(vocoder, mel.float())]
             progress(Progress("audio", 2, 2))
+        waveform = torch.cat(pieces, dim=1)
         return _fit_length(waveform, latents.shape.samples(vocoder.sample_rate_hz), vocoder.sample_rate_hz)
 
     def preview(self, tokens_BTC: Tensor, shape: ClipShape) -> Tensor | None:

@@ -31,3 +31,7 @@ class WorkflowError(LockstepError):
 
 class Cancelled(LockstepError):
     """Raised by a progress callback to stop a run between two steps."""
+
+
+class MemoryShortError(LockstepError):
+    """A stage that does not fit into the device's memory even in its smallest form."""

@@ -7,6 +7,7 @@ B batch, C channels, F frames, H rows, W columns; p, q spatial patch offsets; R 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -23,7 +24,7 @@ from ..options import Options
 from ..shapes import Compression, check_frames, check_side
 
 Tick = Callable[[int, int], None]
-_EPS = 1e-8
+EPS = 1e-8
 # the usual noise level of a timestep-conditioned decoder, and how much noise it expects in its latents
 _TIMESTEP, _NOISE_SHARE = 0.05, 0.025
 _STRIDES = {"compress_all": (2, 2, 2), "compress_space": (1, 2, 2), "compress_time": (2, 1, 1)}
@@ -169,7 +170,7 @@ def _depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
 
 def _activate(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Pixel norm, modulation if the decoder is conditioned, SiLU."""
-    x = pixel_norm(x, _EPS)
+    x = pixel_norm(x, EPS)
     if shift is not None and scale is not None:
         x = x * (1 + scale) + shift
     return functional.silu(x)
@@ -200,13 +201,13 @@ class ResBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(4, channels)) if timed else None
 
     def forward(self, x: Tensor, rows_BRC: Tensor | None = None) -> Tensor:
-        rows = _aligned(rows_BRC, self.scale_shift_table)
+        rows = aligned_rows(rows_BRC, self.scale_shift_table)
         h = self.conv1(_activate(x, *rows[:2]))
         h = self.conv2(_activate(h, *rows[2:]))
         return x + h
 
 
-def _aligned(rows_BRC: Tensor | None, table_RC: Tensor | None) -> Sequence[Tensor]:
+def aligned_rows(rows_BRC: Tensor | None, table_RC: Tensor | None) -> Sequence[Tensor]:
     """The rows over (B, C, F, H, W), none without conditioning."""
     if rows_BRC is None or table_RC is None:
         return ()
@@ -222,6 +223,10 @@ class ResStage(nn.Module):
         self.res_blocks = nn.ModuleList(
             ResBlock(channels, causal, padding, timed) for _ in range(stage.depth)
         )
+
+    @property
+    def blocks(self) -> list[ResBlock]:
+        return [cast(ResBlock, block) for block in self.res_blocks]
 
     def forward(self, x: Tensor, levels_B: Tensor | None = None) -> Tensor:
         rows_BRC = self.time_embedder(levels_B) if self.time_embedder else None
@@ -314,16 +319,20 @@ class VideoDecoder(nn.Module):
         self.last_scale_shift_table = nn.Parameter(torch.zeros(2, width)) if timed else None
 
     def forward(self, latent_BCFHW: Tensor, tick: Tick = no_tick, timestep: float = _TIMESTEP) -> Tensor:
-        levels_B = rows_BRC = None
-        if self.last_time_embedder is not None and self.timestep_scale_multiplier is not None:
-            levels_B = (self.timestep_scale_multiplier.float() * timestep).reshape(1)
-            rows_BRC = self.last_time_embedder(levels_B)
+        levels_B, rows_BRC = self.conditioning(timestep)
         x = self.conv_in(latent_BCFHW)
         for done, block in enumerate(self.up_blocks):
             x = block(x, levels_B) if isinstance(block, ResStage) else block(x)
             tick(done + 1, len(self.up_blocks))
-        x = _activate(x, *_aligned(rows_BRC, self.last_scale_shift_table))
+        x = _activate(x, *aligned_rows(rows_BRC, self.last_scale_shift_table))
         return unpatchify(self.conv_out(x), self.patch)
+
+    def conditioning(self, timestep: float) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The noise level (B,) as the stages want it and the last modulation rows (B, R, C); none if not conditioned."""
+        if self.last_time_embedder is None or self.timestep_scale_multiplier is None:
+            return None, None
+        levels_B = (self.timestep_scale_multiplier.float() * timestep).reshape(1)
+        return levels_B, self.last_time_embedder(levels_B)
 
 
 class VideoVAE(nn.Module):
@@ -359,6 +368,13 @@ class VideoVAE(nn.Module):
         0.05) and where a little noise for the latents comes from (None: no noise).
         Raises UnsupportedModelError if a decoder without conditioning is given either.
         """
+        latent_BCFHW, timestep = self.for_decoder(latent_BCFHW, timestep, generator)
+        return self.decoder(latent_BCFHW, tick, timestep)
+
+    def for_decoder(
+        self, latent_BCFHW: Tensor, timestep: float | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, float]:
+        """Un-normalised latents, noised if asked, and the noise level; arguments and errors as in decode."""
         if not self.config.timestep_conditioning and (timestep is not None or generator is not None):
             raise UnsupportedModelError(
                 "this decoder knows no noise level: leave timestep and generator away"
@@ -367,7 +383,7 @@ class VideoVAE(nn.Module):
             noise = draw_noise(latent_BCFHW.shape, generator, latent_BCFHW.device).to(latent_BCFHW.dtype)
             latent_BCFHW = torch.lerp(latent_BCFHW, noise, _NOISE_SHARE)
         latent_BCFHW = self.per_channel_statistics.denormalize(latent_BCFHW, 1)
-        return self.decoder(latent_BCFHW, tick, _TIMESTEP if timestep is None else timestep)
+        return latent_BCFHW, _TIMESTEP if timestep is None else timestep
 
 
 def check_pixels(pixels: Tensor, compression: Compression) -> None:
