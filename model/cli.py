@@ -1,4 +1,4 @@
-"""The `lockstep` command: a prompt to an mp4 file, a checkpoint's header to words.
+"""The `lockstep` command: a prompt to an mp4 file, a clip to its report, a checkpoint's header to words.
 
 Exit codes: 0 done, 2 something given is wrong (one sentence on stderr, no file), 130 stopped with Ctrl-C.
 """
@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +19,7 @@ from .errors import LockstepError, MediaError, PromptError
 
 # torch, PyAV and the engine are imported where they are needed: --help and wrong arguments answer at once.
 if TYPE_CHECKING:
+    from .measure.energy import Energy
     from .values import GenerateRequest, GenerateResult, Progress
 
 _MAX_SEED = 2**63 - 1
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     about = "Clips whose picture and sound are made together."
     parser = _Parser(prog="lockstep", description=about, allow_abbrev=False)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="generate | inspect")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="generate | measure | inspect")
 
     generate = commands.add_parser("generate", help="make a clip from a prompt", allow_abbrev=False)
     generate.set_defaults(run=_generate)
@@ -69,7 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", metavar="K", type=_seed, help="same seed, same clip; drawn at random if not given")
     add("--model", metavar="NAME_OR_FILE", default="embedded", help="a model's name or a checkpoint file")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--idle-seconds", metavar="S", type=_positive, help="rest first, to tell net from gross joules")
+    add("--grams-per-kwh", metavar="G", type=_not_negative, help="CO2e of your electricity, for the report")
+    add("--price-per-kwh", metavar="P", type=_not_negative, help="price of your electricity, for the report")
     add("--json", action="store_true", help="print a JSON object about the clip as the last line of stdout")
+
+    measure = commands.add_parser("measure", help="say what a clip is like", allow_abbrev=False)
+    measure.set_defaults(run=_measure)
+    measure.add_argument(
+        "file", metavar="FILE", type=Path, help="a clip: sound against picture, and what is wrong with either"
+    )
+    measure.add_argument(
+        "--picture", metavar="OUT.png", type=Path, help="draw the sound under the motion, events marked"
+    )
+    measure.add_argument("--json", action="store_true", help="print a JSON object as the last line of stdout")
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint is", allow_abbrev=False)
     inspect.set_defaults(run=_inspect)
@@ -91,19 +106,45 @@ def _generate(parsed: argparse.Namespace) -> None:
             raise MediaError(f"no such file: {picture}")
 
     from .engine import Engine
+    from .measure.energy import EnergyMeter
     from .media import write_clip
 
     request = _request(parsed)
     if parsed.seed is None:
         print(f"seed {request.seed}", flush=True)
-    with _Bars() as bars:
-        result = Engine(model=parsed.model, device=parsed.device).generate(request, bars)
+    meter = EnergyMeter()
+    if parsed.idle_seconds and meter.sources:
+        meter.rest(parsed.idle_seconds)
+    options = {"energy": meter} if meter.sources else {}
+    with _Bars() as bars, meter.window() as energy:
+        result = Engine(model=parsed.model, device=parsed.device).generate(request, bars, **options)
+    meter.close()
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     started = time.perf_counter()
     write_clip(parsed.output, result.clip, {"lockstep": json.dumps(_provenance(request, result))})
-    report = _report(parsed, request, result, write_seconds=time.perf_counter() - started)
+    seconds = {"write": time.perf_counter() - started}
+    report = _report(parsed, request, result, seconds) | {
+        "energy": _energy(parsed, result, energy[0], meter.notes)
+    }
     print(json.dumps(report) if parsed.json else _sentence(report), flush=True)
+
+
+def _measure(parsed: argparse.Namespace) -> None:
+    if parsed.picture is not None:
+        _check_output(parsed.picture, ".png")
+
+    from .measure.report import draw_report, report_clip
+    from .media import read_clip, stream_seconds, write_image
+
+    clip = read_clip(parsed.file)
+    pictures, sound = stream_seconds(parsed.file)
+    report = report_clip(clip, None if sound is None else (sound - pictures) * 1000)
+    if parsed.picture is not None:
+        write_image(parsed.picture, draw_report(report, clip))
+    print(report.to_text(), flush=True)
+    if parsed.json:
+        print(json.dumps({"file": str(parsed.file), **report.to_dict()}), flush=True)
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
@@ -166,9 +207,18 @@ def _provenance(request: "GenerateRequest", result: "GenerateResult") -> dict:
 
 
 def _report(
-    parsed: argparse.Namespace, request: "GenerateRequest", result: "GenerateResult", write_seconds: float
+    parsed: argparse.Namespace,
+    request: "GenerateRequest",
+    result: "GenerateResult",
+    seconds: dict[str, float],
 ) -> dict:
-    clip, stages = result.clip, {**result.stages, "write": write_seconds}
+    from .measure.report import report_clip
+    from .measure.stages import peak_rss_bytes
+
+    started = time.perf_counter()
+    clip, found = result.clip, report_clip(result.clip).to_dict()
+    stages = {**result.stages, **seconds, "report": time.perf_counter() - started}
+    peaks = [cost.peak_rss_bytes for cost in result.costs.values()] + [peak_rss_bytes()]
     frames, height, width = clip.frames.shape[:3]
     return {
         "output": str(parsed.output),
@@ -179,11 +229,21 @@ def _report(
         "fps": clip.fps,
         "sample_rate": None if clip.waveform is None else clip.sample_rate_hz,
         "stages": {name: round(seconds, 3) for name, seconds in stages.items()},
-        "peak_rss_bytes": _peak_rss_bytes(),
+        "costs": {name: asdict(cost) for name, cost in result.costs.items()},
+        "peak_rss_bytes": max((peak for peak in peaks if peak is not None), default=None),
         "latent_sha256": result.latent_sha256,
         "model": _model(result),
         "warnings": list(result.warnings),
+        **{name: found[name] for name in ("sync", "difference_ms", "picture", "sound", "findings")},
     }
+
+
+def _energy(parsed: argparse.Namespace, result: "GenerateResult", energy: "Energy", notes: list[str]) -> dict:
+    """Joules of everything from the first weight read to the last sample decoded."""
+    from .measure.energy import Factors
+
+    seconds = len(result.clip.frames) / result.clip.fps
+    return energy.to_dict(seconds, Factors(parsed.grams_per_kwh, parsed.price_per_kwh)) | {"notes": notes}
 
 
 def _model(result: "GenerateResult") -> dict[str, str]:
@@ -196,16 +256,6 @@ def _sentence(report: dict) -> str:
     return f"{report['output']}: {seconds:.2f} s of {report['size']}, seed {report['seed']}, made in {spent:.1f} s"
 
 
-def _peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process so far; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 # What is given
 
 
@@ -214,11 +264,11 @@ def _check_prompt(prompt: str) -> None:
         raise PromptError('the prompt is empty: say what to show, such as "a red ball bounces"')
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, suffix: str = ".mp4") -> None:
     if output.is_dir():
-        raise MediaError(f"{output} is a folder: name a file in it, such as {output / 'clip.mp4'}")
-    if output.suffix.lower() != ".mp4":
-        raise MediaError(f"only .mp4 files are written, got {output}: use {output.stem}.mp4")
+        raise MediaError(f"{output} is a folder: name a file in it, such as {output / f'clip{suffix}'}")
+    if output.suffix.lower() != suffix:
+        raise MediaError(f"only {suffix} files are written, got {output}: use {output.stem}{suffix}")
     folder = output.absolute().parent
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())

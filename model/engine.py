@@ -7,10 +7,8 @@ goes in and comes out is frozen. B batch (1), C channels, F frames, H rows, W co
 import hashlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -34,6 +32,8 @@ from .denoiser import JointDenoiser, starting_state
 from .embedded import WEIGHTS
 from .errors import MediaError, ShapeError, UnsupportedModelError, WorkflowError
 from .latents.patchify import tokens_to_audio, tokens_to_video
+from .measure.energy import EnergyMeter
+from .measure.stages import StageMeter
 from .media import fit_image
 from .recipes import Recipe, clip_shape, recipe_of
 from .residency import stepping_down
@@ -75,19 +75,6 @@ class SampleSettings:
 
 def _nothing(_progress: Progress) -> None:
     """The progress callback of those who gave none."""
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Seconds by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str):
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 class Engine:
@@ -326,9 +313,17 @@ class Engine:
 
     # -- the whole path --------------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerateRequest, progress: ProgressCallback = _nothing) -> GenerateResult:
-        """A prompt to a clip with sound. Raises a LockstepError before any work for what cannot be done."""
-        clock = _Clock()
+    def generate(
+        self,
+        request: GenerateRequest,
+        progress: ProgressCallback = _nothing,
+        energy: EnergyMeter | None = None,
+    ) -> GenerateResult:
+        """A prompt to a clip with sound. Raises a LockstepError before any work for what cannot be done.
+
+        energy: counts the joules of every stage; None counts none.
+        """
+        clock = StageMeter(self.device, energy)
         shape = self.shape(request.size, request.seconds, request.fps)
         # a prompt that cannot be used is told before gigabytes are read
         self.tokenizer.encode(request.prompt)
@@ -347,7 +342,13 @@ class Engine:
             waveform = self.decode_audio(latents, progress)
         clip = Clip(frames, waveform, shape.fps, self._vocoder.sample_rate_hz)
         return GenerateResult(
-            clip, latent_sha256(latents), clock.seconds, conditioning.warnings, request.seed, self.info
+            clip,
+            latent_sha256(latents),
+            clock.seconds,
+            conditioning.warnings,
+            request.seed,
+            self.info,
+            clock.costs,
         )
 
     def load(self) -> None:

@@ -73,6 +73,30 @@ def read_clip(path: str | Path) -> Clip:
         raise MediaError(f"{path} {error}") from error
 
 
+def stream_seconds(path: str | Path) -> tuple[float, float | None]:
+    """How long the pictures and the sound of a clip's file last, as the file says; None without sound.
+
+    read_clip cuts or pads sound to the pictures: only the file tells whether it had to.  Raises MediaError.
+    """
+    try:
+        with av.open(str(path)) as container:
+            whole = (container.duration or 0) / av.time_base
+            streams = [
+                group[0] if group else None for group in (container.streams.video, container.streams.audio)
+            ]
+            seconds = [
+                None
+                if s is None
+                else float(s.duration * s.time_base)
+                if s.duration and s.time_base
+                else whole
+                for s in streams
+            ]
+    except (OSError, FFmpegError) as error:
+        raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
+    return seconds[0] or 0.0, seconds[1]
+
+
 def read_image(path: str | Path) -> Tensor:
     """Reads the first picture of a file as (H, W, 3), float32 0..1, turned upright as its EXIF tag says.
 
@@ -89,6 +113,20 @@ def read_image(path: str | Path) -> Tensor:
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         raise MediaError(f"cannot read {path} as a picture: {_reason(error)}") from error
+
+
+def write_image(path: str | Path, image_HWC: Tensor) -> None:
+    """Writes a picture (H, W, 3), 0..1, as PNG, replacing an existing file only by a complete one. Raises MediaError."""
+    target = Path(path)
+    partial = target.with_name(f".{secrets.token_hex(6)}.part")
+    try:
+        pixels = (image_HWC.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        Image.fromarray(pixels).save(partial, format="PNG")
+        os.replace(partial, target)
+    except OSError as error:
+        raise MediaError(f"cannot write {target}: {_reason(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def fit_image(image_HWC: Tensor, height: int, width: int) -> Tensor:

@@ -4,7 +4,7 @@ B batch, C channels, F frames (pixels or latents), H rows, W columns, L latent o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -81,6 +81,31 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class StageCost:
+    """What one stage of a run took; None where it was not measured."""
+
+    seconds: float
+    peak_rss_bytes: int | None = None
+    peak_vram_bytes: int | None = None
+    joules: float | None = None
+    net_joules: float | None = None  # less what the machine takes at rest
+
+    def plus(self, other: "StageCost") -> "StageCost":
+        """Both one after the other: times and joules add up, of peaks the higher counts."""
+
+        def both(a: float | None, b: float | None) -> float | None:
+            return None if a is None or b is None else a + b
+
+        return StageCost(
+            self.seconds + other.seconds,
+            max((p for p in (self.peak_rss_bytes, other.peak_rss_bytes) if p is not None), default=None),
+            max((p for p in (self.peak_vram_bytes, other.peak_vram_bytes) if p is not None), default=None),
+            both(self.joules, other.joules),
+            both(self.net_joules, other.net_joules),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """All that a user may say about one clip; None leaves the choice to the model's defaults."""
 
@@ -106,3 +131,4 @@ class GenerateResult:
     warnings: tuple[str, ...]
     seed: int
     model: ModelInfo
+    costs: dict[str, StageCost] = field(default_factory=dict)  # by stage, with peak memory and joules

@@ -65,15 +65,21 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
     assert code == 0
     report = json.loads(stdout.splitlines()[-1])
     assert list(report) == [
-        *("output", "prompt", "seed", "size", "frames", "fps", "sample_rate", "stages", "peak_rss_bytes"),
-        *("latent_sha256", "model", "warnings"),
+        *("output", "prompt", "seed", "size", "frames", "fps", "sample_rate", "stages", "costs"),
+        *("peak_rss_bytes", "latent_sha256", "model", "warnings"),
+        *("sync", "difference_ms", "picture", "sound", "findings", "energy"),
     ]
     assert (report["output"], report["prompt"]) == (str(tmp_path / "clip.mp4"), "a red ball")
     assert (report["seed"], report["size"], report["frames"]) == (7, "48x32", 9)
     assert (report["fps"], report["sample_rate"]) == (12, 16000)
     assert report["model"] == {"name": "grey", "version": "1.0", "sha256": "ab" * 32}
     assert (report["latent_sha256"], report["warnings"]) == ("cd" * 32, [])
-    assert set(report["stages"]) == {"text", "sample", "write"}
+    assert set(report["stages"]) == {"text", "sample", "write", "report"}
+    assert report["sync"]["offset_ms"] is None
+    assert report["findings"] == [
+        "almost nothing moves: try another seed, or a prompt that names a motion",
+        "the sound is silent",
+    ]
     assert report["peak_rss_bytes"] > 50e6  # torch alone takes more
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"]

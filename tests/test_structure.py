@@ -37,9 +37,9 @@ MAY_IMPORT = {
     "engine": BASE
     | STAGES
     | {"checkpoint", "embedded", "residency", "media", "measure", "denoiser", "recipes"},
-    "cli": BASE | {"engine", "checkpoint", "media"},
+    "cli": BASE | {"engine", "checkpoint", "media", "measure"},
 }
-NODES_MAY_IMPORT = {"engine", "embedded", "errors", "shapes", "values"}
+NODES_MAY_IMPORT = {"engine", "embedded", "errors", "measure", "shapes", "values"}
 THIRD_PARTY = {"torch", "numpy", "safetensors", "einops", "av", "PIL", "tqdm"}
 
 

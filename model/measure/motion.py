@@ -1,0 +1,242 @@
+"""Pictures to what moves in them: one object's path, the moments at which it turns or jumps, and motion energy.
+
+F frames, H rows, W columns, P phases, K periods. Lengths are in short sides of the picture, x to the right, y down;
+times in seconds. Nothing here knows a model or a prompt; an object is whatever differs from a plain background.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+from torch.nn import functional
+
+_SIDE = 128  # pixels of the short side that are looked at
+_LUMA = np.array([0.2126, 0.7152, 0.0722])  # BT.709
+_PLAIN_SHARE = 0.55  # of all pixels that must have the background's colour
+_LONGEST_PERIODIC_SECONDS = 8.0
+_ENERGY_GRID = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One object, each (F,): its centre, the square root of its area, and whether it is clear of the edges."""
+
+    times: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    size: np.ndarray
+    whole: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Motion:
+    """How the object moves: the kind with the least unexplained rest."""
+
+    kind: str  # "bounce", "zigzag", "pulse", "smooth", "rest"
+    unexplained: float  # share of the movement
+    period: float = math.inf  # seconds between two events, or one cycle of a smooth motion
+    events: tuple[float, ...] = ()  # contacts, turns, largest sizes
+    speed: Callable[[np.ndarray], np.ndarray] | None = None  # of a smooth motion, at any time, 0..1
+
+
+def shrink(frames_FHWC: Tensor, side: int = _SIDE) -> np.ndarray:
+    """Frames (F, H, W, 3) with a short side of at most `side`, by area, float32."""
+    height, width = frames_FHWC.shape[1:3]
+    factor = side / min(height, width)
+    if factor >= 1:
+        return frames_FHWC.float().cpu().numpy()
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    small = [
+        functional.interpolate(rearrange(part.float(), "F H W C -> F C H W"), size=size, mode="area")
+        for part in frames_FHWC.split(16)  # the whole clip once more would not fit
+    ]
+    return rearrange(torch.cat(small), "F C H W -> F H W C").cpu().numpy()
+
+
+def motion_energy(pixels: np.ndarray) -> np.ndarray:
+    """Mean change of each frame against the one before (F,), 0 at the first; a change of exposure is no motion."""
+    grey = pixels @ _LUMA.astype(np.float32)
+    rows, columns = (min(n, _ENERGY_GRID) for n in grey.shape[1:])
+    pooled = functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(grey)), (rows, columns))
+    pooled = (pooled - pooled.mean((1, 2), keepdim=True)).numpy()
+    return np.concatenate([[0.0], np.abs(np.diff(pooled, axis=0)).mean((1, 2))])
+
+
+def find_jumps(energy: np.ndarray, fps: float) -> np.ndarray:
+    """Times of the frames whose change stands alone: twice what lies within two frames, far above what is usual."""
+    if len(energy) < 5 or energy.max() <= 0:
+        return np.empty(0)
+    padded = np.pad(energy, 2)
+    near = np.max([padded[i : i + len(energy)] for i in (0, 1, 3, 4)], axis=0)
+    middle = np.median(energy)
+    unusual = energy - middle > 8 * np.median(np.abs(energy - middle))
+    return np.flatnonzero(unusual & (energy > 2 * near) & (energy > max(1e-3, 0.3 * energy.max()))) / fps
+
+
+# The object
+
+
+def follow(pixels: np.ndarray, fps: float) -> Path | None:
+    """The path of what differs from a plain background; None if there is none, or more than half of the frames lack it."""
+    sample = pixels[:: max(1, len(pixels) // 64)].reshape(-1, 3)
+    paper = np.median(sample, axis=0)
+    far = np.linalg.norm(sample - paper, axis=1)
+    furthest = np.percentile(far, 99.5)
+    if furthest < 0.12 or (far < 0.3 * furthest).mean() < _PLAIN_SHARE:
+        return None
+    ink = np.median(sample[far > 0.7 * furthest], axis=0)
+    # luma has the full resolution; chroma, which 4:2:0 halves, decides where the two are equally bright
+    toward = (np.eye(3) * 0.15 + 4 * np.outer(_LUMA, _LUMA)) @ (ink - paper)
+    cover = (pixels - paper) @ toward / ((ink - paper) @ toward)
+    return _path(((cover - 0.15) / 0.7).clip(0, 1), fps)  # a codec's ripples and blur lie below and above
+
+
+def _path(cover: np.ndarray, fps: float) -> Path | None:
+    rows, columns = cover.shape[1:]
+    short = min(rows, columns)
+    area = reduce(cover, "F H W -> F", "sum")
+    found = area > max(2.0, 0.002 * rows * columns)
+    if found.mean() < 0.5 or len(found) < 4:
+        return None
+    safe = np.where(found, area, 1.0)
+    x = cover.sum(1) @ (np.arange(columns) + 0.5) / safe / short
+    y = cover.sum(2) @ (np.arange(rows) + 0.5) / safe / short
+    rim = cover[:, [0, -1]].sum((1, 2)) + cover[:, :, [0, -1]].sum((1, 2))
+    at = np.flatnonzero(found)
+    x, y, size = (np.interp(np.arange(len(z)), at, z[at]) for z in (x, y, np.sqrt(area) / short))
+    return Path(np.arange(len(x)) / fps, x, y, size, found & (rim < 0.5))
+
+
+# How it moves
+
+
+def name_motion(path: Path) -> Motion:
+    """The motion that explains the path best, each fitted with its period and phase free.
+
+    Bounces under gravity, to and fro at constant speed, pulses, and smooth to and fro or circles (two harmonics).
+    """
+    signals = np.stack([path.x, path.y, path.size])
+    keep = path.whole if path.whole.mean() > 0.6 else np.ones(len(path.x), bool)
+    times, signals = path.times[keep], signals[:, keep]
+    signals = signals - signals.mean(1, keepdims=True)
+    power = np.square(signals).sum(1)
+    total = float(power.sum())
+    if math.sqrt(total / len(times)) < 0.015 or len(times) < 8 or times[-1] > _LONGEST_PERIODIC_SECONDS:
+        return Motion("rest", 1.0)
+    step = times[1] - times[0]
+    periods = np.geomspace(max(4 * step, 0.2), max(2.5 * times[-1], 0.5), 120)
+    x, y, size = signals
+    fits = {
+        "bounce": (1, _fit(times, y, _parabola, periods, sign=-1)),
+        "zigzag x": (0, _fit(times, x, _triangle, periods)),
+        "zigzag y": (1, _fit(times, y, _triangle, periods)),
+        "pulse": (2, _fit(times, size, _cosine, periods, sign=1)),
+    }
+    rests = {
+        name: (total - power[axis] + fit[0]) / (3 * len(times) - 4) for name, (axis, fit) in fits.items()
+    }
+    smooth_rest, cycle, speed = _fit_smooth(times, x, y, periods)
+    rests["smooth"] = (smooth_rest + float(power[2])) / max(1, 3 * len(times) - 11)
+    best = min(rests, key=lambda name: rests[name])
+    unexplained = rests[best] * 3 * len(times) / total
+    if best == "smooth":
+        return Motion("smooth", unexplained, cycle, speed=speed)
+    rival = min(rest for name, rest in rests.items() if name != best)
+    unexplained = max(unexplained, 0.1 * rests[best] / rival)  # a rival nearly as good leaves the kind open
+    _, period, first = fits[best][1]
+    spacing = period / 2 if best.startswith("zigzag") else period
+    count = math.floor((path.times[-1] - first) / spacing) + 1
+    first_index = math.ceil(-first / spacing)
+    events = tuple(first + n * spacing for n in range(first_index, count))
+    return Motion(best.split()[0], unexplained, spacing, events)
+
+
+def _triangle(turns: np.ndarray) -> np.ndarray:
+    return np.abs(2 * (turns % 1) - 1)
+
+
+def _parabola(turns: np.ndarray) -> np.ndarray:
+    return 1 - (2 * (turns % 1) - 1) ** 2
+
+
+def _cosine(turns: np.ndarray) -> np.ndarray:
+    return np.cos(2 * math.pi * turns)
+
+
+def _fit(
+    times: np.ndarray, signal: np.ndarray, wave: Callable, periods: np.ndarray, sign: int = 0
+) -> tuple[float, float, float]:
+    """Least squares of level + factor * wave((t - first) / period): (sum of squares left, period, first)."""
+    phases = np.arange(32) / 32
+    period, phase, left = _best(times, signal, wave, periods, phases[None], sign)
+    width, spread = periods[1] / periods[0] - 1, 1 / 32
+    for _ in range(5):  # each round looks three times closer
+        nearby = period * (1 + width * np.linspace(-1, 1, 9))
+        # the middle of the clip keeps its phase while the period changes
+        middle = times.mean()
+        centred = middle / period - phase
+        shifts = middle / nearby[:, None] - centred + spread * np.linspace(-1, 1, 9)
+        period, phase, left = _best(times, signal, wave, nearby, shifts, sign)
+        width, spread = width / 3, spread / 3
+    return left, period, phase * period
+
+
+def _best(
+    times: np.ndarray, signal: np.ndarray, wave: Callable, periods: np.ndarray, phases: np.ndarray, sign: int
+) -> tuple[float, float, float]:
+    """phases: (1 or K, P), of the wave's zero turn in turns from time 0."""
+    waves = wave(times / periods[:, None, None] - phases[..., None])
+    waves = waves - waves.mean(-1, keepdims=True)
+    dot = waves @ signal
+    if sign:
+        dot = sign * np.maximum(sign * dot, 0)
+    gained = dot**2 / (np.square(waves).sum(-1) + 1e-9)
+    row, column = np.unravel_index(np.argmax(gained), gained.shape)
+    phase = np.broadcast_to(phases, gained.shape)[row, column]
+    return float(periods[row]), float(phase), float(signal @ signal - gained[row, column])
+
+
+def _fit_smooth(times: np.ndarray, x: np.ndarray, y: np.ndarray, periods: np.ndarray):
+    """Two harmonics of one cycle in x and y: (sum of squares left, cycle, speed as a function of time)."""
+    both = np.stack([x, y], 1)
+
+    def solve(cycle: float) -> tuple[float, np.ndarray]:
+        factors, *_ = np.linalg.lstsq(_harmonics(times, cycle), both, rcond=None)
+        return float(np.square(both - _harmonics(times, cycle) @ factors).sum()), factors
+
+    # a cycle longer than twice the clip fits whatever is smooth, and says nothing of speed
+    cycles = periods[(periods >= 6 * (times[1] - times[0])) & (periods <= 2 * times[-1])]
+    if not len(cycles):
+        return math.inf, math.inf, None
+    cycle = float(min(cycles, key=lambda c: solve(c)[0]))
+    width = periods[1] / periods[0] - 1
+    for _ in range(5):
+        nearby = [cycle * (1 + width * step) for step in (-1, -0.67, -0.33, 0, 0.33, 0.67, 1)]
+        cycle = min(nearby, key=lambda c: solve(c)[0])
+        width /= 3
+    left, factors = solve(cycle)
+    top = np.linalg.norm(_harmonics_slope(np.linspace(0, cycle, 200), cycle) @ factors, axis=1).max()
+
+    def speed(at: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(_harmonics_slope(at, cycle) @ factors, axis=-1) / max(top, 1e-9)
+
+    return left, cycle, speed
+
+
+def _harmonics(times: np.ndarray, cycle: float) -> np.ndarray:
+    angle = 2 * math.pi * times / cycle
+    return np.stack(
+        [np.ones_like(angle), np.cos(angle), np.sin(angle), np.cos(2 * angle), np.sin(2 * angle)], -1
+    )
+
+
+def _harmonics_slope(times: np.ndarray, cycle: float) -> np.ndarray:
+    angle = 2 * math.pi * times / cycle
+    return np.stack(
+        [np.zeros_like(angle), -np.sin(angle), np.cos(angle), -2 * np.sin(2 * angle), 2 * np.cos(2 * angle)],
+        -1,
+    )

@@ -1,0 +1,146 @@
+"""Sound of a clip to what can go wrong with it: loudness, peaks, clipping, clicks, silence.
+
+C channels, S samples. Levels in dB relative to full scale (a sample of 1).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+SILENT_DBFS = -60.0
+_WINDOW_SECONDS = 0.05
+_CLIPPED = 0.999
+
+
+@dataclass(frozen=True, slots=True)
+class SoundFacts:
+    """One soundtrack; levels are None where there is nothing to hear."""
+
+    channels: int
+    sample_rate_hz: int
+    seconds: float
+    not_finite: int  # samples that are no numbers
+    loudness_lufs: float | None  # ITU-R BS.1770-4, gated; None under 0.4 s
+    rms_dbfs: float | None
+    true_peak_dbfs: float | None  # four times oversampled
+    clipped_samples: int  # of two or more in a row at full scale
+    clicks: int  # jumps that stand alone
+    silent_share: float  # of the time, windows of 50 ms below -60 dBFS
+    dc: float  # mean of the samples, largest over channels
+
+
+def look_at_sound(waveform_CS: Tensor, sample_rate_hz: int) -> SoundFacts:
+    """All facts of one soundtrack (channels, S), -1..1, of any length; values that are no numbers are counted as silence."""
+    given_CS = waveform_CS.float().cpu().numpy().astype(np.float64)
+    wave_CS = np.nan_to_num(given_CS, posinf=0, neginf=0)
+    samples = wave_CS.shape[1]
+    peak = max((true_peak(channel) for channel in wave_CS), default=0.0)
+    return SoundFacts(
+        channels=len(wave_CS),
+        sample_rate_hz=sample_rate_hz,
+        seconds=samples / sample_rate_hz,
+        not_finite=int((~np.isfinite(given_CS)).sum()),
+        loudness_lufs=loudness(wave_CS, sample_rate_hz),
+        rms_dbfs=_level(math.sqrt(np.square(wave_CS).mean())) if samples else None,
+        true_peak_dbfs=_level(peak),
+        clipped_samples=sum(count_clipped(channel) for channel in wave_CS),
+        clicks=sum(count_clicks(channel, sample_rate_hz) for channel in wave_CS),
+        silent_share=_silent_share(wave_CS, sample_rate_hz),
+        dc=float(np.abs(wave_CS.mean(1)).max()) if samples else 0.0,
+    )
+
+
+def _level(amplitude: float) -> float | None:
+    return 20 * math.log10(amplitude) if amplitude > 1e-6 else None
+
+
+def true_peak(wave: np.ndarray) -> float:
+    """Largest magnitude at and between the samples, by fourfold oversampling, linear."""
+    peak, piece = float(np.abs(wave).max(initial=0.0)), 1 << 18
+    for start in range(0, len(wave), piece):  # an hour at once would take gigabytes
+        part = np.pad(wave[max(0, start - 64) : start + piece + 64], 64)
+        fine = np.fft.irfft(np.fft.rfft(part), 4 * len(part)) * 4
+        peak = max(peak, float(np.abs(fine).max(initial=0.0)))
+    return peak
+
+
+def count_clipped(wave: np.ndarray) -> int:
+    """Samples at full scale that have a neighbour there, too; a lone one may be a true peak."""
+    full = np.abs(wave) >= _CLIPPED
+    beside = np.zeros_like(full)
+    beside[1:] |= full[:-1]
+    beside[:-1] |= full[1:]
+    return int((full & beside).sum())
+
+
+def count_clicks(wave: np.ndarray, sample_rate_hz: int) -> int:
+    """Jumps that stand alone: a second difference eight times the loudest of both sides, 1 to 6 ms away."""
+    near, far = max(1, sample_rate_hz // 1000), max(3, 6 * sample_rate_hz // 1000)
+    if len(wave) < 3:
+        return 0
+    bend = np.pad(np.abs(np.diff(wave, 2)), far)
+    windows = sliding_window_view(bend, far - near).max(1)
+    size = len(bend) - 2 * far
+    before, after, here = windows[:size], windows[far + near + 1 :][:size], bend[far : far + size]
+    here, before = here[: len(after)], before[: len(after)]
+    places = np.flatnonzero((here > 0.02) & (here > 8 * np.maximum(before, after)))
+    return int(1 + (np.diff(places) > 2 * near).sum()) if len(places) else 0
+
+
+def _silent_share(wave_CS: np.ndarray, sample_rate_hz: int) -> float:
+    if not wave_CS.shape[1]:
+        return 1.0
+    edges = np.arange(0, wave_CS.shape[1], max(1, round(_WINDOW_SECONDS * sample_rate_hz)))
+    power = np.add.reduceat(np.square(wave_CS).max(0), edges) / np.diff(np.append(edges, wave_CS.shape[1]))
+    return float((power < 10 ** (SILENT_DBFS / 10)).mean())
+
+
+# Loudness
+
+
+def loudness(wave_CS: np.ndarray, sample_rate_hz: int) -> float | None:
+    """Integrated loudness in LUFS; None under 0.4 s or where all is below the gate of -70 LUFS.
+
+    Source: ITU-R BS.1770-4, sections 1 and 5.1; channels beyond the second count as front channels.
+    """
+    block, hop = round(0.4 * sample_rate_hz), max(1, round(0.1 * sample_rate_hz))
+    if wave_CS.shape[1] < block:
+        return None
+    weighted = np.stack([_weighted(channel, sample_rate_hz) for channel in wave_CS])
+    total = np.concatenate([[0.0], np.cumsum(np.square(weighted).sum(0))])
+    starts = np.arange(0, wave_CS.shape[1] - block + 1, hop)
+    power = (total[starts + block] - total[starts]) / block
+    power = power[power > 10 ** ((-70 + 0.691) / 10)]
+    if not len(power):
+        return None
+    power = power[power > power.mean() * 0.1]
+    return float(-0.691 + 10 * np.log10(power.mean()))
+
+
+def _weighted(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    """K-weighting: a shelf of +4 dB above 1.7 kHz after a high-pass at 38 Hz, applied to the spectrum."""
+    padded = len(wave) + sample_rate_hz // 4  # what the filters ring must not come round to the start
+    delay = np.exp(-1j * np.linspace(0, math.pi, padded // 2 + 1))
+    response = _shelf(delay, sample_rate_hz) * _high_pass(delay, sample_rate_hz)
+    return np.fft.irfft(np.fft.rfft(wave, padded) * response, padded)[: len(wave)]
+
+
+def _shelf(z: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    k = math.tan(math.pi * min(1681.974450955533 / sample_rate_hz, 0.49))
+    high, middle, q = (
+        10 ** (3.999843853973347 / 20),
+        10 ** (3.999843853973347 / 20 * 0.4996667741545416),
+        0.7071752369554196,
+    )
+    top = (high + middle * k / q + k * k) + 2 * (k * k - high) * z + (high - middle * k / q + k * k) * z * z
+    return top / ((1 + k / q + k * k) + 2 * (k * k - 1) * z + (1 - k / q + k * k) * z * z)
+
+
+def _high_pass(z: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    k, q = math.tan(math.pi * 38.13547087602444 / sample_rate_hz), 0.5003270373238773
+    bottom = (1 + k / q + k * k) + 2 * (k * k - 1) * z + (1 - k / q + k * k) * z * z
+    # the standard's coefficients leave the numerator of this stage at 1, -2, 1
+    return (1 - 2 * z + z * z) * (1 + k / q + k * k) / bottom

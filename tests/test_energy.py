@@ -1,0 +1,252 @@
+"""Energy counters, faked: what is told where they grow, wrap, reset, vanish or are shared; nothing is ever estimated."""
+
+import importlib
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lockstep.model.measure import energy as meter
+from lockstep.model.measure.energy import Energy, EnergyMeter, Factors, nvidia_sources, rapl_sources
+from lockstep.model.measure.stages import StageMeter
+
+
+class FakeSource:
+    """Readings given one after the other; an exception among them is raised."""
+
+    kind = "counter"
+
+    def __init__(self, *readings, name: str = "gpu 0: fake"):
+        self.readings, self.name, self.closed = list(readings), name, False
+
+    def read(self) -> float:
+        value = self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeNVML:
+    """Boards with an energy counter in millijoules, or with power only, or with neither."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, millijoules=None, milliwatts=None, pids=(), broken=False):
+        self.millijoules, self.milliwatts, self.pids, self.broken = millijoules, milliwatts, pids, broken
+
+    def nvmlInit(self):
+        if self.broken:
+            raise self.NVMLError("driver not loaded")
+
+    def nvmlDeviceGetCount(self):
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetName(self, board):
+        return b"Fake H100"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, board):
+        if self.millijoules is None:
+            raise self.NVMLError("not supported")
+        return self.millijoules
+
+    def nvmlDeviceGetPowerUsage(self, board):
+        if self.milliwatts is None:
+            raise self.NVMLError("not supported")
+        return self.milliwatts
+
+    def nvmlDeviceGetComputeRunningProcesses(self, board):
+        return [SimpleNamespace(pid=pid) for pid in self.pids]
+
+
+def window(*sources) -> Energy:
+    with EnergyMeter(sources).window() as taken:
+        pass
+    return taken[0]
+
+
+def test_a_growing_counter_is_subtracted():
+    taken = window(FakeSource(1000.0, 1250.0), FakeSource(5.0, 15.0, name="cpu package-0"))
+    assert taken.joules == {"gpu 0: fake": 250.0, "cpu package-0": 10.0}
+    assert taken.gross == 260
+    assert taken.net is None  # nobody measured the rest
+
+
+@pytest.mark.parametrize("readings", [(1000.0, 3.0), (OSError("gone"), 5.0), (5.0, OSError("gone"))])
+def test_a_counter_that_was_reset_or_is_gone_is_not_measured(readings):
+    taken = window(FakeSource(*readings), FakeSource(1.0, 2.0, name="cpu package-0"))
+    assert taken.gross is None  # a sum without the board would look like less than it was
+    assert taken.to_dict() == {"joules": None, "reason": "not measured", "seconds": pytest.approx(0, abs=0.1)}
+
+
+def test_no_source_is_not_measured():
+    assert window().to_dict(2.0, Factors(400, 0.3))["joules"] is None
+
+
+def test_a_window_is_measured_also_where_its_work_fails():
+    readings = EnergyMeter([FakeSource(1.0, 4.0)]).window()
+    with pytest.raises(MemoryError), readings as taken:
+        raise MemoryError
+    assert taken[0].gross == 3
+
+
+def test_net_is_gross_less_the_rest():
+    measured = EnergyMeter([FakeSource(0.0, 1.0, 10.0, 30.0)])
+    measured.rest(0.05)
+    watts = measured.idle_watts["gpu 0: fake"]
+    assert 5 < watts <= 20  # one joule in 50 ms or a little more
+    taken = Energy(0.5, {"gpu 0: fake": 20.0}, {"gpu 0: fake": "counter"}, {"gpu 0: fake": watts})
+    assert taken.net == pytest.approx(20 - 0.5 * watts)
+
+
+def test_what_is_told_of_joules_and_only_factors_of_the_user_are_used():
+    taken = Energy(10.0, {"gpu": 7200.0}, {"gpu": "counter"}, {"gpu": 20.0})
+    plain = taken.to_dict(4.0)
+    assert (plain["joules"], plain["net_joules"], plain["wh"], plain["mean_watts"]) == (7200, 7000, 2, 720)
+    assert plain["joules_per_clip_second"] == 1800
+    assert plain["sources"] == {"gpu": {"joules": 7200, "kind": "counter"}}
+    assert not {"grams_co2e", "price"} & set(plain)
+    priced = taken.to_dict(4.0, Factors(grams_per_kwh=400.0, price_per_kwh=0.25))
+    assert (priced["grams_co2e"], priced["price"]) == (pytest.approx(0.8), pytest.approx(0.0005))
+    assert taken.rough is False
+    assert window(FakeSource(1.0, 2.0)).rough  # shorter than a counter's tick
+
+
+# NVIDIA
+
+
+def test_an_energy_counter_is_preferred_and_read_in_joules():
+    nvml = FakeNVML(millijoules=5_000_000, milliwatts=300_000)
+    (source,) = nvidia_sources([], nvml)
+    assert (source.name, source.kind, source.read()) == ("gpu 0: Fake H100", "counter", 5000)
+    nvml.millijoules = None
+    with pytest.raises(OSError, match="not supported"):
+        source.read()
+
+
+def test_power_is_summed_where_there_is_no_counter_and_says_so():
+    notes: list[str] = []
+    nvml = FakeNVML(milliwatts=200_000)
+    (source,) = nvidia_sources(notes, nvml)
+    assert source.kind == "integrated"
+    assert "no energy counter" in notes[0]
+    first, started = source.read(), time.monotonic()
+    time.sleep(0.2)
+    joules, seconds = source.read() - first, time.monotonic() - started
+    assert joules == pytest.approx(
+        200 * seconds, rel=0.05
+    )  # both clocks read within a fraction of a millisecond
+    nvml.milliwatts = None
+    with pytest.raises(OSError, match="not supported"):
+        source.read()
+    source.close()
+    assert not source._thread.is_alive()
+
+
+def test_boards_that_count_nothing_and_drivers_that_fail_are_named():
+    for nvml, said in (
+        (FakeNVML(), "energy is not measured: not supported"),
+        (FakeNVML(broken=True), "driver not"),
+    ):
+        notes: list[str] = []
+        assert nvidia_sources(notes, nvml) == []
+        assert said in notes[0]
+
+
+def test_other_processes_on_the_board_are_told():
+    notes: list[str] = []
+    nvidia_sources(notes, FakeNVML(millijoules=1, pids=(os.getpid(), 1, 2)))
+    assert "shared with 2 other processes" in notes[0]
+    nvidia_sources(alone := [], FakeNVML(millijoules=1, pids=(os.getpid(),)))
+    assert alone == []
+
+
+def test_without_the_package_nothing_is_guessed(monkeypatch):
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    notes: list[str] = []
+    assert nvidia_sources(notes) == []
+    assert "nvidia-ml-py is not installed" in notes[0]
+
+
+# RAPL
+
+
+def package(folder: Path, microjoules: int, name: str = "package-0") -> Path:
+    path = folder / "intel-rapl:0"
+    path.mkdir(exist_ok=True)
+    (path / "energy_uj").write_text(f"{microjoules}\n")
+    (path / "max_energy_range_uj").write_text("262143328850\n")
+    (path / "name").write_text(f"{name}\n")
+    return path
+
+
+def test_processor_counters_are_read_and_wrap(tmp_path):
+    path = package(tmp_path, 262_143_000_000)
+    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package, already counted in it
+    (source,) = rapl_sources([], tmp_path)
+    first = source.read()
+    (path / "energy_uj").write_text("671150\n")
+    assert source.name == "cpu package-0"
+    assert source.read() - first == pytest.approx(1.0)
+    (path / "energy_uj").write_text("2671150\n")
+    assert source.read() - first == pytest.approx(3.0)
+
+
+def test_processor_counters_that_cannot_be_read_are_named(tmp_path):
+    notes: list[str] = []
+    assert rapl_sources(notes, tmp_path) == []
+    assert "shows no RAPL counter" in notes[0]
+    path = package(tmp_path, 1)
+    (path / "energy_uj").write_text("broken")
+    assert rapl_sources(notes, tmp_path) == []
+    assert "intel-rapl:0" in notes[1]
+
+
+def test_a_counter_for_root_only_says_how_to_enable_it(tmp_path, monkeypatch):
+    package(tmp_path, 1)
+
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(meter._RaplCounter, "read", forbidden)
+    notes: list[str] = []
+    assert rapl_sources(notes, tmp_path) == []
+    assert "readable for root only (chmod a+r enables it)" in notes[0]
+
+
+# Stages
+
+
+def test_each_stage_has_its_seconds_memory_and_joules():
+    stages = StageMeter(torch.device("cpu"), EnergyMeter([FakeSource(0.0, 5.0, 5.0, 12.0, 12.0, 13.0)]))
+    with stages.stage("sample"):
+        held = torch.ones(40_000_000)  # 160 MB
+    del held
+    with stages.stage("decode"):
+        pass
+    with stages.stage("sample"):
+        time.sleep(0.01)
+    assert {name: cost.joules for name, cost in stages.costs.items()} == {"sample": 6.0, "decode": 7.0}
+    assert stages.seconds["sample"] > 0.01
+    assert stages.costs["sample"].peak_rss_bytes > 160e6
+    assert stages.costs["sample"].peak_vram_bytes is None
+
+
+def test_without_a_meter_stages_have_no_joules():
+    stages = StageMeter(torch.device("cpu"))
+    with stages.stage("text"):
+        pass
+    assert stages.costs["text"].joules is None
+    assert stages.costs["text"].seconds >= 0

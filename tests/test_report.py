@@ -1,0 +1,226 @@
+"""What the clip report says of clips made wrong on purpose, and of good ones."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lockstep.model import cli
+from lockstep.model.errors import MediaError
+from lockstep.model.measure.pictures import find_flashes, look_at_pictures, seams
+from lockstep.model.measure.report import draw_report, report_clip
+from lockstep.model.measure.sound import look_at_sound, loudness
+from lockstep.model.media import stream_seconds, write_clip, write_image
+from lockstep.model.values import Clip
+
+RATE_HZ = 48000
+
+
+def moving(frames: int = 24, size: int = 64) -> torch.Tensor:
+    """A soft bright disc that goes from left to right over grey."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    centre = torch.linspace(12, size - 12, frames).view(-1, 1, 1)
+    disc = (10 - torch.hypot(columns - centre, rows - size / 2)).clamp(0, 1)
+    return (0.3 + 0.5 * disc)[..., None].expand(-1, -1, -1, 3).clone()
+
+
+def tone(level: float = 0.1, seconds: float = 2.0, hz: float = 997.0) -> torch.Tensor:
+    return level * torch.sin(2 * math.pi * hz * torch.arange(int(seconds * RATE_HZ)) / RATE_HZ)[None]
+
+
+def good() -> Clip:
+    return Clip(moving(), tone(), 12.0, RATE_HZ)
+
+
+def findings(clip: Clip, **known) -> str:
+    return " | ".join(report_clip(clip, **known).findings)
+
+
+def test_a_good_clip_is_found_nothing_wrong_with():
+    assert findings(good()) == ""
+
+
+# Pictures
+
+
+def spoil(change) -> Clip:
+    frames = moving()
+    change(frames)
+    return Clip(frames, tone(), 12.0, RATE_HZ)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda f: f[5].fill_(torch.nan), "1 of 24 frames hold values that are no numbers"),
+        (lambda f: f[20:].fill_(0.0), "4 of 24 frames are black"),
+        (lambda f: f[7].add_(0.2), "the brightness flashes at frame 7"),
+        (lambda f: f[0].add_(0.2), "the brightness flashes at frame 0"),
+        (lambda f: f.__setitem__(slice(None), f[:1].clone()), "almost nothing moves"),
+        (lambda f: f.__setitem__(9, f[8]), "1 frames repeat the one before"),
+        (lambda f: f[:, :, 32:].add_(0.1), "seams on a grid of"),
+    ],
+)
+def test_what_is_wrong_with_pictures_is_named(change, found):
+    assert found in findings(spoil(change))
+
+
+def test_a_cut_is_no_flash_and_a_moving_object_neither():
+    assert find_flashes(np.array([0.2] * 10 + [0.6] * 10)) == ()
+    assert find_flashes(np.linspace(0.2, 0.6, 20)) == ()
+    assert find_flashes(moving().numpy().mean((1, 2, 3))) == ()
+    assert find_flashes(np.zeros(2)) == ()
+
+
+def test_frozen_time_is_counted():
+    frames = moving()
+    frames[10:16] = frames[10]
+    facts = look_at_pictures(frames, 12.0)
+    assert facts.frozen_seconds == pytest.approx(5 / 12)
+    assert look_at_pictures(frames[:1], 12.0).frozen_seconds == 0
+
+
+def test_smooth_pictures_have_no_seams_and_tiles_have():
+    ratio, _ = seams(moving())
+    assert ratio < 1.1
+    tiles = moving()
+    tiles[:, :, 16::32] += 0.2
+    assert seams(tiles)[0] > 2
+    assert seams(torch.zeros(2, 4, 4, 3)) == (1.0, 64)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 2, 20000, 3), (5, 3, 2, 3)])
+def test_pictures_of_any_size_are_looked_at(shape):
+    assert look_at_pictures(torch.rand(shape), 12.0).frames == shape[0]
+
+
+# Sound
+
+
+def test_loudness_is_that_of_the_standard():
+    """EBU Tech 3341: a 997 Hz sine at -23 dBFS in two channels is -23.0 +-0.1 LUFS; one channel is 3 dB less."""
+    stereo = tone(10 ** (-23 / 20), 5).expand(2, -1).numpy().astype(np.float64)
+    assert loudness(stereo, RATE_HZ) == pytest.approx(-23.0, abs=0.1)
+    assert loudness(stereo[:1], RATE_HZ) == pytest.approx(-26.0, abs=0.1)
+    assert loudness(np.concatenate([stereo, np.zeros_like(stereo)], 1), RATE_HZ) == pytest.approx(
+        -23.0, abs=0.2
+    )
+    assert loudness(stereo[:, :1000], RATE_HZ) is None
+    assert loudness(np.zeros((1, RATE_HZ)), RATE_HZ) is None
+
+
+def test_true_peak_lies_between_samples():
+    """A sine at a quarter of the rate, sampled at 45 degrees: samples reach 0.707 of its peak."""
+    wave = torch.sin(math.pi / 2 * torch.arange(4800) + math.pi / 4)[None] * 0.5
+    assert wave.abs().max() < 0.36
+    facts = look_at_sound(wave, RATE_HZ)
+    assert facts.true_peak_dbfs == pytest.approx(20 * math.log10(0.5), abs=0.3)
+
+
+def test_what_is_wrong_with_sound_is_named():
+    wave = tone()
+    for spoilt, found in (
+        ((wave * 20).clamp(-1, 1), "samples are clipped"),
+        (wave * 9.5, "is above -1 dBFS"),
+        (wave + 0.05, "off its middle by 0.050"),
+        (wave * 1e-5, "the sound is silent"),
+        (wave.index_fill(1, torch.tensor([500]), torch.nan), "1 samples are no numbers"),
+        (wave.index_add(1, torch.tensor([30000]), torch.tensor([[0.6]])), "1 clicks"),
+    ):
+        assert found in findings(Clip(moving(), spoilt, 12.0, RATE_HZ))
+    assert "the clip has no sound" in findings(Clip(moving(), None, 12.0, RATE_HZ))
+
+
+def test_silent_share_and_lengths():
+    wave = torch.cat([tone(seconds=1), torch.zeros(1, RATE_HZ)], 1)
+    assert look_at_sound(wave, RATE_HZ).silent_share == pytest.approx(0.5, abs=0.03)
+    late = report_clip(Clip(moving(), wave[:, : RATE_HZ + 6000], 12.0, RATE_HZ))
+    assert late.difference_ms == pytest.approx(-875)
+    assert "differ in length by -875 ms" in " ".join(late.findings)
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 11025, 96000, 192000])
+@pytest.mark.parametrize("shape", [(1, 0), (1, 1), (8, 700), (3, 20000)])
+def test_sound_of_any_kind_is_looked_at(rate_hz, shape):
+    facts = look_at_sound(torch.rand(shape) - 0.5, rate_hz)
+    assert (facts.channels, facts.sample_rate_hz) == (shape[0], rate_hz)
+    json.dumps(
+        report_clip(Clip(moving(8), torch.rand(shape) - 0.5, 12.0, rate_hz)).to_dict(), allow_nan=False
+    )
+
+
+# The report
+
+
+def test_a_report_is_json_text_and_picture():
+    clip = good()
+    report = report_clip(clip, made={"seed": 7, "latent_sha256": "ab", "stages": {"sample": 1.5}})
+    said = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (said["seed"], said["latent_sha256"], said["stages"]) == (7, "ab", {"sample": 1.5})
+    assert set(said) >= {"seconds", "difference_ms", "sync", "picture", "sound", "findings"}
+    text = report.to_text()
+    for part in (
+        "2.000 s, 64x64, 24 frames at 12 fps",
+        "sync: no offset",
+        "loudness -2",
+        "sample: 1.50 s",
+        "seed: 7",
+    ):
+        assert part in text
+    drawn = draw_report(report, clip)
+    assert drawn.shape == (420, 960, 3)
+    assert 0 <= drawn.min() < drawn.max() <= 1
+    draw_report(report_clip(Clip(moving(), None, 12.0, 0)), Clip(moving(), None, 12.0, 0))
+
+
+def test_the_command_measures_a_file(tmp_path, capsys):
+    write_clip(tmp_path / "a.mp4", good())
+    assert cli.main(["measure", str(tmp_path / "a.mp4"), "--json", "--picture", str(tmp_path / "a.png")]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(said["sync"]) >= {"offset_ms", "confidence", "drift_ms", "av_align"}
+    assert said["file"] == str(tmp_path / "a.mp4")
+    assert abs(said["difference_ms"]) < 1
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (960, 420)
+    assert cli.main(["measure", str(tmp_path / "a.mp4")]) == 0
+    assert "sync: no offset told" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no clip"])
+def test_what_is_no_clip_is_refused_in_a_sentence(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "a.mp4").write_bytes(content)
+    assert cli.main(["measure", str(tmp_path / "a.mp4"), "--json"]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert (stdout, stderr.count("\n")) == ("", 1)
+    assert "a.mp4" in stderr
+
+
+def test_a_picture_of_the_report_is_checked_before_any_work(tmp_path, capsys):
+    assert cli.main(["measure", "absent.mp4", "--picture", str(tmp_path / "a.jpg")]) == 2
+    assert "only .png files are written" in capsys.readouterr().err
+
+
+def test_a_file_says_how_long_its_streams_are(tmp_path):
+    write_clip(tmp_path / "a.mp4", good())
+    assert stream_seconds(tmp_path / "a.mp4") == pytest.approx((2.0, 2.0), abs=1e-3)
+    write_clip(tmp_path / "b.mp4", Clip(moving(), None, 12.0, 0))
+    assert stream_seconds(tmp_path / "b.mp4") == (pytest.approx(2.0), None)
+    with pytest.raises(MediaError, match=r"absent\.mp4"):
+        stream_seconds(tmp_path / "absent.mp4")
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_image(tmp_path / "a.png", torch.rand(4, 6, 3))
+    before = (tmp_path / "a.png").read_bytes()
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(MediaError, match="No space left"):
+        write_image(tmp_path / "a.png", torch.rand(4, 6, 3))
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", before)]

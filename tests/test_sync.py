@@ -1,0 +1,172 @@
+"""The sync meter, on clips whose truth is known: exact within 10 ms where it tells an offset, silent otherwise.
+
+Tolerances: the meter reads turns to 1 ms and starts of sounds to 2 ms; 10 ms is what it promises.
+tests/bench/calibrate_sync.py does the same over hundreds of random clips.
+"""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from bench.calibrate_sync import heard, measure
+
+from lockstep.model.embedded import sound, world
+from lockstep.model.measure.motion import find_jumps, follow, motion_energy, name_motion, shrink
+from lockstep.model.measure.onsets import find_onsets
+from lockstep.model.measure.sync import match_events, measure_sync
+
+RATE_HZ = 16000
+# motion, tempo, ambience, frames, fps, rows and columns
+CLIPS = (
+    ("bounces", "normal", "none", 37, 12.0, (64, 64)),
+    ("bounces", "slow", "wind", 61, 15.0, (64, 112)),
+    ("slides", "fast", "rain", 36, 12.0, (64, 112)),
+    ("slides", "normal", "none", 73, 24.0, (96, 96)),
+    ("pulses", "normal", "rain", 48, 16.0, (112, 64)),
+    ("pulses", "slow", "none", 80, 20.0, (64, 64)),
+    ("swings", "normal", "none", 96, 24.0, (64, 64)),
+)
+
+
+def scene_of(motion: str, tempo: str, ambience: str, seed: int = 0) -> world.Scene:
+    return world.draw_scene(random.Random(seed), True, motion=motion, tempo=tempo, ambience=ambience)
+
+
+@pytest.mark.parametrize("shift_ms", [-237, 41, 240])
+@pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: "-".join(map(str, clip[:3])))
+def test_a_moved_sound_is_told_exactly_through_a_file(tmp_path, clip, shift_ms):
+    motion, tempo, ambience, frames, fps, size = clip
+    scene = scene_of(motion, tempo, ambience)
+    wave = heard(scene, frames, fps, size, shift_ms, cut=False)
+    told = measure(scene, frames, fps, size, wave, tmp_path)
+    assert told.offset_ms == pytest.approx(shift_ms, abs=10)
+    assert told.confidence >= 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_sound_of_another_scene_is_told_nothing(tmp_path, seed):
+    scene = scene_of("bounces", "normal", "none", seed)
+    for motion in ("slides", "pulses", "swings", "orbits", "still"):
+        other = scene_of(motion, "normal", "none", seed + 100)
+        wave = heard(other, 36, 12.0, (64, 64), 0, cut=False)
+        assert measure(scene, 36, 12.0, (64, 64), wave, tmp_path).offset_ms is None
+
+
+@pytest.mark.parametrize("motion", ["orbits", "still"])
+@pytest.mark.parametrize("ambience", ["none", "rain"])
+def test_hums_and_stills_have_no_event_to_judge(tmp_path, motion, ambience):
+    scene = scene_of(motion, "normal", ambience)
+    told = measure(scene, 36, 12.0, (64, 64), heard(scene, 36, 12.0, (64, 64), 60, cut=False), tmp_path)
+    assert (told.offset_ms, told.confidence < 0.5) == (None, True)
+    assert told.reason
+
+
+def test_silence_missing_sound_and_values_that_are_no_numbers_are_survived():
+    frames = world.render(scene_of("bounces", "normal", "none"), 36, 64, 64, 12.0)
+    assert measure_sync(frames, 12.0, None, 0).reason == "the clip has no sound"
+    assert measure_sync(frames, 12.0, torch.zeros(1, 0), RATE_HZ).reason == "the clip has no sound"
+    assert measure_sync(frames, 12.0, torch.zeros(2, 48000), RATE_HZ).reason == "the sound is silent"
+    spoiled, wave = frames.clone(), torch.full((1, 48000), torch.nan)
+    spoiled[5] = torch.inf
+    assert measure_sync(spoiled, 12.0, wave, RATE_HZ).offset_ms is None
+    for count in (1, 2, 3):
+        assert measure_sync(frames[:count], 12.0, torch.rand(1, 900), RATE_HZ).offset_ms is None
+
+
+def test_a_rhythm_that_repeats_within_the_range_is_called_open(tmp_path):
+    scene = replace(scene_of("bounces", "fast", "none"), period=0.41)
+    told = measure(scene, 48, 16.0, (64, 64), heard(scene, 48, 16.0, (64, 64), 200, cut=True), tmp_path)
+    assert told.offset_ms is None
+    assert "several offsets fit" in told.reason
+    told = measure(scene, 48, 16.0, (64, 64), heard(scene, 48, 16.0, (64, 64), 70, cut=True), tmp_path)
+    assert told.offset_ms == pytest.approx(70, abs=10)
+
+
+def test_one_event_and_one_sound_are_not_enough():
+    told = match_events(np.array([0.5]), [0.6], last=1.0, edge=0.1)
+    assert told.offset_ms is None
+    assert "by chance" in told.reason
+
+
+def test_drift_is_told_and_no_single_offset_with_it():
+    events = np.array([0.3, 0.8, 1.1, 1.9, 2.4, 3.1, 3.5, 4.2, 4.8, 5.5])
+    told = match_events(events, events * 1.02 + 0.03, last=6.0, edge=0.1)
+    assert told.offset_ms is None
+    assert told.drift_ms == pytest.approx(0.02 * 6000 * 2 / 3, abs=5)
+    steady = match_events(events, events + 0.03, last=6.0, edge=0.1)
+    assert steady.offset_ms == pytest.approx(30, abs=1)
+    assert steady.drift_ms == pytest.approx(0, abs=1)
+
+
+def test_jumps_before_a_moving_background_and_music_are_told():
+    """A square jumps and a click sounds, over a panning texture and a chord twice a second."""
+    rng, frames, fps = np.random.default_rng(4), 150, 25
+    events = np.sort(rng.choice(np.arange(8, frames - 8, 6), size=12, replace=False))
+    texture = rng.random((64, 400)).astype(np.float32)
+    for _ in range(3):
+        texture = (texture + np.roll(texture, 1, 0) + np.roll(texture, 1, 1)) / 3
+    pixels = np.stack([texture[:, f : f + 64] for f in range(frames)])[..., None].repeat(3, -1)
+    place = rng.integers(0, 48, (frames, 2))
+    for frame in range(frames):
+        row, column = place[events[events <= frame].max(initial=0)]
+        pixels[frame, row : row + 16, column : column + 16] = 0.95
+    wave, times = rng.normal(0, 0.003, frames * 640), np.arange(frames * 640) / RATE_HZ
+    for beat in range(12):
+        start = beat * 8000
+        chord = sum(np.sin(2 * np.pi * hz * times[: len(wave) - start]) for hz in (220, 277, 330))
+        wave[start:] += 0.1 * chord * np.exp(-times[: len(wave) - start] / 0.3)
+    for event in events:
+        start = event * 640 + 1456  # 91 ms later
+        wave[start : start + 800] += 0.6 * rng.normal(0, 1, 800) * np.exp(-np.arange(800) / 160)
+    told = measure_sync(torch.from_numpy(pixels), fps, torch.from_numpy(wave[None]).clamp(-1, 1), RATE_HZ)
+    assert told.offset_ms == pytest.approx(91, abs=10)
+
+
+@pytest.mark.parametrize(
+    ("motion", "kind"), [("bounces", "bounce"), ("slides", "zigzag"), ("pulses", "pulse")]
+)
+def test_turns_are_seen_between_frames(motion, kind):
+    """Within 3 ms at 12 frames per second, where a frame lasts 83 ms."""
+    for seed in range(4):
+        scene = scene_of(motion, "normal", "none", seed)
+        seen = name_motion(follow(world.render(scene, 36, 64, 64, 12.0).numpy(), 12.0))
+        assert seen.kind == kind
+        for event in world.event_times(scene, 34 / 12):
+            assert min(abs(event - t) for t in seen.events) < 0.003
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_starts_of_sounds_are_heard_within_two_milliseconds(shape):
+    scene = replace(scene_of("bounces", "normal", "rain"), shape=shape)
+    starts = find_onsets(sound.synthesize(scene, 48000, 1, 1).numpy(), RATE_HZ)
+    for event in world.event_times(scene, 2.9):
+        assert min(abs(event - t) for t in starts) < 0.002
+
+
+def test_channels_in_opposite_phase_are_heard():
+    wave = np.zeros((2, RATE_HZ))
+    wave[0, 8000:8400] = 0.5
+    wave[1] = -wave[0]
+    assert find_onsets(wave, RATE_HZ) == pytest.approx([0.5], abs=0.002)
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 44100, 192000])
+def test_any_rate_is_heard(rate_hz):
+    wave = np.zeros((1, rate_hz))
+    wave[0, rate_hz // 4 : rate_hz // 3] = 0.5
+    assert find_onsets(wave, rate_hz) == pytest.approx([0.25], abs=0.002)
+
+
+def test_a_change_of_exposure_is_no_motion():
+    frames = torch.linspace(0.2, 0.8, 20).view(-1, 1, 1, 1).expand(20, 32, 32, 3)
+    assert motion_energy(shrink(frames)).max() < 1e-4
+
+
+def test_smooth_motion_has_no_jumps_and_jumps_stand_alone():
+    frames = world.render(scene_of("bounces", "fast", "none"), 48, 64, 64, 12.0)
+    assert len(find_jumps(motion_energy(shrink(frames)), 12.0)) < 2
+    frames[20:] = frames[20:].roll(30, 2)
+    still = frames[[0] * 20 + [30] * 20]
+    assert find_jumps(motion_energy(shrink(still)), 12.0) == pytest.approx([20 / 12])
