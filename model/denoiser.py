@@ -3,6 +3,7 @@
 The one place where a clip's layout, its contexts and the network meet. B batch, T video tokens, S audio tokens, C channels.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,9 @@ from .latents.patchify import audio_to_tokens, video_to_tokens
 from .sampler.loop import JointState, noised_stream
 from .shapes import ClipShape
 from .transformer.model import AVTransformer, RopeTables, StreamInput
-from .values import Conditioning, Context
+from .transformer.modulation import Modulation
+from .transformer.sharing import SharedPass, SharedStep, SharedText
+from .values import Conditioning
 
 
 def starting_state(
@@ -48,12 +51,18 @@ def starting_state(
     )
 
 
+TEXT_MEMORY_BYTES = 2**32  # keys and values of texts may take this much; beyond it they are made anew
+
+
 @dataclass(slots=True)
 class JointDenoiser:
     """Callable of one clip: (video tokens, audio tokens, sigma, pass name) to clean tokens, float32.
 
-    Everything that does not depend on the noise level is made once: position tables, levels, contexts on the device.
-    Passes: "cond", "uncond", "perturbed" (stg_blocks give their values), "isolated" (streams apart).
+    Everything that does not depend on the noise level is made once: position tables, masks, contexts on the device, and
+    the text's keys and values where no level changes them. What depends on the level alone is made once per level, and
+    what passes of a step have in common once per step.
+    passes: those that each step will ask for, the first of a text before those that reuse it: "cond", "uncond",
+    "perturbed" (stg_blocks give their values), "isolated" (streams apart).
     """
 
     transformer: AVTransformer
@@ -61,44 +70,123 @@ class JointDenoiser:
     audio: Layout
     conditioning: Conditioning
     stg_blocks: tuple[int, ...] = ()
-    rope: RopeTables = field(init=False)
-    contexts: dict[bool, Context] = field(init=False)
+    passes: tuple[str, ...] = ("cond",)
+    text_memory_bytes: int = TEXT_MEMORY_BYTES
+    _rope: RopeTables = field(init=False)
+    _streams: tuple["_Stream", "_Stream"] = field(init=False)
+    _levels: dict[float, tuple[Modulation, Modulation]] = field(init=False, default_factory=dict)
+    _texts: dict[str, SharedText] = field(init=False, default_factory=dict)
+    _step: "_Step | None" = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         first = next(self.transformer.parameters())
-        self.rope = self.transformer.rope_tables(self.video.positions, self.audio.positions).to(first.device)
-        self.contexts = {
-            negative: Context(*(x.to(first) for x in (context.video, context.audio)))
-            for negative, context in ((False, self.conditioning.positive), (True, self.conditioning.negative))
-        }
+        tables = self.transformer.rope_tables(self.video.positions, self.audio.positions)
+        self._rope = tables.to(first.device)
+        contexts = {"positive": self.conditioning.positive, "negative": self.conditioning.negative}
+        self._streams = (
+            _Stream(self.video, {name: c.video.to(first) for name, c in contexts.items()}),
+            _Stream(self.audio, {name: c.audio.to(first) for name, c in contexts.items()}),
+        )
+
+    @torch.inference_mode()
+    def tabulate(self, sigmas: Iterable[float]) -> None:
+        """All that these noise levels give, so that a run needs the level embedders no more."""
+        for sigma in sigmas:
+            self._modulations(sigma)
 
     @torch.inference_mode()
     def __call__(
         self, video_BTC: Tensor, audio_BSC: Tensor | None, sigma: float, pass_name: str
     ) -> tuple[Tensor, Tensor]:
         assert audio_BSC is not None, "this transformer has no use without its audio stream"
-        context = self.contexts[pass_name == "uncond"]
+        text = "negative" if pass_name == "uncond" else "positive"
+        video, audio = self._streams
         velocity_video, velocity_audio = self.transformer(
-            self._input(video_BTC, context.video, self.video, sigma),
-            self._input(audio_BSC, context.audio, self.audio, sigma),
-            self.rope,
+            video.input(video_BTC, sigma, text),
+            audio.input(audio_BSC, sigma, text),
+            self._rope,
             perturbed_blocks=self.stg_blocks if pass_name == "perturbed" else (),
             isolated=pass_name == "isolated",
+            modulations=self._modulations(sigma),
+            shared=self._shared(video_BTC, audio_BSC, sigma, text),
         )
         # differences of nearly equal numbers: float32, whatever the weights are
-        x0_video = video_BTC - sigma * self.video.mask.to(video_BTC) * velocity_video.float()
-        x0_audio = audio_BSC - sigma * self.audio.mask.to(audio_BSC) * velocity_audio.float()
-        return x0_video, x0_audio
-
-    def _input(self, tokens: Tensor, context: Tensor, layout: Layout, sigma: float) -> StreamInput:
-        batch = tokens.shape[0]
-        several = len(layout.masks) > 1
-        levels = torch.tensor(layout.masks, device=tokens.device) * sigma
-        return StreamInput(
-            tokens=tokens.to(context.dtype),
-            context=context.expand(batch, -1, -1),
-            sigma=torch.full((batch,), 0.0 if layout.frozen else sigma, device=tokens.device),
-            levels=levels.expand(batch, -1) if several else None,
-            level_of_token=layout.level_of_token.to(tokens.device).expand(batch, -1) if several else None,
-            marked=layout.marked.to(tokens.device).expand(batch, -1),
+        return (
+            torch.addcmul(video_BTC, video.mask, velocity_video.float(), value=-sigma),
+            torch.addcmul(audio_BSC, audio.mask, velocity_audio.float(), value=-sigma),
         )
+
+    def _modulations(self, sigma: float) -> tuple[Modulation, Modulation]:
+        if sigma not in self._levels:
+            video, audio = (stream.input(stream.nothing(), sigma, "positive") for stream in self._streams)
+            self._levels[sigma] = self.transformer.modulations(video, audio)
+        return self._levels[sigma]
+
+    def _shared(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float, text: str) -> SharedPass | None:
+        """The view of a pass on its step, which begins with the first pass over these tokens."""
+        step = self._step
+        if step is None or not step.is_of(video_BTC, audio_BSC, sigma):
+            branch = min(self.stg_blocks) if self.stg_blocks and "perturbed" in self.passes else None
+            step = self._step = _Step(video_BTC, audio_BSC, sigma, SharedStep(branch))
+            if not self._texts_last:
+                self._texts.clear()
+        reused = text == "positive" and len(set(self.passes) - {"cond", "uncond"}) > 0
+        keeps = self._text_bytes(text) <= self.text_memory_bytes and (self._texts_last or reused)
+        memory = self._texts.setdefault(text, SharedText()) if keeps else None
+        if len(self.passes) == 1 and memory is None:
+            return None
+        return SharedPass(step.shared, memory, text, reused)
+
+    @property
+    def _texts_last(self) -> bool:
+        """Whether keys and values of the texts are those of every level."""
+        return not self.transformer.config.prompt_timestep
+
+    def _text_bytes(self, text: str) -> int:
+        config, texts = self.transformer.config, len({p == "uncond" for p in self.passes})
+        widths = config.video.width + config.audio.width
+        context = self._streams[0].contexts[text]
+        return 2 * config.layers * context.shape[1] * widths * context.element_size() * texts
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The step that is being computed; it holds the tokens, so that no others can take their place unseen."""
+
+    video_BTC: Tensor
+    audio_BSC: Tensor
+    sigma: float
+    shared: SharedStep
+
+    def is_of(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float) -> bool:
+        return video_BTC is self.video_BTC and audio_BSC is self.audio_BSC and sigma == self.sigma
+
+
+class _Stream:
+    """One stream's part of every pass, on the device."""
+
+    def __init__(self, layout: Layout, contexts: dict[str, Tensor]):
+        self.contexts = contexts
+        self._first = next(iter(contexts.values()))
+        device = self._first.device
+        self._frozen = layout.frozen
+        several = len(layout.masks) > 1
+        self._masks = torch.tensor(layout.masks, device=device)[None] if several else None
+        self._level_of_token = layout.level_of_token.to(device) if several else None
+        self._marked = layout.marked.to(device)
+        self.mask = layout.mask.to(device)
+
+    def input(self, tokens_BTC: Tensor, sigma: float, text: str) -> StreamInput:
+        batch = len(tokens_BTC)
+        return StreamInput(
+            tokens=tokens_BTC.to(self._first.dtype),
+            context=self.contexts[text].expand(batch, -1, -1),
+            sigma=torch.full((batch,), 0.0 if self._frozen else sigma, device=tokens_BTC.device),
+            levels=None if self._masks is None else (self._masks * sigma).expand(batch, -1),
+            level_of_token=None if self._level_of_token is None else self._level_of_token.expand(batch, -1),
+            marked=self._marked.expand(batch, -1),
+        )
+
+    def nothing(self) -> Tensor:
+        """Tokens of a pass that asks for nothing but levels; those of one sample serve all."""
+        return self._first.new_empty(1, 0, 0)

@@ -242,7 +242,9 @@ class Engine:
             video = lay_out_video(shape, channels, guides, given_video)
             audio = lay_out_audio(shape, z, bins, given_audio)
             state = starting_state(shape, video, audio, z, seed, sigmas[0], self.device)
-            denoiser = JointDenoiser(self._transformer, video, audio, conditioning, guidance.stg_blocks)
+            denoiser = JointDenoiser(
+                self._transformer, video, audio, conditioning, guidance.stg_blocks, guidance.passes
+            )
             done = denoise(state, sigmas, denoiser, settings.sampler, guidance, seed, progress)
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
         grid = (shape.latent_frames, shape.latent_height, shape.latent_width)

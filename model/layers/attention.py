@@ -6,9 +6,12 @@ B batch, T query tokens, L context tokens, D width, N heads, K head width.
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional
 
+from .attention_backends import attend
+from .norms import inverse_rms
 from .rope import Rope, rotate
+
+KeysValues = tuple[Tensor, Tensor]  # each (B, N, L, K), keys normed and turned
 
 
 class Attention(nn.Module):
@@ -46,26 +49,43 @@ class Attention(nn.Module):
         context_rope: Rope | None = None,
         bias: Tensor | None = None,
         values_only: bool = False,
+        keys_values: KeysValues | None = None,
     ) -> Tensor:
         """(B, T, D) attends to itself or to (B, L, D); same shape back.
 
         rope, context_rope: of queries and keys (the same table if only one is given).
         bias: additive, broadcast to (B, N, T, L). values_only: the result is the value projection (STG, spec 2.8).
+        keys_values: of an earlier call of keys_values with this context; it is not read again then.
         """
         source = x_BTD if context_BLD is None else context_BLD
-        value = self._heads(self.to_v(source))
         if values_only:
-            mixed_BNTK = value
+            mixed_BNTK = self._heads(self.to_v(source))
         else:
-            query = self._heads(self.q_norm(self.to_q(x_BTD)))
-            key = self._heads(self.k_norm(self.to_k(source)))
-            if rope is not None:
-                query, key = rotate(query, rope), rotate(key, context_rope or rope)
-            mixed_BNTK = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            key, value = keys_values or self.keys_values(source, context_rope or rope)
+            query = self._positioned(self.to_q(x_BTD), self.q_norm, rope)
+            mixed_BNTK = attend(query, key, value, bias)
         if self.to_gate_logits is not None:
             gate_BTN = 2 * torch.sigmoid(self.to_gate_logits(x_BTD))
             mixed_BNTK = mixed_BNTK * rearrange(gate_BTN, "B T N -> B N T 1")
         return self.to_out[0](rearrange(mixed_BNTK, "B N T K -> B T (N K)"))
+
+    def keys_values(self, context_BLD: Tensor, rope: Rope | None = None) -> KeysValues:
+        """What queries of any number can attend to, for a context that serves more than one call."""
+        return self._positioned(self.to_k(context_BLD), self.k_norm, rope), self._heads(
+            self.to_v(context_BLD)
+        )
+
+    def _positioned(self, x_BTD: Tensor, norm: nn.RMSNorm, rope: Rope | None) -> Tensor:
+        """Norm, heads, rotation; in inference on a CPU all of it in one float32 copy."""
+        if x_BTD.device.type != "cpu" or not torch.is_inference_mode_enabled():
+            x_BNTK = self._heads(norm(x_BTD))
+            return x_BNTK if rope is None else rotate(x_BNTK, rope)
+        normed = (
+            x_BTD.float()
+        )  # x itself if it is float32: the projection's own result, which nobody else reads
+        normed.mul_(inverse_rms(normed, norm.eps or 0.0)).mul_(norm.weight)
+        x_BNTK = self._heads(normed)
+        return (x_BNTK if rope is None else rotate(x_BNTK, rope)).to(x_BTD.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "B T (N K) -> B N T K", N=self.heads)

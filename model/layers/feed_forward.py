@@ -1,5 +1,6 @@
 """The two-layer feed-forward of transformer and connectors."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -10,7 +11,12 @@ class _GELUProjection(nn.Module):
         self.proj = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.gelu(self.proj(x), approximate="tanh")
+        hidden = self.proj(x)
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+            return torch.ops.aten.gelu_(
+                hidden, approximate="tanh"
+            )  # the widest tensor of a block: once is enough
+        return functional.gelu(hidden, approximate="tanh")
 
 
 class FeedForward(nn.Module):

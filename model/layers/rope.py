@@ -52,6 +52,13 @@ def make_rope(
 
 def rotate(x_BNTK: Tensor, rope: Rope) -> Tensor:
     """Rotates the two halves of each head by the token's angles; computed in float32, returned in x's dtype."""
-    first, second = x_BNTK.float().chunk(2, dim=-1)
-    turned = torch.cat([first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin], dim=-1)
+    x = x_BNTK.float()
+    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        first, second = x.chunk(2, dim=-1)
+        halves = [first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin]
+        return torch.cat(halves, dim=-1).to(x_BNTK.dtype)
+    turned = torch.empty_like(x)  # written in place: a concatenation would copy everything once more
+    (first, second), (to_first, to_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(first, rope.cos, out=to_first).addcmul_(second, rope.sin, value=-1)
+    torch.mul(second, rope.cos, out=to_second).addcmul_(first, rope.sin)
     return turned.to(x_BNTK.dtype)

@@ -8,27 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers.attention import Attention
+from ..layers.attention import Attention, KeysValues
 from ..layers.feed_forward import FeedForward
 from ..layers.norms import rms_norm
 from ..layers.rope import Rope
 from .config import StreamConfig, TransformerConfig
-from .modulation import Rows, modulate
+from .modulation import Modulation, modulate
 
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
     """What stays the same for one stream through all blocks of one forward."""
 
-    rows: Rows  # self-attention, feed-forward, text
-    prompt_rows: Rows | None  # text's own shift and scale
-    av_rows: Rows  # scale and shift of both directions of A<->V
-    av_gate: Rows
+    modulation: Modulation
     context_BLD: Tensor
     context_bias: Tensor | None
     rope: Rope
     cross_rope: Rope
     self_bias: Tensor | None
+
+
+TextMemory = dict[str, KeysValues]  # by stream; what one block made of the text
 
 
 class Block(nn.Module):
@@ -73,39 +73,89 @@ class Block(nn.Module):
         audio: StreamState,
         perturbed: bool = False,
         isolated: bool = False,
+        texts: TextMemory | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both streams through the block; perturbed: self-attention gives its values; isolated: no step 3."""
-        video_rows = video.rows.plus(self.scale_shift_table)
-        audio_rows = audio.rows.plus(self.audio_scale_shift_table)
-        # 1. self-attention
-        video_BTD = self._attend_self(self.attn1, video_BTD, video, video_rows, perturbed)
-        audio_BSD = self._attend_self(self.audio_attn1, audio_BSD, audio, audio_rows, perturbed)
-        # 2. text
-        video_BTD = self._attend_text(self.attn2, video_BTD, video, video_rows, "prompt_scale_shift_table")
-        audio_BSD = self._attend_text(
-            self.audio_attn2, audio_BSD, audio, audio_rows, "audio_prompt_scale_shift_table"
+        """Both streams through the block; perturbed: self-attention gives its values; isolated: no step 3.
+
+        texts: keys and values of the text by stream, read if there, filled if not.
+        """
+        video_BTD, audio_BSD = self.attend_selves(video_BTD, audio_BSD, video, audio, perturbed)
+        video_BTD, audio_BSD = self.read_texts(video_BTD, audio_BSD, video, audio, texts)
+        return self.meet_and_feed(video_BTD, audio_BSD, video, audio, isolated)
+
+    def attend_selves(
+        self,
+        video_BTD: Tensor,
+        audio_BSD: Tensor,
+        video: StreamState,
+        audio: StreamState,
+        perturbed: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Step 1: each stream to itself; neither text nor the other stream matters yet."""
+        return (
+            self._attend_self(self.attn1, video_BTD, video, self.scale_shift_table, perturbed),
+            self._attend_self(self.audio_attn1, audio_BSD, audio, self.audio_scale_shift_table, perturbed),
         )
-        # 3. the other stream
+
+    def read_texts(
+        self,
+        video_BTD: Tensor,
+        audio_BSD: Tensor,
+        video: StreamState,
+        audio: StreamState,
+        texts: TextMemory | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Step 2: each stream to its text; texts as in forward."""
+        return (
+            self._attend_text(self.attn2, video_BTD, video, "", texts),
+            self._attend_text(self.audio_attn2, audio_BSD, audio, "audio_", texts),
+        )
+
+    def meet_and_feed(
+        self,
+        video_BTD: Tensor,
+        audio_BSD: Tensor,
+        video: StreamState,
+        audio: StreamState,
+        isolated: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Steps 3, which isolated leaves out, and 4."""
         if not isolated:
             video_BTD, audio_BSD = self._attend_each_other(video_BTD, audio_BSD, video, audio)
-        # 4. feed-forward
-        return self._feed(self.ff, video_BTD, video_rows), self._feed(self.audio_ff, audio_BSD, audio_rows)
+        return (
+            self._feed(self.ff, video_BTD, video, self.scale_shift_table),
+            self._feed(self.audio_ff, audio_BSD, audio, self.audio_scale_shift_table),
+        )
 
     def _attend_self(
-        self, attention: Attention, x: Tensor, stream: StreamState, rows, perturbed: bool
+        self, attention: Attention, x: Tensor, stream: StreamState, table: Tensor, perturbed: bool
     ) -> Tensor:
-        shift, scale, gate = rows[0:3]
+        shift, scale, gate = stream.modulation.rows.plus(table, 0, 3)
         normed = modulate(rms_norm(x, self.eps), scale, shift)
-        return x + gate * attention(normed, rope=stream.rope, bias=stream.self_bias, values_only=perturbed)
+        made = attention(normed, rope=stream.rope, bias=stream.self_bias, values_only=perturbed)
+        return torch.addcmul(x, gate, made)
 
-    def _attend_text(self, attention: Attention, x: Tensor, stream: StreamState, rows, table: str) -> Tensor:
-        normed, context = rms_norm(x, self.eps), stream.context_BLD
-        if stream.prompt_rows is None:
-            return x + attention(normed, context, bias=stream.context_bias)
-        shift, scale, gate = rows[6:9]
-        shift_text, scale_text = stream.prompt_rows.plus(getattr(self, table))
-        context = modulate(context, scale_text, shift_text)
-        return x + gate * attention(modulate(normed, scale, shift), context, bias=stream.context_bias)
+    def _attend_text(
+        self, attention: Attention, x: Tensor, stream: StreamState, prefix: str, texts: TextMemory | None
+    ) -> Tensor:
+        normed, prompt_rows = rms_norm(x, self.eps), stream.modulation.prompt_rows
+        memory = None if texts is None else texts.get(prefix)
+        if memory is None:
+            memory = attention.keys_values(self._modulated_text(stream, prefix))
+            if texts is not None:
+                texts[prefix] = memory
+        if prompt_rows is None:
+            return x + attention(normed, bias=stream.context_bias, keys_values=memory)
+        shift, scale, gate = stream.modulation.rows.plus(getattr(self, f"{prefix}scale_shift_table"), 6, 9)
+        made = attention(modulate(normed, scale, shift), bias=stream.context_bias, keys_values=memory)
+        return torch.addcmul(x, gate, made)
+
+    def _modulated_text(self, stream: StreamState, prefix: str) -> Tensor:
+        if stream.modulation.prompt_rows is None:
+            return stream.context_BLD
+        table = getattr(self, f"{prefix}prompt_scale_shift_table")
+        shift, scale = stream.modulation.prompt_rows.plus(table)
+        return modulate(stream.context_BLD, scale, shift)
 
     def _attend_each_other(
         self, video_BTD: Tensor, audio_BSD: Tensor, video: StreamState, audio: StreamState
@@ -113,10 +163,10 @@ class Block(nn.Module):
         # both directions read the streams as they were before either update
         video_normed, audio_normed = rms_norm(video_BTD, self.eps), rms_norm(audio_BSD, self.eps)
         video_table, audio_table = self.scale_shift_table_a2v_ca_video, self.scale_shift_table_a2v_ca_audio
-        v_scale_a2v, v_shift_a2v, v_scale_v2a, v_shift_v2a = video.av_rows.plus(video_table[:4])
-        a_scale_a2v, a_shift_a2v, a_scale_v2a, a_shift_v2a = audio.av_rows.plus(audio_table[:4])
-        (a2v_gate,) = video.av_gate.plus(video_table[4:])
-        (v2a_gate,) = audio.av_gate.plus(audio_table[4:])
+        v_scale_a2v, v_shift_a2v, v_scale_v2a, v_shift_v2a = video.modulation.av_rows.plus(video_table[:4])
+        a_scale_a2v, a_shift_a2v, a_scale_v2a, a_shift_v2a = audio.modulation.av_rows.plus(audio_table[:4])
+        (a2v_gate,) = video.modulation.av_gate.plus(video_table[4:])
+        (v2a_gate,) = audio.modulation.av_gate.plus(audio_table[4:])
         to_video = self.audio_to_video_attn(
             modulate(video_normed, v_scale_a2v, v_shift_a2v),
             modulate(audio_normed, a_scale_a2v, a_shift_a2v),
@@ -129,8 +179,8 @@ class Block(nn.Module):
             rope=audio.cross_rope,
             context_rope=video.cross_rope,
         )
-        return video_BTD + a2v_gate * to_video, audio_BSD + v2a_gate * to_audio
+        return torch.addcmul(video_BTD, a2v_gate, to_video), torch.addcmul(audio_BSD, v2a_gate, to_audio)
 
-    def _feed(self, ff: FeedForward, x: Tensor, rows) -> Tensor:
-        shift, scale, gate = rows[3:6]
-        return x + gate * ff(modulate(rms_norm(x, self.eps), scale, shift))
+    def _feed(self, ff: FeedForward, x: Tensor, stream: StreamState, table: Tensor) -> Tensor:
+        shift, scale, gate = stream.modulation.rows.plus(table, 3, 6)
+        return torch.addcmul(x, gate, ff(modulate(rms_norm(x, self.eps), scale, shift)))

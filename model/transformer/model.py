@@ -5,6 +5,7 @@ B batch, T video tokens, S audio tokens, L text tokens, U distinct noise levels,
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -14,7 +15,8 @@ from torch.nn import functional
 from ..layers.rope import Rope, make_rope, midpoints
 from .block import Block, StreamState
 from .config import StreamConfig, TransformerConfig
-from .modulation import AdaLN, Rows, modulate
+from .modulation import AdaLN, Modulation, Rows, modulate
+from .sharing import SharedPass
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +100,47 @@ class AVTransformer(nn.Module):
         rope: RopeTables,
         perturbed_blocks: Collection[int] = (),
         isolated: bool = False,
+        modulations: tuple[Modulation, Modulation] | None = None,
+        shared: SharedPass | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Velocities (B, T, C) and (B, S, C) in the tokens' dtype.
 
         perturbed_blocks: where self-attention gives its values (STG); isolated: no A<->V attention (spec section 2.8).
+        modulations: of video and audio, from `modulations` at these levels; None makes them. shared: what passes over
+        the same tokens at the same levels have made already.
         """
-        # 1. into the streams
-        video_BTD = self._mark_keyframes(self.patchify_proj(video.tokens), video.marked)
-        audio_BSD = self.audio_patchify_proj(audio.tokens)
-        # 2. noise levels
-        video_state, video_time = self._prepare(video, audio, "", rope.video, rope.cross_video)
-        audio_state, audio_time = self._prepare(audio, video, "audio_", rope.audio, rope.cross_audio)
+        # 1. noise levels and text
+        video_levels, audio_levels = modulations or self.modulations(video, audio)
+        video_state = self._state(video, video_levels, "", rope.video, rope.cross_video, shared)
+        audio_state = self._state(audio, audio_levels, "audio_", rope.audio, rope.cross_audio, shared)
+        # 2. into the streams, or on from where another pass left them
+        start, video_BTD, audio_BSD = 0, None, None
+        if shared is not None and perturbed_blocks and not isolated:
+            start, video_BTD, audio_BSD = shared.resume(min(perturbed_blocks))
+        if video_BTD is None or audio_BSD is None:
+            video_BTD = self._mark_keyframes(self.patchify_proj(video.tokens), video.marked)
+            audio_BSD = self.audio_patchify_proj(audio.tokens)
         # 3. blocks
-        for index, block in enumerate(self.transformer_blocks):
-            perturbed = index in perturbed_blocks
-            video_BTD, audio_BSD = block(video_BTD, audio_BSD, video_state, audio_state, perturbed, isolated)
+        for index in range(start, len(self.transformer_blocks)):
+            block = cast(Block, self.transformer_blocks[index])
+            if shared is not None and not perturbed_blocks and not isolated:
+                shared.leave(index, video_BTD, audio_BSD)
+            if shared is not None and index == 0 and 0 not in perturbed_blocks:
+                streams = shared.begin(block, video_BTD, audio_BSD, video_state, audio_state)
+                video_BTD, audio_BSD = block.meet_and_feed(*streams, video_state, audio_state, isolated)
+            else:
+                texts, perturbed = shared and shared.texts(index), index in perturbed_blocks
+                video_BTD, audio_BSD = block(
+                    video_BTD, audio_BSD, video_state, audio_state, perturbed, isolated, texts
+                )
         # 4. out of the streams
-        video_BTD = self._head(video_BTD, video_time, self.scale_shift_table)
-        audio_BSD = self._head(audio_BSD, audio_time, self.audio_scale_shift_table)
+        video_BTD = self._head(video_BTD, video_levels.time, self.scale_shift_table)
+        audio_BSD = self._head(audio_BSD, audio_levels.time, self.audio_scale_shift_table)
         return self.proj_out(video_BTD), self.audio_proj_out(audio_BSD)
+
+    def modulations(self, video: StreamInput, audio: StreamInput) -> tuple[Modulation, Modulation]:
+        """What the noise levels of both streams give each of them; tokens and contexts do not matter."""
+        return self._modulation(video, audio, ""), self._modulation(audio, video, "audio_")
 
     def rope_tables(self, video_bounds: Tensor, audio_bounds: Tensor) -> RopeTables:
         """Tables for token bounds (B, 3, T, 2) and (B, 1, S, 2) (spec sections 2.3 and 2.4)."""
@@ -142,27 +166,35 @@ class AVTransformer(nn.Module):
             + rearrange(marked, "B T -> B T 1").to(video_BTD.dtype) * self.keyframes_abs_pos_embedding
         )
 
-    def _prepare(
-        self, stream: StreamInput, other: StreamInput, prefix: str, rope: Rope, cross_rope: Rope
-    ) -> tuple[StreamState, Rows]:
-        """All that noise levels and text give one stream, once per forward."""
-        config = self.config
+    def _modulation(self, stream: StreamInput, other: StreamInput, prefix: str) -> Modulation:
         own = rearrange(stream.sigma, "B -> B 1") if stream.levels is None else stream.levels
         level_of_token = None if stream.levels is None else stream.level_of_token
         others = rearrange(other.sigma, "B -> B 1")
-        rows, embedded = self._module(prefix, "adaln_single")(own * config.timestep_scale)
-        state = StreamState(
+        rows, embedded = self._module(prefix, "adaln_single")(own * self.config.timestep_scale)
+        return Modulation(
             rows=Rows(rows, level_of_token),
             prompt_rows=self._prompt_rows(stream, prefix),
             av_rows=self._av_rows(prefix, own, level_of_token, others),
             av_gate=self._av_gate(prefix, own, level_of_token, others),
-            context_BLD=self._project_caption(stream.context, prefix),
-            context_bias=stream.context_bias,
-            rope=rope,
-            cross_rope=cross_rope,
-            self_bias=stream.self_bias,
+            time=Rows(rearrange(embedded, "B U W -> B U 1 W"), level_of_token),
         )
-        return state, Rows(rearrange(embedded, "B U W -> B U 1 W"), level_of_token)
+
+    def _state(
+        self,
+        stream: StreamInput,
+        modulation: Modulation,
+        prefix: str,
+        rope: Rope,
+        cross_rope: Rope,
+        shared: SharedPass | None,
+    ) -> StreamState:
+        if shared is None:
+            context_BLD = self._project_caption(stream.context, prefix)
+        else:
+            context_BLD = shared.context(prefix, lambda: self._project_caption(stream.context, prefix))
+        return StreamState(
+            modulation, context_BLD, stream.context_bias, rope, cross_rope, self_bias=stream.self_bias
+        )
 
     def _av_rows(self, prefix: str, own: Tensor, level_of_token: Tensor | None, others: Tensor) -> Rows:
         name = "av_ca_audio_scale_shift_adaln_single" if prefix else "av_ca_video_scale_shift_adaln_single"

@@ -20,13 +20,24 @@ class Rows:
     values_BURW: Tensor
     level_of_token_BT: Tensor | None  # None: one level for all tokens
 
-    def plus(self, table_RW: Tensor) -> tuple[Tensor, ...]:
-        """Adds a block's own table; one tensor per row, (B, T, W), or (B, 1, W) with a single level."""
-        rows = (self.values_BURW + table_RW.to(self.values_BURW.dtype)).unbind(dim=2)
+    def plus(self, table_RW: Tensor, first: int = 0, end: int | None = None) -> tuple[Tensor, ...]:
+        """Adds a block's own table; rows first to end, each (B, T, W), or (B, 1, W) with a single level."""
+        rows = self.values_BURW[:, :, first:end] + table_RW[first:end].to(self.values_BURW.dtype)
         if self.level_of_token_BT is None:
-            return rows
+            return rows.unbind(dim=2)
         index = rearrange(self.level_of_token_BT, "B T -> B T 1")
-        return tuple(torch.take_along_dim(row, index, dim=1) for row in rows)
+        return tuple(torch.take_along_dim(row, index, dim=1) for row in rows.unbind(dim=2))
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """All that the noise levels give one stream; the same for every pass of a step."""
+
+    rows: Rows  # self-attention, feed-forward, text
+    prompt_rows: Rows | None  # the text's own shift and scale
+    av_rows: Rows  # scale and shift of both directions of A<->V
+    av_gate: Rows
+    time: Rows  # the embedded timestep, for the output head
 
 
 class AdaLN(nn.Module):
@@ -46,4 +57,4 @@ class AdaLN(nn.Module):
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)

@@ -6,6 +6,7 @@ Run: python tests/golden/make_video_vae.py (needs diffusers 0.42.1, Apache-2.0, 
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -53,8 +54,8 @@ def depths(stages: tuple[Stage, ...]) -> tuple[int, ...]:
     return tuple(stage.depth for stage in stages if stage.depth)
 
 
-def reference_vae(form: str) -> AutoencoderKLLTX2Video:
-    config = VideoVAEConfig.from_published(VIDEO_VAES[form])
+def reference_vae(config: VideoVAEConfig, state: Mapping[str, torch.Tensor]) -> AutoencoderKLLTX2Video:
+    """Theirs with the weights of a VideoVAE of this structure."""
     assert config.encoder_width == config.latent_channels, "diffusers has one number for both"
     down = [stage for stage in config.encoder_stages if not stage.depth]
     up = [stage for stage in config.decoder_stages if not stage.depth][::-1]  # theirs run from the pixel side
@@ -82,8 +83,7 @@ def reference_vae(form: str) -> AutoencoderKLLTX2Video:
         encoder_spatial_padding_mode=config.encoder_padding,
         decoder_spatial_padding_mode=config.decoder_padding,
     )
-    state = {renamed(k, len(config.encoder_stages)): v for k, v in seeded_state(VideoVAE(config)).items()}
-    vae.load_state_dict(state)
+    vae.load_state_dict({renamed(k, len(config.encoder_stages)): v for k, v in state.items()})
     return vae.eval()
 
 
@@ -93,7 +93,8 @@ def main() -> None:
     latent = torch.randn(1, 4, 2, 2, 3, generator=generator)
     tensors = {"in.latent": latent}
     for form in VIDEO_VAES:
-        vae = reference_vae(form)
+        config = VideoVAEConfig.from_published(VIDEO_VAES[form])
+        vae = reference_vae(config, seeded_state(VideoVAE(config)))
         mean, std = (each.view(1, -1, 1, 1, 1) for each in (vae.latents_mean, vae.latents_std))
         for name, given in (("clip", pixels(5)), ("picture", pixels(1))):
             tensors[f"out.{form}.latent.{name}"] = (vae.encode(given).latent_dist.mode() - mean) / std

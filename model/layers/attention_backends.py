@@ -1,0 +1,136 @@
+"""softmax(q k / sqrt(K)) v by the fastest kernel that has proven itself on this device for this class of shapes.
+
+The first call of a class tries every kernel that could serve it, on the call's own tensors: one whose result strays
+from the plain path in float32 is out, of the others the fastest serves from then on. The usual kernel stays unless
+another is a good deal faster, so that noise of the clock does not change a clip from run to run.
+B batch, N heads, T query tokens, L keys, K head width.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_logger = logging.getLogger("lockstep")
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+# root mean square error over that of the result: about one rounding of the dtype
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
+_GAIN = 0.9  # another kernel must be this much faster than the usual one
+_QUERY_BLOCK = 512  # scores of one head and block stay in a CPU's cache
+_PROBE_TOKENS = 128  # queries that are compared with the plain path
+_chosen: dict[tuple, Kernel] = {}
+
+
+def attend(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention of (B, N, T, K) to (B, N, L, K); bias: additive, broadcast to (B, N, T, L)."""
+    if query_BNTK.device.type == "meta":
+        return torch.empty_like(query_BNTK)  # of no interest but its size
+    plain = bias is not None or not torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
+    if plain or (query_BNTK.device.type == "cpu" and query_BNTK.dtype == torch.float32):
+        return functional.scaled_dot_product_attention(query_BNTK, key_BNLK, value_BNLK, attn_mask=bias)
+    key = shape_class(query_BNTK, key_BNLK)
+    if key not in _chosen:
+        _chosen[key] = choose(query_BNTK, key_BNLK, value_BNLK)
+    return _chosen[key](query_BNTK, key_BNLK, value_BNLK)
+
+
+def shape_class(query_BNTK: Tensor, key_BNLK: Tensor) -> tuple:
+    """Device, dtype, head width, and powers of two for the numbers of queries and keys."""
+    tokens = (int(x.shape[2]).bit_length() for x in (query_BNTK, key_BNLK))
+    return str(query_BNTK.device), query_BNTK.dtype, query_BNTK.shape[-1], *tokens
+
+
+def candidates(query_BNTK: Tensor) -> dict[str, Kernel]:
+    """Kernels by name that might serve such tensors, the usual one first."""
+    kernels: dict[str, Kernel] = {"usual": functional.scaled_dot_product_attention}
+    if query_BNTK.device.type == "cpu":
+        return kernels | {"blocks": in_blocks}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        kernels[backend.name.lower()] = _forced(backend)
+    if find_spec("flash_attn"):
+        kernels["flash_attn"] = _flash_attn
+    if find_spec("sageattention"):
+        kernels["sageattention"] = _sage_attention
+    return kernels
+
+
+def choose(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Kernel:
+    """The fastest kernel that agrees with the plain path on these tensors."""
+    wanted = plain_attention(query_BNTK[:, :, :_PROBE_TOKENS], key_BNLK, value_BNLK)
+    seconds: dict[str, float] = {}
+    kernels = candidates(query_BNTK)
+    for name, kernel in kernels.items():
+        # whatever a kernel that cannot serve these tensors raises, it is not chosen
+        with suppress(Exception):
+            made = kernel(query_BNTK, key_BNLK, value_BNLK)[:, :, :_PROBE_TOKENS].float()
+            error = (made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+            if float(error) <= TOLERANCES[query_BNTK.dtype]:
+                seconds[name] = _seconds(kernel, query_BNTK, key_BNLK, value_BNLK)
+    fastest = min(seconds, key=seconds.__getitem__, default="usual")
+    if seconds.get(fastest, 0.0) > _GAIN * seconds.get("usual", float("inf")):
+        fastest = "usual"
+    _logger.info("attention %s: %s of %s", shape_class(query_BNTK, key_BNLK), fastest, seconds)
+    return kernels[fastest]
+
+
+def plain_attention(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
+    """The definition, in float32."""
+    scores = query_BNTK.float() @ key_BNLK.float().mT * query_BNTK.shape[-1] ** -0.5
+    return scores.softmax(dim=-1) @ value_BNLK.float()
+
+
+def in_blocks(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
+    """Head by head and block by block in two matmuls of the inputs' dtype; for CPUs with 16-bit matmuls."""
+    made = torch.empty_like(query_BNTK)
+    zero, scale = query_BNTK.new_zeros(()), query_BNTK.shape[-1] ** -0.5
+    heads = (
+        head
+        for batch in zip(query_BNTK, key_BNLK, value_BNLK, made, strict=True)
+        for head in zip(*batch, strict=True)
+    )
+    for query_TK, key_LK, value_LK, made_TK in heads:
+        for queries, results in zip(query_TK.split(_QUERY_BLOCK), made_TK.split(_QUERY_BLOCK), strict=True):
+            scores = torch.addmm(zero, queries, key_LK.mT, beta=0, alpha=scale)
+            torch.mm(scores.softmax(dim=-1), value_LK, out=results)
+    return made
+
+
+def _seconds(kernel: Kernel, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> float:
+    """The best of three runs."""
+    runs = []
+    for _ in range(3):
+        _wait(query_BNTK.device)
+        started = time.perf_counter()
+        kernel(query_BNTK, key_BNLK, value_BNLK)
+        _wait(query_BNTK.device)
+        runs.append(time.perf_counter() - started)
+    return min(runs)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _forced(backend: SDPBackend) -> Kernel:
+    def kernel(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return functional.scaled_dot_product_attention(query_BNTK, key_BNLK, value_BNLK)
+
+    return kernel
+
+
+def _flash_attn(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
+    run = import_module("flash_attn").flash_attn_func
+    return run(*(x.transpose(1, 2) for x in (query_BNTK, key_BNLK, value_BNLK))).transpose(1, 2)
+
+
+def _sage_attention(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
+    return import_module("sageattention").sageattn(query_BNTK, key_BNLK, value_BNLK, tensor_layout="HND")

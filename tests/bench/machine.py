@@ -1,0 +1,85 @@
+"""What the benchmarks share: device names, peak memory, medians, the matmul ceiling of this machine."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(slots=True)
+class Peak:
+    bytes: int = 0
+
+
+def describe_device(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    names = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    name = names[0].split(":", 1)[1].strip() if names else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+@contextmanager
+def peak_above(device: str) -> Iterator[Peak]:
+    """Bytes at the peak above those at the start: the allocator's on a GPU, the resident set's on Linux's CPUs."""
+    peak = Peak()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        torch.cuda.synchronize()
+        peak.bytes = torch.cuda.max_memory_allocated() - before
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+    before = _status("VmRSS")
+    yield peak
+    peak.bytes = _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in _read("/proc/self/status").splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], object], device: str, runs: int, warm_up: int = 1) -> list[float]:
+    """Seconds of each run after the warm-up."""
+    for _ in range(warm_up):
+        run()
+    seconds = []
+    for _ in range(runs):
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(seconds: list[float]) -> float:
+    """Largest over smallest, less one."""
+    return max(seconds) / min(seconds) - 1
+
+
+def matmul_ceiling(device: str, dtype: torch.dtype, rows: int = 1536, width: int = 2048) -> float:
+    """FLOP/s of the fastest large matmul here, the best of a few."""
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, width)))
+    return 2 * rows * width * width / min(timed(lambda: a @ b, device, runs=8, warm_up=3))
+
+
+def median(seconds: list[float]) -> float:
+    return statistics.median(seconds)
