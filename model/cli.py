@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .errors import LockstepError, MediaError, PromptError
+from .errors import CheckpointError, LockstepError, MediaError, PromptError
 
 # torch, PyAV and the engine are imported where they are needed: --help and wrong arguments answer at once.
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--cfg", metavar="G", type=_not_negative, help="text guidance, 1 is none")
     add("--seed", metavar="K", type=_seed, help="same seed, same clip; drawn at random if not given")
     add("--model", metavar="NAME_OR_FILE", default="embedded", help="a model's name or a checkpoint file")
+    _add_files(generate)
+    add("--tokenizer", metavar="PATH", type=Path, help="tokenizer.json of the text encoder, or its folder")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--idle-seconds", metavar="S", type=_positive, help="rest first, to tell net from gross joules")
     add("--grams-per-kwh", metavar="G", type=_not_negative, help="CO2e of your electricity, for the report")
@@ -91,8 +93,31 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "file", metavar="FILE", type=Path, help="a safetensors file, of which only the header is read"
     )
+    _add_files(inspect)
     inspect.add_argument("--json", action="store_true", help="print a JSON object")
     return parser
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    """Where the components of a model lie that its checkpoint does not hold."""
+    command.add_argument(
+        "--file",
+        metavar="PATH",
+        dest="files",
+        type=Path,
+        action="append",
+        default=[],
+        help="a further file or folder of the model, such as its text encoder; may be repeated",
+    )
+    command.add_argument(
+        "--models",
+        metavar="FOLDER",
+        dest="folders",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder to search for what is missing, such as ComfyUI's models; may be repeated",
+    )
 
 
 # Commands
@@ -112,12 +137,19 @@ def _generate(parsed: argparse.Namespace) -> None:
     request = _request(parsed)
     if parsed.seed is None:
         print(f"seed {request.seed}", flush=True)
+    engine = Engine(
+        parsed.model,
+        parsed.device,
+        files=parsed.files,
+        folders=_folders(parsed.folders),
+        tokenizer=parsed.tokenizer,
+    )
     meter = EnergyMeter()
     if parsed.idle_seconds and meter.sources:
         meter.rest(parsed.idle_seconds)
     options = {"energy": meter} if meter.sources else {}
     with _Bars() as bars, meter.window() as energy:
-        result = Engine(model=parsed.model, device=parsed.device).generate(request, bars, **options)
+        result = engine.generate(request, bars, **options)
     meter.close()
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -149,8 +181,9 @@ def _measure(parsed: argparse.Namespace) -> None:
 
 def _inspect(parsed: argparse.Namespace) -> None:
     from .checkpoint.families import describe
+    from .checkpoint.resolver import resolve
 
-    description = describe(parsed.file)
+    description = describe(resolve(parsed.file, parsed.files, _folders(parsed.folders)))
     print(description.to_json() if parsed.json else description.format_description())
 
 
@@ -275,6 +308,13 @@ def _check_output(output: Path, suffix: str = ".mp4") -> None:
         raise MediaError(f"the folder {folder} does not exist: the nearest one that does is {nearest}")
     if not os.access(folder, os.W_OK):
         raise MediaError(f"the folder {folder} cannot be written to")
+
+
+def _folders(folders: Sequence[Path]) -> Sequence[Path]:
+    for folder in folders:
+        if not folder.is_dir():
+            raise CheckpointError(f"no such folder: {folder}")
+    return folders
 
 
 def _number(text: str) -> float:

@@ -20,8 +20,13 @@ from torch import Tensor, nn
 from .checkpoint import keymap
 from .checkpoint.build import build
 from .checkpoint.families import component_config, describe
-from .checkpoint.header import Header, read_header
+from .checkpoint.header import Header
+from .checkpoint.index import headers_of, index
+from .checkpoint.resolver import complete, explain_missing, resolve
+from .checkpoint.tokenizer_source import find_tokenizer
 from .codec.audio_vae import AudioVAE, AudioVAEConfig
+from .codec.diffusion_config import DiffusionVAEConfig
+from .codec.diffusion_decoder import DiffusionVAE
 from .codec.mel import LogMel
 from .codec.streaming import WINDOW_BYTES, decode_stream, encode_stream
 from .codec.video_vae import VideoVAE, VideoVAEConfig
@@ -30,7 +35,8 @@ from .codec.windows import decode_audio_stream, encode_audio_stream, vocode_stre
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser, starting_state
 from .embedded import WEIGHTS
-from .errors import MediaError, ShapeError, UnsupportedModelError, WorkflowError
+from .errors import CheckpointError, MediaError, ShapeError, UnsupportedModelError, WorkflowError
+from .latents.noise import seeded_generator
 from .latents.patchify import tokens_to_audio, tokens_to_video
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
@@ -42,6 +48,7 @@ from .sampler.loop import denoise
 from .sampler.schedule import shifted_schedule
 from .sampler.step import SAMPLERS
 from .shapes import AudioRate, ClipShape, Compression
+from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
 from .transformer.model import AVTransformer
 from .values import (
@@ -58,6 +65,7 @@ from .values import (
 )
 
 _logger = logging.getLogger("lockstep")
+_DIGESTED_BYTES = 1_000_000_000
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
 Placement = Callable[[nn.Module], None]  # brings a module to the device, before every use
@@ -82,7 +90,11 @@ class Engine:
 
     model: "embedded" or a path to a safetensors file. device: "auto", "cpu", "cuda" or a torch.device.
     place: a host's memory manager, which owns where modules are from then on; None keeps them all on the device.
-    Raises CheckpointError or UnsupportedModelError before any weight is read.
+    files: of further components (text encoder, codecs, duration head), which replace those of the checkpoint; each a
+    file or a folder of shards. folders: searched for whatever component is still missing. tokenizer: a tokenizer.json
+    or a folder with one, where the text encoder has none of its own.
+    Raises CheckpointError or UnsupportedModelError before any weight is read; a component that is nowhere is told
+    when it is needed.
     """
 
     def __init__(
@@ -90,11 +102,19 @@ class Engine:
         model: str | Path = "embedded",
         device: str | torch.device = "auto",
         place: Placement | None = None,
+        files: Sequence[str | Path] = (),
+        folders: Sequence[str | Path] = (),
+        tokenizer: str | Path | None = None,
     ):
-        self.header: Header = read_header(WEIGHTS if str(model) == "embedded" else Path(model))
+        path = WEIGHTS if str(model) == "embedded" else Path(model)
+        self.headers = resolve(path, files, folders)
+        self.header: Header = next(header for header in self.headers if header.path == path)
+        self._folders, self._given_tokenizer = folders, tokenizer
+        self._places = index(self.headers)
         self.device = device if isinstance(device, torch.device) else _pick_device(device)
         self._place = place
         self._description = describe(self.header)
+        self._whole = describe(self.headers)
         self._modules: dict[str, nn.Module] = {}
         self._lock = threading.RLock()
 
@@ -102,13 +122,19 @@ class Engine:
 
     @cached_property
     def info(self) -> ModelInfo:
-        """Name, version and SHA-256 of the whole file (read once)."""
-        digest = hashlib.sha256()
+        """Name, version and SHA-256 of the checkpoint's file.
+
+        Of a file above 1 GB only the header is digested, which the value says: it names every tensor and its place, and
+        reading tens of gigabytes a second time would take as long as making a clip.
+        """
+        whole = self.header.path.stat().st_size <= _DIGESTED_BYTES
+        digest, left = hashlib.sha256(), None if whole else self.header.data_start
         with open(self.header.path, "rb") as file:
-            while block := file.read(1 << 24):
+            while block := file.read(1 << 24 if left is None else min(left, 1 << 24)):
                 digest.update(block)
+                left = None if left is None else left - len(block)
         version = self._description.model_version or self._description.version
-        return ModelInfo(self._description.name, version, digest.hexdigest())
+        return ModelInfo(self._description.name, version, ("" if whole else "header:") + digest.hexdigest())
 
     @cached_property
     def model_id(self) -> str:
@@ -133,14 +159,27 @@ class Engine:
         return self._vocoder.sample_rate_hz
 
     @cached_property
-    def tokenizer(self) -> WordTokenizer:
-        text = self.header.metadata.get("tokenizer")
-        if text is None:
-            raise UnsupportedModelError(
-                f"{self.header.path.name} has no text encoder inside, and language models beside it are not read yet: "
-                "prompts work with the model 'embedded'"
-            )
-        return WordTokenizer.from_json(text, self.recipe.text_length)
+    def tokenizer(self) -> WordTokenizer | GemmaTokenizer:
+        """Raises CheckpointError where there is no text encoder, or none of its tokenizer's files."""
+        longest = self.recipe.text_length
+        if keymap.TEXT_ENCODER in self._places:
+            text = self.header.metadata.get("tokenizer")
+            if text is None:
+                raise CheckpointError(
+                    f"{self.header.path}: a text encoder without the metadata entry 'tokenizer'"
+                )
+            return WordTokenizer.from_json(text, longest)
+        self.require(keymap.LANGUAGE_MODEL)
+        source = find_tokenizer(headers_of(self._places[keymap.LANGUAGE_MODEL]), self._given_tokenizer)
+        if source.sentencepiece:
+            return GemmaTokenizer.from_sentencepiece(source.content, longest)
+        return GemmaTokenizer.from_json(source.text(), longest)
+
+    def require(self, *components: str) -> None:
+        """Raises CheckpointError for the first of these components that no file holds: its file, size, folder, source."""
+        for component in components:
+            if not complete(component, self._places.get(component, ())):
+                raise explain_missing(component, self.headers, self._folders)
 
     def shape(
         self, size: str | None = None, seconds: float | None = None, fps: float | None = None
@@ -201,7 +240,10 @@ class Engine:
     def encode_video(self, pixels_BCFHW: Tensor) -> Tensor:
         """Pixels (1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w), float32 on the CPU."""
         with self._lock, torch.inference_mode():
-            return encode_stream(self._video_vae, pixels_BCFHW).float().cpu()
+            vae = self._video_encoder
+            if isinstance(vae, DiffusionVAE):
+                return vae.encode(pixels_BCFHW.to(next(vae.parameters()))).float().cpu()
+            return encode_stream(vae, pixels_BCFHW).float().cpu()
 
     def encode_audio(self, waveform_CS: Tensor) -> Tensor:
         """Sound (channels, S) at the model's sample rate to normalised latents (1, C, L, M), float32 on the CPU."""
@@ -281,12 +323,23 @@ class Engine:
         return frames_FHWC
 
     def _decoded(
-        self, vae: VideoVAE, latent_BCFHW: Tensor, window_bytes: int, progress: ProgressCallback
+        self,
+        vae: VideoVAE | DiffusionVAE,
+        latent_BCFHW: Tensor,
+        window_bytes: int,
+        progress: ProgressCallback,
     ) -> Iterator[Tensor]:
         def tick(done: int, total: int) -> None:
             progress(Progress("video", done, total))
 
-        for pixels in decode_stream(vae, latent_BCFHW.to(next(vae.parameters())), window_bytes, tick):
+        latent_BCFHW = latent_BCFHW.to(next(vae.parameters()))
+        if isinstance(vae, DiffusionVAE):  # in one piece, its progress counts blocks
+            with torch.inference_mode():
+                # a seed of its own: the same latents always give the same pictures
+                pieces = iter([vae.decode(latent_BCFHW, seeded_generator(0), tick)])
+        else:
+            pieces = decode_stream(vae, latent_BCFHW, window_bytes, tick)
+        for pixels in pieces:
             yield ((rearrange(pixels[0], "C F H W -> F H W C").float() + 1) / 2).clamp(0, 1).cpu()
 
     def decode_audio(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
@@ -354,8 +407,11 @@ class Engine:
         )
 
     def load(self) -> None:
-        """Reads every component that this file holds, once."""
-        for component in (entry.name for entry in self._description.components):
+        """Reads every component that a clip needs, once. Raises CheckpointError before that if one is nowhere."""
+        needed = (self._text_component, keymap.CONNECTORS, keymap.TRANSFORMER, self._video_component)
+        needed += (keymap.AUDIO_VAE, keymap.VOCODER)
+        self.require(*needed)
+        for component in needed:
             self._module(component)
 
     # -- inside ----------------------------------------------------------------------------------------------------
@@ -363,24 +419,40 @@ class Engine:
     def _module(self, component: str) -> nn.Module:
         with self._lock:
             if component not in self._modules:
-                module = build(component, self.header, self._dtype(component))
+                self.require(component)
+                module = build(component, self.headers, self._dtype(component))
                 self._modules[component] = module if self._place else module.to(self.device)
-                _logger.info("loaded %s of %s", component, self.header.path.name)
+                names = ", ".join(header.path.name for header in headers_of(self._places[component]))
+                _logger.info("loaded %s of %s", component, names)
             if self._place:
                 self._place(self._modules[component])
             return self._modules[component]
 
+    @property
+    def _video_component(self) -> str:
+        """The diffusion decoder where there is one, as 2.5 was published with."""
+        diffusion = keymap.VIDEO_VAE_DIFFUSION in self._places
+        return keymap.VIDEO_VAE_DIFFUSION if diffusion else keymap.VIDEO_VAE
+
+    @property
+    def _text_component(self) -> str:
+        return keymap.TEXT_ENCODER if keymap.TEXT_ENCODER in self._places else keymap.LANGUAGE_MODEL
+
     @cached_property
-    def _video_config(self) -> VideoVAEConfig:
-        return VideoVAEConfig.from_published(component_config(self.header, keymap.VIDEO_VAE))
+    def _video_config(self) -> VideoVAEConfig | DiffusionVAEConfig:
+        self.require(self._video_component)
+        section = component_config(self.headers, self._video_component)
+        diffusion = self._video_component == keymap.VIDEO_VAE_DIFFUSION
+        return (DiffusionVAEConfig if diffusion else VideoVAEConfig).from_published(section)
 
     @cached_property
     def _audio_config(self) -> AudioVAEConfig:
-        return AudioVAEConfig.from_published(component_config(self.header, keymap.AUDIO_VAE))
+        self.require(keymap.AUDIO_VAE)
+        return AudioVAEConfig.from_published(component_config(self.headers, keymap.AUDIO_VAE))
 
     @property
     def _parameters(self) -> int:
-        return sum(entry.parameters for entry in self._description.components)
+        return self._whole.parameters
 
     # the same, with the type that the name promises
     @property
@@ -388,8 +460,15 @@ class Engine:
         return cast(AVTransformer, self._module(keymap.TRANSFORMER))
 
     @property
-    def _video_vae(self) -> VideoVAE:
-        return cast(VideoVAE, self._module(keymap.VIDEO_VAE))
+    def _video_vae(self) -> VideoVAE | DiffusionVAE:
+        return cast(VideoVAE | DiffusionVAE, self._module(self._video_component))
+
+    @property
+    def _video_encoder(self) -> VideoVAE | DiffusionVAE:
+        """A decoder that came alone leaves encoding to the convolutional VAE beside it."""
+        config = self._video_config
+        alone = isinstance(config, DiffusionVAEConfig) and config.encoder is None
+        return cast(VideoVAE, self._module(keymap.VIDEO_VAE)) if alone else self._video_vae
 
     @property
     def _audio_vae(self) -> AudioVAE:
@@ -400,12 +479,13 @@ class Engine:
         return cast(Generator, self._module(keymap.VOCODER))
 
     def _dtype(self, component: str) -> torch.dtype:
+        """Of every floating tensor but those that stay packed."""
         # the vocoder's phases do not survive 16 bits (spec section 1.5)
         exact = self._parameters < _SMALL_PARAMETERS or component in (keymap.VOCODER, keymap.AUDIO_VAE)
         return torch.float32 if exact else torch.bfloat16
 
     def _context(self, tokens: Tokens) -> Context:
-        encoder = self._module(keymap.TEXT_ENCODER)
+        encoder = self._module(self._text_component)
         # an empty prompt keeps one masked place, so that registers fill everything
         ids = tokens.ids if len(tokens.ids) else torch.zeros(1, dtype=torch.int64)
         mask = torch.ones(1, len(ids)) if len(tokens.ids) else torch.zeros(1, 1)

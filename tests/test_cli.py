@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from lockstep.model import cli, media
+from lockstep.model.embedded import WEIGHTS
 from lockstep.model.errors import PromptError, ShapeError
 from lockstep.model.values import Clip, GenerateResult, ModelInfo, Progress
 
@@ -25,7 +26,7 @@ class GreyEngine:
     failure: BaseException | None = None
     warnings: tuple = ()
 
-    def __init__(self, model, device):
+    def __init__(self, model, device, **_files):
         self.made_with.append((model, device))
 
     def generate(self, request, progress):
@@ -229,15 +230,13 @@ def test_ctrl_c_while_writing_leaves_no_file(generate, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspect_tells_what_a_file_is(tmp_path, capsys, monkeypatch):
-    description = types.SimpleNamespace(
-        format_description=lambda: "in words", to_json=lambda: '{"in": "json"}'
-    )
-    families = types.SimpleNamespace(describe=lambda path: description)
-    monkeypatch.setitem(sys.modules, "lockstep.model.checkpoint.families", families)
-    assert cli.main(["inspect", "x.safetensors"]) == 0
-    assert cli.main(["inspect", "x.safetensors", "--json"]) == 0
-    assert capsys.readouterr().out == 'in words\n{"in": "json"}\n'
+def test_inspect_tells_what_a_file_is(capsys):
+    assert cli.main(["inspect", str(WEIGHTS)]) == 0
+    words = capsys.readouterr().out
+    assert words.splitlines()[1].startswith("Lockstep-Embedded: family ltx")
+    assert cli.main(["inspect", str(WEIGHTS), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["name"], told["missing"], told["has_config"]) == ("Lockstep-Embedded", [], True)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights"])

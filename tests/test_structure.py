@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "engine": BASE
     | STAGES
     | {"checkpoint", "embedded", "residency", "media", "measure", "denoiser", "recipes"},
-    "cli": BASE | {"engine", "checkpoint", "media", "measure"},
+    "cli": BASE | {"engine", "checkpoint", "media", "measure", "recipes"},
 }
 NODES_MAY_IMPORT = {"engine", "embedded", "errors", "measure", "shapes", "values"}
 THIRD_PARTY = {"torch", "numpy", "safetensors", "einops", "av", "PIL", "tqdm"}

@@ -3,38 +3,44 @@
 Source: spec sections 3 and 3.3; the loading rules are the house style's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedModelError
-from .families import Family, Files, as_headers, detect, quantisation
+from . import keymap
+from .families import Family, Files, as_headers, detect, file_names
 from .gates import fold_gates, gated_linears
 from .header import Header
+from .index import Place, headers_of, index
+from .quantised import PackedLayer, packed_layers, plain_names, put_packed_layers
 
-# What to do about a component that is recognised and not built.
-_ADVICE: Mapping[str, str] = {
-    "language_model": "The language model is loaded by the host or from its own folder.",
-}
+_NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# Components whose linear layers stay packed; the others are small and unpacked as they are loaded.
+_KEPT_PACKED = (keymap.TRANSFORMER, keymap.CONNECTORS, keymap.LANGUAGE_MODEL)
 
 
 def build(component: str, files: Files, dtype: torch.dtype | None = None) -> nn.Module:
     """Module of one component, in eval mode, without gradients, its weights views of the mapped file.
 
     component: a name of keymap.py.  files: the header, or the headers over which the model is split (2.5 has
-    part of the connectors in its text encoder's file).  dtype: of all floating tensors; None keeps the file's
-    own, tensor by tensor.  Static gates are in the weights already (gates.py).  Raises CheckpointError that lists missing, unexpected and misshapen tensors,
-    UnsupportedModelError for a structure that is not implemented.
+    part of the connectors in its text encoder's file).  dtype: of all floating tensors but packed ones; None keeps
+    the file's own, tensor by tensor.  Static gates are in the weights already (gates.py).  Raises CheckpointError
+    that lists missing, unexpected and misshapen tensors, UnsupportedModelError for a structure that is not implemented.
     """
     headers = as_headers(files)
     family = detect(headers)
-    _refuse_quantised(headers, family, component)
+    places = _places(component, headers, family)
+    packed = packed_layers(component, places)
     module = build_on_meta(component, headers, family)
-    _check_fit(module, headers, family, component)
+    _check_fit(module, plain_names(places), family, component)
+    moved = {}
+    if component in _KEPT_PACKED:
+        moved = put_packed_layers(module, packed, dtype or _widest_dtype(places))
     # assign: the parameters become the loaded tensors, so nothing is copied and nothing is initialised
-    module.load_state_dict(load_state(headers, component, dtype), strict=True, assign=True)
+    module.load_state_dict(_load(places, packed, moved, family, component, dtype), strict=True, assign=True)
     left = [name for name, tensor in _all_tensors(module) if tensor.is_meta]
     assert not left, f"{component}: computed at run time, yet registered and not saved: {left[:10]}"
     return module.eval().requires_grad_(False)
@@ -45,9 +51,9 @@ def build_on_meta(component: str, files: Files, family: Family | None = None) ->
     family = family or detect(files)
     headers = as_headers(files)
     if component not in family.modules:
-        known, advice = ", ".join(family.modules), _ADVICE.get(component, "")
+        known = ", ".join(family.modules)
         raise UnsupportedModelError(
-            f"{_paths(headers)}: {component!r} is not implemented for {family.name}: {known} are. {advice}"
+            f"{file_names(headers)}: {component!r} is not implemented for {family.name}: {known} are"
         )
     section = family.component_config(headers, component)
     with torch.device("meta"):
@@ -55,47 +61,82 @@ def build_on_meta(component: str, files: Files, family: Family | None = None) ->
 
 
 def load_state(files: Files, component: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Tensors of one component by their names inside it, memory-mapped; see build for dtype.
+    """Tensors of one component by their names inside it, memory-mapped, packed ones unpacked; see build for dtype.
 
     Raises CheckpointError if the files hold none.
     """
     headers = as_headers(files)
     family = detect(headers)
-    state: dict[str, Tensor] = {}
-    names = family.route(name for header in headers for name in header.tensors).components.get(component, {})
-    for header in headers:
-        own = {inside: published for inside, published in names.items() if published in header.tensors}
-        if not own:
-            continue
-        with safe_open(header.path, framework="pt") as file:
-            state |= {inside: _cast(file.get_tensor(published), dtype) for inside, published in own.items()}
-    if not state:
-        raise CheckpointError(f"{_paths(headers)}: no tensors of {component!r}")
+    places = _places(component, headers, family)
+    return _load(places, packed_layers(component, places), {}, family, component, dtype)
+
+
+def _places(component: str, headers: Sequence[Header], family: Family) -> Mapping[str, Place]:
+    places = index(headers, family.route).get(component)
+    if not places:
+        raise CheckpointError(f"{file_names(headers)}: no tensors of {component!r}")
+    return places
+
+
+def _load(
+    places: Mapping[str, Place],
+    packed: Mapping[str, PackedLayer],
+    moved: Mapping[str, str],
+    family: Family,
+    component: str,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The module's state. moved: where the weight of a layer that stays packed goes."""
+    raw = _read(places)
+    state = {name: raw[name] for name in plain_names(places)}
+    for path, layer in packed.items():
+        weight, scale = f"{path}.weight", _value(layer.scale, raw, places)
+        if weight in moved:
+            state[moved[weight]] = state.pop(weight)
+            state[f"{path}.scale"] = scale
+            if layer.input_scale is not None:
+                state[f"{path}.input_scale"] = _value(layer.input_scale, raw, places)
+        else:
+            tensor = state[weight].float()
+            state[weight] = (tensor * scale.view(-1, *[1] * (tensor.ndim - 1))).to(dtype or torch.bfloat16)
+    kept = {*moved.values(), *(f"{path}.{name}" for path in packed for name in ("scale", "input_scale"))}
+    state = {name: tensor if name in kept else _cast(tensor, dtype) for name, tensor in state.items()}
     return fold_gates(state, family.gates.get(component, {}))
+
+
+def _read(places: Mapping[str, Place]) -> dict[str, Tensor]:
+    """Every tensor as a view of its mapped file."""
+    tensors: dict[str, Tensor] = {}
+    for header in headers_of(places):
+        own = {inside: place.published for inside, place in places.items() if place.header is header}
+        try:
+            with safe_open(header.path, framework="pt") as file:
+                tensors |= {inside: file.get_tensor(published) for inside, published in own.items()}
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{header.path}: its tensors cannot be read: {error}") from error
+    return tensors
+
+
+def _value(place: Place | None, raw: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:
+    """A scale as float32 (N,); 1 where the file has none."""
+    if place is None:
+        return torch.ones(1)
+    return raw[next(name for name, other in places.items() if other is place)].float().reshape(-1)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _paths(headers: Iterable[Header]) -> str:
-    return ", ".join(str(header.path) for header in headers)
+def _widest_dtype(places: Mapping[str, Place]) -> torch.dtype:
+    """What the layers of a component with packed weights compute in, if nobody says."""
+    plain = [place.info.dtype for place in plain_names(places).values()]
+    return torch.bfloat16 if "BF16" in plain else torch.float16 if "F16" in plain else torch.float32
 
 
-def _refuse_quantised(headers: Iterable[Header], family: Family, component: str) -> None:
-    for header in headers:
-        kinds = quantisation(header)
-        names = family.route(header.tensors).components.get(component, {})
-        if any(name.endswith(kind) for name in names for kind in kinds):
-            raise UnsupportedModelError(
-                f"{header.path}: quantised weights ({', '.join(kinds)}) are not supported: use the bf16 file"
-            )
-
-
-def _check_fit(module: nn.Module, headers: Iterable[Header], family: Family, component: str) -> None:
+def _check_fit(module: nn.Module, places: Mapping[str, Place], family: Family, component: str) -> None:
     """Names and shapes against each other, before a single weight is read."""
-    infos = {name: info for header in headers for name, info in header.tensors.items()}
-    found = {inside: infos[name].shape for inside, name in family.route(infos).components[component].items()}
+    found = {inside: place.info.shape for inside, place in places.items()}
     needed = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     # gates are welcome where their linear is, and vanish in it
     gates = gated_linears(found, family.gates.get(component, {}))
@@ -108,6 +149,9 @@ def _check_fit(module: nn.Module, headers: Iterable[Header], family: Family, com
             for name, shape in needed.items()
             if found.get(name, shape) != shape
         ],
+        "not numbers": [
+            f"{name} {place.info.dtype}" for name, place in places.items() if place.info.dtype not in _NUMBERS
+        ],
     }
     listed = [f"{len(names)} {fault}: {', '.join(names[:10])}" for fault, names in faults.items() if names]
     if listed:
@@ -115,7 +159,7 @@ def _check_fit(module: nn.Module, headers: Iterable[Header], family: Family, com
         apart = [part for part in family.parts.get(component, ()) if part not in parts]
         advice = f"; {', '.join(apart)} must come from another file of the same model" if apart else ""
         raise CheckpointError(
-            f"{_paths(headers)}: {component} does not fit its structure: {'; '.join(listed)}{advice}"
+            f"{file_names(headers_of(places))}: {component} does not fit its structure: {'; '.join(listed)}{advice}"
         )
 
 

@@ -11,6 +11,8 @@ class ComponentDescription:
     parameters: int
     bytes: int
     dtypes: tuple[tuple[str, int], ...]  # (dtype, tensors), the most frequent first
+    packing: tuple[str, ...]  # how its weights are quantised, such as "fp8"
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,6 @@ class ModelDescription:
     metadata: tuple[str, ...]  # names of the metadata entries
     optional: int  # tensors that are known and not needed
     unexpected: tuple[str, ...]  # tensors that no component takes
-    quantisation: tuple[str, ...]  # kinds of scale tensors beside the weights
 
     @property
     def tensors(self) -> int:
@@ -54,8 +55,6 @@ class ModelDescription:
         lines.append(f"metadata: {', '.join(self.metadata) or 'none'}")
         if self.missing:
             lines.append(f"not in this file: {', '.join(self.missing)}")
-        if self.quantisation:
-            lines.append(f"quantised, with {', '.join(self.quantisation)}")
         if self.optional:
             lines.append(f"known and not needed: {self.optional} tensors")
         if self.unexpected:
@@ -70,6 +69,8 @@ class ModelDescription:
 
 def _row(component: ComponentDescription) -> str:
     dtypes = ", ".join(f"{dtype} x{count}" for dtype, count in component.dtypes)
+    if component.packing:
+        dtypes += f", quantised: {', '.join(component.packing)}"
     amounts = f"{component.tensors:>7} {_amount(component.parameters):>10} {_amount(component.bytes)}B"
     return f"  {component.name:22}{amounts}  {dtypes}"
 

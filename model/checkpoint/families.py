@@ -14,8 +14,10 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from . import keymap, structure
 from .description import ComponentDescription, ModelDescription
-from .header import Header, TensorInfo, read_header
+from .header import Header, read_header
+from .index import Place, headers_of, index
 from .ltx_modules import LTX_MODULES
+from .quantised import packing, plain_names, weights_of
 
 Files = Header | Sequence[Header]  # one file, or the files over which one model is split
 
@@ -66,6 +68,11 @@ def as_headers(files: Files) -> tuple[Header, ...]:
     return (files,) if isinstance(files, Header) else tuple(files)
 
 
+def file_names(files: Files) -> str:
+    """How errors call the files of a model."""
+    return ", ".join(str(header.path) for header in as_headers(files))
+
+
 def detect(files: Files, families: Sequence[Family] = FAMILIES) -> Family:
     """The one family whose tensors are there, by names and shapes alone.
 
@@ -75,13 +82,14 @@ def detect(files: Files, families: Sequence[Family] = FAMILIES) -> Family:
     matching = [family for family in families if family.matches(headers)]
     if len(matching) == 1:
         return matching[0]
-    paths = ", ".join(str(header.path) for header in headers)
     looked_for = "; ".join(
         f"{family.name}: one of {', '.join(family.looks_for)}" for family in matching or families
     )
     found = ", ".join([name for header in headers for name in header.tensors][:5]) or "no tensor"
     verdict = "fits several model families" if matching else "fits no known model family"
-    raise UnsupportedModelError(f"{paths} {verdict}: looked for {looked_for}; the file begins with {found}")
+    raise UnsupportedModelError(
+        f"{file_names(headers)} {verdict}: looked for {looked_for}; the file begins with {found}"
+    )
 
 
 def component_config(files: Files, component: str) -> dict[str, Any]:
@@ -92,37 +100,29 @@ def component_config(files: Files, component: str) -> dict[str, Any]:
     return detect(files).component_config(as_headers(files), component)
 
 
-def describe(source: str | Path | Header) -> ModelDescription:
-    """What a weights file is, read from its header alone.
+def describe(source: str | Path | Files) -> ModelDescription:
+    """What a weights file is, or several that make up one model, read from the headers alone.
 
     Raises CheckpointError for a damaged file, UnsupportedModelError for one of no known family.
     """
-    header = source if isinstance(source, Header) else read_header(source)
-    family = detect(header)
-    routing = family.route(header.tensors)
-    version = family.version(structure.component_shapes([header]))
+    headers = (read_header(source),) if isinstance(source, (str, Path)) else as_headers(source)
+    family, first = detect(headers), headers[0]
+    routings = [family.route(header.tensors) for header in headers]
+    places = index(headers, family.route)
+    version = family.version(structure.component_shapes(headers))
     return ModelDescription(
-        path=str(header.path),
+        path=", ".join(str(header.path) for header in headers),
         family=family.name,
         version=version,
-        name=header.metadata.get("modelspec.title") or f"{family.title}-{header.model_version or version}",
-        model_version=header.model_version,
-        components=tuple(
-            _describe_component(name, [header.tensors[published] for published in names.values()])
-            for name, names in sorted(routing.components.items())
-        ),
-        missing=_missing(family, routing.components),
-        has_config=header.config is not None,
-        metadata=tuple(sorted(header.metadata)),
-        optional=len(routing.optional),
-        unexpected=routing.unexpected,
-        quantisation=quantisation(header),
+        name=first.metadata.get("modelspec.title") or f"{family.title}-{first.model_version or version}",
+        model_version=first.model_version,
+        components=tuple(_describe_component(name, named) for name, named in sorted(places.items())),
+        missing=_missing(family, places),
+        has_config=first.config is not None,
+        metadata=tuple(sorted(first.metadata)),
+        optional=sum(len(routing.optional) for routing in routings),
+        unexpected=tuple(name for routing in routings for name in routing.unexpected),
     )
-
-
-def quantisation(header: Header) -> tuple[str, ...]:
-    """Kinds of scale tensors that say the weights beside them are packed, such as ".weight_scale"."""
-    return tuple(s for s in keymap.QUANTISATION_SUFFIXES if any(name.endswith(s) for name in header.tensors))
 
 
 def _missing(family: Family, components: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
@@ -134,11 +134,14 @@ def _missing(family: Family, components: Mapping[str, Iterable[str]]) -> tuple[s
     return tuple(absent)
 
 
-def _describe_component(name: str, infos: Sequence[TensorInfo]) -> ComponentDescription:
+def _describe_component(name: str, places: Mapping[str, Place]) -> ComponentDescription:
+    infos = [place.info for place in places.values()]
     return ComponentDescription(
         name=name,
         tensors=len(infos),
-        parameters=sum(info.elements for info in infos),
+        parameters=sum(weights_of(name, place) for name, place in plain_names(places).items()),
         bytes=sum(info.bytes for info in infos),
         dtypes=tuple(Counter(info.dtype for info in infos).most_common()),
+        packing=packing(places),
+        files=tuple(header.path.name for header in headers_of(places)),
     )

@@ -30,7 +30,8 @@ DTYPE_BITS = {
 _OTHER_FORMATS = {
     b"version https://git-lfs": "this is a Git LFS pointer, the weights themselves were not downloaded",
     b"PK\x03\x04": "this is a PyTorch archive (.pt, .ckpt), a .safetensors file is needed",
-    b"GGUF": "this is a GGUF file, a .safetensors file is needed",
+    b"GGUF": "this is a GGUF file, whose packed weights are not read: use the bf16 or the fp8 .safetensors file "
+    "of the same model",
     b"<!DOCTYPE": "this is a web page, the download went wrong",
     b"<html": "this is a web page, the download went wrong",
 }
@@ -101,6 +102,24 @@ def read_header(path: str | Path) -> Header:
     tensors = {name: _tensor_info(path, name, entry) for name, entry in entries.items()}
     _check_tiling(path, tensors, file_bytes - 8 - header_bytes)
     return Header(path, MappingProxyType(tensors), MappingProxyType(metadata), 8 + header_bytes)
+
+
+def read_bytes(header: Header, name: str, most: int = 256_000_000) -> bytes:
+    """The bytes of one small tensor, such as a text file kept in a U8 tensor.
+
+    Raises CheckpointError if there are more than `most` of them.
+    """
+    info = header.tensors[name]
+    if info.bytes > most:
+        raise CheckpointError(
+            f"{header.path}: {name} has {info.bytes} bytes, at most {most} are expected of a text"
+        )
+    try:
+        with header.path.open("rb") as file:
+            file.seek(header.data_start + info.start)
+            return file.read(info.bytes)
+    except OSError as error:
+        raise CheckpointError(f"{header.path}: {name} cannot be read: {error.strerror or error}") from error
 
 
 def _size_of(path: Path) -> int:

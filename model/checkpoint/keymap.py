@@ -1,8 +1,8 @@
 """Published tensor names to (component, name inside that component's module), and back.
 
 Inside a component the published names are the module's own, so one table of prefixes is the whole map. Split
-2.5 files carry the video VAE without any prefix; the names still say whose they are. Source: spec sections
-3.1 and 3.2.
+2.5 files carry the video VAE without any prefix, repacks drop or change other prefixes; the names still say whose
+they are. Source: spec sections 3.1 and 3.2.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,24 +27,53 @@ PREFIXES: tuple[tuple[str, str, str], ...] = (
     ("duration_head.", DURATION_HEAD, ""),
     ("text_encoder.", TEXT_ENCODER, ""),
 )
+# Other spellings, read and never written: repacks of single components, folders of language models.
+ALIASES: tuple[tuple[str, str, str], ...] = (
+    ("model.diffusion_model.duration_head.", DURATION_HEAD, ""),
+    ("diffusion_model.video_embeddings_connector.", CONNECTORS, "video_embeddings_connector."),
+    ("diffusion_model.audio_embeddings_connector.", CONNECTORS, "audio_embeddings_connector."),
+    ("video_embeddings_connector.", CONNECTORS, "video_embeddings_connector."),
+    ("audio_embeddings_connector.", CONNECTORS, "audio_embeddings_connector."),
+    ("diffusion_model.", TRANSFORMER, ""),
+    ("first_stage_model.", VIDEO_VAE, ""),
+    ("model.language_model.", LANGUAGE_MODEL, "model."),
+    ("language_model.model.", LANGUAGE_MODEL, "model."),
+)
 # Names without a component prefix: (first part, component).
 BARE: tuple[tuple[str, str], ...] = (
     *((part, VIDEO_VAE) for part in ("encoder.", "decoder.", "per_channel_statistics.")),
     *((part, UPSAMPLER) for part in ("initial_conv.", "initial_norm.", "res_blocks.", "upsampler.")),
     *((part, UPSAMPLER) for part in ("post_upsample_res_blocks.", "final_conv.")),
+    *((part, LANGUAGE_MODEL) for part in ("model.layers.", "model.embed_tokens.", "model.norm.")),
+    *((part, TRANSFORMER) for part in ("transformer_blocks.", "scale_shift_table", "proj_out.")),
+    *((part, TRANSFORMER) for part in ("patchify_proj.", "adaln_single.", "prompt_adaln_single.", "av_ca_")),
+    *((part, TRANSFORMER) for part in ("caption_projection.", "keyframes_abs_pos_embedding")),
+    *((f"audio_{part}", TRANSFORMER) for part in ("scale_shift_table", "proj_out.", "patchify_proj.")),
+    *((f"audio_{part}", TRANSFORMER) for part in ("adaln_single.", "prompt_adaln_single.", "caption_proj")),
+    *((part, DURATION_HEAD) for part in ("attention_pooler.", "mlp_hidden.", "mlp_out.")),
     *(
-        (part, LANGUAGE_MODEL)
-        for part in ("model.", "vision_model.", "multi_modal_projector.", "audio_projector.")
+        (f"{stream}_{part}", DURATION_HEAD)
+        for stream in ("video", "audio")
+        for part in ("input_proj.", "modality_emb")
     ),
 )
+# Bare names of an audio VAE that no video VAE has: its levels are called otherwise.
+_AUDIO_VAE_LEVELS = ("encoder.down.", "decoder.up.")
 # Published tensors that no function needs; patterns on the name inside the component, "" for the file itself.
 _UNUSED_STATISTICS = tuple(
     f"per_channel_statistics.{name}" for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
 )
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    TRANSFORMER: ("scaled_fp8",),
     VIDEO_VAE: _UNUSED_STATISTICS,
     VIDEO_VAE_DIFFUSION: (*_UNUSED_STATISTICS, "decoder.type_emb", "coarse_*", "*.coarse_*"),
-    "": ("tokenizer_json", "hf_asset__*"),
+    "": (
+        *("tokenizer_json", "spiece_model", "hf_asset__*"),
+        # what a language model sees and hears with, and its way back to words
+        *("vision_model.*", "vision_tower.*", "model.vision*", "model.audio*", "model.embed_vision.*"),
+        *("multi_modal_projector.*", "audio_projector.*", "model.multi_modal_projector.*", "audio_tower.*"),
+        *("model.embed_audio.*", "language_model.lm_head.*", "lm_head.*", "*scaled_fp8"),
+    ),
 }
 # Static gates: last part of the name -> the linear in the same block whose output it scales.
 GATES: Mapping[str, Mapping[str, str]] = {
@@ -57,7 +86,6 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     VIDEO_VAE_DIFFUSION: ("encoder", "decoder", "per_channel_statistics"),
     AUDIO_VAE: ("encoder", "decoder", "per_channel_statistics"),
 }
-QUANTISATION_SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +96,17 @@ class Routing:
 
 
 def route(published: Iterable[str]) -> Routing:
-    """Sorts one model's published names by component; a bare decoder's kind shows in its neighbours."""
+    """Sorts one file's published names by component; whose a bare decoder is shows in its neighbours."""
     published = list(published)
     diffusion = any(split(name)[1].startswith("decoder.det_stages.") for name in published)
+    bare_audio = any(name.startswith(_AUDIO_VAE_LEVELS) for name in published)
     components: dict[str, dict[str, str]] = {}
     optional, unexpected = [], []
     for name in published:
         component, inside = split(name)
-        if component == VIDEO_VAE and diffusion:
+        if component == VIDEO_VAE and bare_audio and name == inside:
+            component = AUDIO_VAE
+        elif component == VIDEO_VAE and diffusion:
             component = VIDEO_VAE_DIFFUSION
         if any(fnmatchcase(inside, pattern) for pattern in OPTIONAL.get(component, ())):
             optional.append(name)
@@ -88,7 +119,7 @@ def route(published: Iterable[str]) -> Routing:
 
 def split(published: str) -> tuple[str, str]:
     """(component, name inside it) of one published name; ("", name) if no component takes it."""
-    for prefix, component, inside in PREFIXES:
+    for prefix, component, inside in (*ALIASES, *PREFIXES):
         if published.startswith(prefix):
             return component, inside + published[len(prefix) :]
     return next((component for first, component in BARE if published.startswith(first)), ""), published

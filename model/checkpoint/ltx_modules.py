@@ -71,6 +71,12 @@ def _text_encoder(section: Section) -> nn.Module:
     return WordEncoder(WordEncoderConfig.from_published(section))
 
 
+def _language_model(section: Section) -> nn.Module:
+    from ..text.gemma import GemmaEncoder
+
+    return GemmaEncoder(section)
+
+
 LTX_MODULES: Mapping[str, Callable[[Section], nn.Module]] = {
     keymap.TRANSFORMER: _transformer,
     keymap.CONNECTORS: _connectors,
@@ -81,4 +87,5 @@ LTX_MODULES: Mapping[str, Callable[[Section], nn.Module]] = {
     keymap.DURATION_HEAD: _duration_head,
     keymap.UPSAMPLER: _upsampler,
     keymap.TEXT_ENCODER: _text_encoder,
+    keymap.LANGUAGE_MODEL: _language_model,
 }

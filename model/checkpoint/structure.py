@@ -13,6 +13,8 @@ from ..errors import CheckpointError, UnsupportedModelError
 from . import keymap
 from .facts import ComponentShapes, Facts, Shapes, component_facts, has
 from .header import Header
+from .index import Place, headers_of, index
+from .language_config import GEMMA_4, generation, language_config
 from .published_configs import published_config
 
 _logger = logging.getLogger("lockstep")
@@ -29,6 +31,7 @@ SECTIONS: Mapping[str, str | None] = {
     keymap.UPSAMPLER: None,
     keymap.TEXT_ENCODER: "text_encoder",
 }
+_DIFFUSION = "CausalDiffusionVAE"  # two kinds of video codec share a key
 # What a switch means in a config that does not name it.
 _UNSAID: Mapping[str, Any] = {
     "apply_gated_attention": False,
@@ -55,6 +58,7 @@ MARKS: tuple[tuple[str, str, int], ...] = (
     (keymap.VOCODER, "vocoder.conv_pre.weight", 3),
     (keymap.DURATION_HEAD, "attention_pooler.query_tokens", 2),
     (keymap.UPSAMPLER, "post_upsample_res_blocks.0.conv1.weight", 5),
+    (keymap.LANGUAGE_MODEL, "model.layers.0.pre_feedforward_layernorm.weight", 1),
 )
 
 
@@ -72,28 +76,36 @@ def component_config(headers: Sequence[Header], component: str) -> dict[str, Any
     describes.
     """
     path = ", ".join(str(header.path) for header in headers)
+    places = index(headers)
     shapes = component_shapes(headers)
     if component not in shapes:
         raise CheckpointError(
             f"{path}: no tensors of {component!r}: it holds {', '.join(shapes) or 'nothing known'}"
         )
+    if component == keymap.LANGUAGE_MODEL:
+        return language_config(headers_of(places[component]), shapes[component])
     if component not in SECTIONS:
         raise UnsupportedModelError(
             f"{path}: no config describes {component!r}: known are {', '.join(SECTIONS)}"
         )
-    section, stated = _stated_section(headers, component), True
+    # its own files speak first: another one may carry a section for a part that it does not hold
+    section, stated = _stated_section(_own_first(headers, places[component]), component), True
     if section is None:
         section, stated = _default_section(headers, component, shapes), False
     facts = component_facts(component, shapes, section, path)
     return _agreed(section, facts, SECTIONS[component] or component, path, stated)
 
 
+def _own_first(headers: Sequence[Header], places: Mapping[str, Place]) -> tuple[Header, ...]:
+    own = headers_of(places)
+    return (*own, *(header for header in headers if header not in own))
+
+
 def component_shapes(headers: Sequence[Header]) -> dict[str, Shapes]:
     """Shapes of all tensors, by component and name inside it."""
-    infos = {name: info for header in headers for name, info in header.tensors.items()}
     return {
-        component: {inside: infos[published].shape for inside, published in names.items()}
-        for component, names in keymap.route(infos).components.items()
+        component: {inside: place.info.shape for inside, place in places.items()}
+        for component, places in index(headers).items()
     }
 
 
@@ -113,6 +125,8 @@ def structure_version(shapes: ComponentShapes) -> str:
         return "2.3" if has(shapes[keymap.VIDEO_VAE], "decoder.up_blocks.7.") else "2.0"
     if keymap.UPSAMPLER in shapes:
         return "2.0" if has(shapes[keymap.UPSAMPLER], "upsampler.conv.") else "2.3"
+    if keymap.LANGUAGE_MODEL in shapes:
+        return "2.5" if generation(shapes[keymap.LANGUAGE_MODEL]) == GEMMA_4 else "2.0"
     return "2.0"
 
 
@@ -129,6 +143,10 @@ def _stated_section(headers: Sequence[Header], component: str) -> dict[str, Any]
     for config in (header.config for header in headers):
         section = config if key is None else (config or {}).get(key)
         if not isinstance(section, Mapping) or (key is None and "mid_channels" not in section):
+            continue
+        if key == "vae" and (section.get("_class_name") == _DIFFUSION) != (
+            component == keymap.VIDEO_VAE_DIFFUSION
+        ):
             continue
         return (
             dict(section) if component != keymap.DURATION_HEAD else _with_text_widths(section, config or {})

@@ -1,0 +1,144 @@
+"""The text config of a language model: from its file, its folder, or the published one of its generation.
+
+Counts and widths are taken from the tensors, what no shape shows from the config; where both speak they must agree.
+Source: spec section 1.2.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .facts import Shapes
+from .header import Header
+
+GEMMA_3, GEMMA_4 = "gemma3_text", "gemma4_unified_text"
+_LAYER = "model.layers.0."
+_COMMON: Mapping[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 1024,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+# of the 12B models; rotary positions of global layers are stretched by 8 in the one, partial in the other
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    GEMMA_3: {
+        **_COMMON,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    GEMMA_4: {
+        **_COMMON,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1_000_000.0,
+            },
+        },
+    },
+}
+
+
+def generation(shapes: Shapes) -> str:
+    """Which Gemma the tensors are: the fourth scales the output of each layer."""
+    return GEMMA_4 if f"{_LAYER}layer_scalar" in shapes else GEMMA_3
+
+
+def language_config(headers: Sequence[Header], shapes: Shapes) -> dict[str, Any]:
+    """Config section for text/gemma.py, in agreement with the tensors.
+
+    Raises CheckpointError for a config that contradicts them or belongs to another kind of model.
+    """
+    path, kind = ", ".join(str(header.path) for header in headers), generation(shapes)
+    seen, stated = _seen(shapes, kind, path), _stated(headers)
+    if stated is None:
+        return {"model_type": kind, **PUBLISHED[kind], **seen}
+    if stated.get("model_type", kind) != kind:
+        raise CheckpointError(f"{path}: the config is for {stated['model_type']!r}, the tensors are {kind}")
+    for key, value in seen.items():
+        if stated.get(key, value) != value:
+            raise CheckpointError(
+                f"{path}: the language model's config says {key}={stated[key]!r}, the tensors show {value!r}"
+            )
+    return {"model_type": kind, **stated, **seen}
+
+
+def _stated(headers: Sequence[Header]) -> dict[str, Any] | None:
+    """The text config in the metadata, or in the folder that the files lie in."""
+    for header in headers:
+        text, source = header.metadata.get("gemma_config"), f"{header.path}: metadata gemma_config"
+        beside = header.path.parent / "config.json"
+        if text is None and beside.is_file() and beside.stat().st_size < 1_000_000:
+            text, source = _text(beside), str(beside)
+            if '"gemma' not in text:  # a folder of many models may hold anybody's config
+                continue
+        if text is not None:
+            return _section(text, source)
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _section(text: str, source: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source} is not valid JSON: {error}") from error
+    section = config.get("text_config", config) if isinstance(config, dict) else config
+    if not isinstance(section, dict):
+        raise CheckpointError(
+            f"{source} should be a JSON object with a text_config, found {str(config)[:100]}"
+        )
+    return section
+
+
+def _seen(shapes: Shapes, kind: str, path: str) -> dict[str, Any]:
+    """What the shapes show; local layers come first, one in six is global."""
+    try:
+        vocabulary, width = shapes["model.embed_tokens.weight"]
+        head = shapes[f"{_LAYER}self_attn.q_norm.weight"][0]
+        seen = {
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "intermediate_size": shapes[f"{_LAYER}mlp.gate_proj.weight"][0],
+            "num_hidden_layers": len(
+                {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
+            ),
+            "head_dim": head,
+            "num_attention_heads": shapes[f"{_LAYER}self_attn.q_proj.weight"][0] // head,
+            "num_key_value_heads": shapes[f"{_LAYER}self_attn.k_proj.weight"][0] // head,
+        }
+        return seen | (_seen_of_global_layers(shapes, head) if kind == GEMMA_4 else {})
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{path}: the language model lacks tensors or has them misshapen: {error!r}"
+        ) from error
+
+
+def _seen_of_global_layers(shapes: Shapes, local_head: int) -> dict[str, Any]:
+    """Gemma 4: global layers have wider heads, and take the keys as values where a file has no v_proj for them."""
+    attention = "model.layers.{}.self_attn.{}.weight"
+    layers = sorted({int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")})
+    last = layers[-1]  # always global
+    head = shapes[attention.format(last, "q_norm")][0]
+    shared = attention.format(last, "v_proj") not in shapes
+    is_global = [shapes[attention.format(i, "q_norm")][0] == head != local_head for i in layers]
+    if head == local_head:  # widths do not tell them apart
+        is_global = [(i + 1) % 6 == 0 or i == last for i in layers]
+    kinds = ["full_attention" if flag else "sliding_attention" for flag in is_global]
+    keys = shapes[attention.format(last, "k_proj")][0] // head
+    return {
+        "global_head_dim": head,
+        "attention_k_eq_v": shared,
+        "num_global_key_value_heads": keys,
+        "layer_types": kinds,
+    }

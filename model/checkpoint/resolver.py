@@ -1,0 +1,183 @@
+"""The files that one model is made of: what is given, and what folders hold of the rest.
+
+Nothing but headers is read. Given files stand before the checkpoint, and replace what it holds of the same component;
+folders are searched only for what is missing.
+"""
+
+import difflib
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import CheckpointError, LockstepError
+from . import keymap
+from .agreement import disagreements
+from .families import LTX, detect
+from .header import Header, read_header
+from .index import headers_of, index, shard_group
+from .published_files import PUBLISHED, version_label
+from .structure import component_shapes, structure_version
+
+_logger = logging.getLogger("lockstep")
+
+# What people call them, in errors.
+TITLES: Mapping[str, str] = {
+    keymap.TRANSFORMER: "transformer",
+    keymap.CONNECTORS: "text projection and connectors",
+    keymap.LANGUAGE_MODEL: "text encoder",
+    keymap.TEXT_ENCODER: "text encoder",
+    keymap.VIDEO_VAE: "video VAE",
+    keymap.VIDEO_VAE_DIFFUSION: "diffusion video VAE",
+    keymap.AUDIO_VAE: "audio VAE",
+    keymap.VOCODER: "vocoder",
+    keymap.DURATION_HEAD: "duration head",
+    keymap.UPSAMPLER: "latent upscaler",
+}
+Paths = Sequence[str | Path]
+Shards = tuple[Header, ...]  # of one set of files; mostly a single one
+
+
+def resolve(model: str | Path, files: Paths = (), folders: Paths = ()) -> tuple[Header, ...]:
+    """Headers of all files of a model, those that count first in front.
+
+    model: the checkpoint, or the file of the transformer. files: of further components, each a file or a folder with
+    the shards of one; they replace what the checkpoint holds. folders: searched with all below them for whatever is
+    still missing, the version's own files preferred.  Raises CheckpointError for a given file that is damaged, holds
+    nothing of use or does not fit, UnsupportedModelError for a checkpoint of no known family.
+    """
+    main = read_header(model)
+    detect(main)
+    headers = [*(header for path in files for header in _given(Path(path))), main]
+    for component, fault in disagreements(component_shapes(headers)).items():
+        holders = headers_of(index(headers)[component])
+        if main in holders:  # one file is one model, whatever it was trained with
+            continue
+        where = ", ".join(header.path.name for header in holders)
+        raise CheckpointError(
+            f"{where}: this {TITLES[component]} does not belong to {main.path.name}: {fault}"
+        )
+    for group in _missing(headers):
+        headers += _search(group, headers, folders)
+    return tuple(headers)
+
+
+def explain_missing(component: str, headers: Sequence[Header], folders: Paths = ()) -> CheckpointError:
+    """The error that says which file brings a component, how large it is, where it belongs and is published."""
+    version = _version(headers)
+    published = PUBLISHED.get(version, {}).get(component)
+    searched = f" (searched: {', '.join(map(str, folders))})" if folders else ""
+    names = ", ".join(header.path.name for header in headers)
+    advice = published.advice() if published else "name a file that holds it"
+    unfit = [
+        f"{shards[0].path.name} does not fit: {_fault(component, shards, headers)}"
+        for shards in _candidates(component, headers, folders)
+    ]
+    return CheckpointError(
+        f"{names}: no {TITLES.get(component, component)} for LTX-{version}{searched}: {advice}, or give its path"
+        + (f"; {'; '.join(unfit[:3])}" if unfit else "")
+    )
+
+
+def _given(path: Path) -> list[Header]:
+    if not path.is_dir():
+        return [_useful(read_header(path))]
+    names = sorted(path.glob("*.safetensors"))
+    if not names:
+        raise CheckpointError(f"{path}: no .safetensors file in this folder")
+    return [_useful(read_header(name)) for name in names]
+
+
+def _useful(header: Header) -> Header:
+    if not index([header]):
+        first = ", ".join(list(header.tensors)[:3]) or "no tensor"
+        raise CheckpointError(f"{header.path}: holds no component of a model, it begins with {first}")
+    return header
+
+
+def _holders(component: str, headers: Sequence[Header]) -> list[Header]:
+    return [header for header in headers if component in index([header])]
+
+
+def _version(headers: Sequence[Header]) -> str:
+    """Of the files together: by structure, or by what the checkpoint says where one structure serves two versions."""
+    version = structure_version(component_shapes(headers))
+    labels = (version_label(header) for header in _holders(keymap.TRANSFORMER, headers) or headers)
+    label = next(filter(None, labels), version)
+    return label if label in PUBLISHED else version
+
+
+def _missing(headers: Sequence[Header]) -> Iterator[tuple[str, ...]]:
+    """Groups of which one component is needed, the preferred one first, evaluated as the headers grow."""
+    preferred = (keymap.VIDEO_VAE_DIFFUSION, keymap.VIDEO_VAE)
+    for group in (*LTX.whole, (keymap.DURATION_HEAD,)):
+        held = index(headers)
+        if keymap.TEXT_ENCODER in held and set(group) & {keymap.LANGUAGE_MODEL, keymap.DURATION_HEAD}:
+            continue  # an embedded model is whole by itself
+        wanted = tuple(name for name in group if name != keymap.TEXT_ENCODER)
+        if keymap.VIDEO_VAE in wanted:
+            wanted = preferred
+        if not any(complete(name, held.get(name, ())) for name in wanted):
+            yield wanted
+
+
+def complete(component: str, names: Collection[str]) -> bool:
+    """Whether these tensors of a component are all that a run needs; of a codec, a decoder alone is enough."""
+    firsts = {name.split(".", 1)[0] for name in names}
+    return bool(firsts) and (component != keymap.CONNECTORS or firsts.issuperset(keymap.PARTS[component]))
+
+
+def _search(group: Sequence[str], headers: Sequence[Header], folders: Paths) -> Shards:
+    """The best file for one of the components, all shards of it; nothing if no folder has one."""
+    for component in group:
+        found = _candidates(component, headers, folders)
+        fitting = [shards for shards in found if not _fault(component, shards, headers)]
+        if fitting:
+            best, *others = sorted(fitting, key=lambda shards: _rank(shards[0], headers))
+            names = ", ".join(shards[0].path.name for shards in others[:5])
+            also = f" (also there: {names})" if names else ""
+            _logger.info("%s: taking %s%s", TITLES[component], best[0].path, also)
+            return best
+    return ()
+
+
+def _candidates(component: str, headers: Sequence[Header], folders: Paths) -> list[Shards]:
+    """Files below the folders that hold something of a component, the shards of one set together."""
+    used = {header.path.resolve() for header in headers}
+    groups: dict[str, list[Header]] = {}
+    for path in dict.fromkeys(
+        path for folder in folders for path in sorted(Path(folder).rglob("*.safetensors"))
+    ):
+        facts = path.stat()
+        header, components = _peek(path, facts.st_mtime_ns, facts.st_size)
+        if header is not None and component in components and path.resolve() not in used:
+            groups.setdefault(shard_group(path), []).append(header)
+    return [tuple(shards) for shards in groups.values()]
+
+
+@lru_cache(maxsize=1024)
+def _peek(path: Path, _changed: int, _size: int) -> tuple[Header | None, frozenset[str]]:
+    """A header that may be anybody's, and its components: damaged files of other models are none of our business."""
+    try:
+        header = read_header(path)
+    except LockstepError as error:
+        _logger.debug("passing over %s: %s", path, error)
+        return None, frozenset()
+    return header, frozenset(index([header]))
+
+
+def _fault(component: str, shards: Shards, headers: Sequence[Header]) -> str | None:
+    """Why found files are not taken for this model, None if they fit."""
+    label, wanted = version_label(shards[0]), _version(headers)
+    if label in PUBLISHED and label != wanted and component != keymap.LANGUAGE_MODEL:
+        return f"it is of LTX-{label}"
+    together = [*headers, *shards]
+    if not complete(component, index(together)[component]):
+        return f"it is not all of the {TITLES[component]}"
+    return disagreements(component_shapes(together)).get(component)
+
+
+def _rank(header: Header, headers: Sequence[Header]) -> tuple:
+    """Those that name the version first, then the most alike names."""
+    alike = difflib.SequenceMatcher(None, headers[-1].path.name, header.path.name).ratio()
+    return version_label(header) != _version(headers), -alike, str(header.path)

@@ -1,0 +1,66 @@
+"""A linear layer whose weight is stored in fp8 with a scale (spec section 3.3): W = packed * scale.
+
+Where the device multiplies fp8 (compute capability 8.9 and later) inputs are packed too; elsewhere the weight is
+unpacked for each call, so that it takes one byte a value between them.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+PACKED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_PRODUCT_DTYPE = torch.float8_e4m3fn  # of the two, the one that devices multiply with itself
+_LARGEST = torch.finfo(_PRODUCT_DTYPE).max
+_GRAIN = 16  # the product wants both widths in multiples of it
+
+
+class ScaledLinear(nn.Module):
+    """Stands where an nn.Linear of the same widths stood; all its values are buffers, none is trained.
+
+    dtype: of the bias and of the weight once unpacked. scale: one for all, or one for each output.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, packed: torch.dtype, scales: int, input_scale: bool
+    ):
+        super().__init__()
+        self.dtype = dtype
+        shape = (linear.out_features, linear.in_features)
+        self.register_buffer("packed", torch.empty(shape, dtype=packed))
+        self.register_buffer("scale", torch.ones(scales))
+        self.register_buffer("input_scale", torch.ones(1) if input_scale else None)
+        self.register_buffer("bias", torch.zeros(shape[0], dtype=dtype) if linear.bias is not None else None)
+        self.bias: Tensor | None
+        self.input_scale: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """(outputs, inputs) unpacked: bit for bit packed * scale in float32, rounded once to dtype."""
+        packed, scale = self.get_buffer("packed"), self.get_buffer("scale")
+        return (packed.float() * scale.view(-1, 1)).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            self.product(x) if self._multiplies_on(x.device) else functional.linear(x, self.weight, self.bias)
+        )
+
+    def product(self, x: Tensor) -> Tensor:
+        """x packed to fp8 by the file's own scale, or by its largest value, times the packed weight."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = self.input_scale
+        if scale is None:
+            scale = (rows.abs().amax().float() / _LARGEST).clamp(min=1e-12)
+        packed = (rows.float() / scale).clamp(-_LARGEST, _LARGEST).to(_PRODUCT_DTYPE)
+        weight, weight_scale = self.get_buffer("packed"), self.get_buffer("scale")
+        made = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            packed, weight.t(), scale.reshape(()), weight_scale.reshape(()), out_dtype=torch.bfloat16
+        ).to(x.dtype)
+        made = made if self.bias is None else made + self.bias
+        return made.reshape(*x.shape[:-1], made.shape[-1])
+
+    def _multiplies_on(self, device: torch.device) -> bool:
+        packed = self.get_buffer("packed")
+        fits = packed.dtype == _PRODUCT_DTYPE and not any(side % _GRAIN for side in packed.shape)
+        # 16-bit layers only: who computes in float32 wants more than fp8 inputs give
+        wanted = fits and self.dtype != torch.float32 and self.get_buffer("scale").numel() == 1
+        return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

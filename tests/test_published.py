@@ -1,0 +1,254 @@
+"""Whole published-layout models of random weights through the engine: found, put together, run, refused.
+
+Their clips are noise; what is tested is that the same numbers come out whichever way the files are cut.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from published_models import (
+    config,
+    monolith_state,
+    write_gemma,
+    write_gemma_folder,
+    write_monolith,
+    write_split,
+)
+from safetensors.torch import load_file, save_file
+from tiny_models import VERSIONS
+
+from lockstep.model import cli
+from lockstep.model.checkpoint import keymap
+from lockstep.model.engine import Engine
+from lockstep.model.errors import CheckpointError, PromptError
+from lockstep.model.values import GenerateRequest
+
+REQUEST = GenerateRequest("a red ball bounces", size="48x32", seconds=0.375, steps=2, seed=5)
+
+
+def made(engine: Engine, **changes):
+    return engine.generate(replace(REQUEST, **changes))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A monolith of each version, and a text encoder beside it."""
+    folder = tmp_path_factory.mktemp("models")
+    for version in VERSIONS:
+        write_monolith(folder / f"ltx-{version}.safetensors", version)
+        write_gemma(folder / version / "gemma.safetensors", version)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("split")
+    return folder, write_split(folder)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_monolith_and_a_text_encoder_make_a_clip(models, version):
+    engine = Engine(
+        models / f"ltx-{version}.safetensors", "cpu", files=[models / version / "gemma.safetensors"]
+    )
+    result = made(engine)
+    assert result.clip.frames.shape == (9, 32, 48, 3)
+    rate = 24000 if version == "2.0" else 48000
+    assert result.clip.waveform.shape == (2, round(9 / 24 * rate))
+    assert result.clip.frames.isfinite().all()
+    assert result.clip.waveform.isfinite().all()
+    assert result.model.version == f"{version}.0"
+    assert made(engine).latent_sha256 == result.latent_sha256
+    assert made(engine, prompt="a blue ball").latent_sha256 != result.latent_sha256
+    assert made(engine, negative="rain").latent_sha256 != result.latent_sha256
+
+
+def test_any_cut_of_a_model_gives_the_same_clip(models, tmp_path):
+    """One file, its components in files of their own, bare and with prefixes, without metadata, in shards."""
+    whole = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "2.3" / "gemma.safetensors"])
+    tensors, told = load_file(models / "ltx-2.3.safetensors"), config("2.3")
+    prefixes = {
+        "ltx-2.3-transformer": ("model.diffusion_model.", ""),  # connectors beside it
+        "ltx-2.3-projection": ("text_embedding_projection.", "text_embedding_projection."),
+        "ltx-2.3-video-vae": ("vae.", ""),
+        "ltx-2.3-audio-vae": ("audio_vae.", ""),
+        "ltx-2.3-vocoder": ("vocoder.", "vocoder."),
+    }
+    for name, (published, kept) in prefixes.items():
+        own = {kept + k.removeprefix(published): v for k, v in tensors.items() if k.startswith(published)}
+        save_file(own, tmp_path / f"{name}.safetensors", {"config": json.dumps(told)})
+    write_gemma_folder(tmp_path / "gemma-3-12b-it", "2.3")
+    cut = Engine(tmp_path / "ltx-2.3-transformer.safetensors", "cpu", folders=[tmp_path])
+    assert len(cut.headers) == 7
+    ours, theirs = made(cut).clip, made(whole).clip
+    assert cut._modules.keys() == whole._modules.keys()
+    for name, module in cut._modules.items():
+        wanted = whole._modules[name].state_dict()
+        assert all(torch.equal(wanted[key], tensor) for key, tensor in module.state_dict().items())
+    # the same numbers at other addresses: matrix kernels take other paths for other alignments
+    torch.testing.assert_close(ours.frames, theirs.frames, atol=1e-3, rtol=0)
+
+
+def test_given_files_stand_before_the_checkpoint_s_own(models, tmp_path):
+    other = {k: v * 1.5 for k, v in load_file(models / "ltx-2.3.safetensors").items() if k.startswith("vae.")}
+    save_file(other, tmp_path / "vae.safetensors", {"config": json.dumps(config("2.3"))})
+    gemma = models / "2.3" / "gemma.safetensors"
+    own, with_other = (
+        Engine(models / "ltx-2.3.safetensors", "cpu", files=files)
+        for files in ([gemma], [gemma, tmp_path / "vae.safetensors"])
+    )
+    first, second = made(own), made(with_other)
+    assert first.latent_sha256 == second.latent_sha256
+    assert not torch.equal(first.clip.frames, second.clip.frames)
+
+
+def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(split, caplog):
+    folder, main = split
+    with caplog.at_level(logging.INFO, logger="lockstep"):
+        engine = Engine(main, "cpu", folders=[folder])
+    assert (
+        "ltx-2.5-video-vae-bf16.safetensors (also" not in caplog.text
+    )  # the other decoder is another component
+    assert {header.path.name for header in engine.headers} == {
+        "ltx-2.5-22b-dev-transformer-bf16.safetensors",
+        "gemma4-12b-with-proj-ltx-2.5-bf16.safetensors",
+        "ltx-2.5-video-vae-bf16.safetensors",
+        "ltx-2.5-audio-vae-bf16.safetensors",
+        "ltx-2.5-duration-head.safetensors",
+    }
+    result = made(engine)
+    assert engine._modules.keys() >= {keymap.VIDEO_VAE_DIFFUSION, keymap.LANGUAGE_MODEL}
+    assert keymap.VIDEO_VAE not in engine._modules
+    convolutional = Engine(
+        main, "cpu", files=[folder / "vae/ltx-2.5-video-vae-conv-bf16.safetensors"], folders=[folder]
+    )
+    assert convolutional._video_component == keymap.VIDEO_VAE
+    other = made(convolutional)
+    assert other.latent_sha256 == result.latent_sha256
+    assert not torch.equal(other.clip.frames, result.clip.frames)
+    assert torch.equal(made(engine).clip.frames, result.clip.frames)
+
+
+MISSING = {
+    "text_encoders": r"no text encoder for LTX-2\.5 .*gemma4-12b-with-proj-ltx-2\.5-bf16\.safetensors \(26\.3 GB, "
+    r"published at huggingface\.co/Lightricks/LTX-2\.5\) into models/text_encoders",
+    "vae": r"no (diffusion )?video VAE for LTX-2\.5 .*ltx-2\.5-video-vae-bf16\.safetensors \(1\.5 GB, .*models/vae",
+}
+
+
+@pytest.mark.parametrize("absent", MISSING)
+def test_a_missing_file_is_named_with_size_folder_and_source(split, tmp_path, absent):
+    folder, main = split
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / absent)
+    engine = Engine(tmp_path / main.relative_to(folder), "cpu", folders=[tmp_path])
+    with pytest.raises(CheckpointError, match=MISSING[absent]):
+        made(engine)
+    assert engine._modules == {}
+
+
+def test_a_monolith_without_text_encoder_says_which_one_it_wants(models):
+    engine = Engine(models / "ltx-2.0.safetensors", "cpu")
+    sentence = (
+        r"no text encoder for LTX-2\.0: put gemma_3_12B_it\.safetensors \(24\.4 GB, .*models/text_encoders"
+    )
+    with pytest.raises(CheckpointError, match=sentence):
+        made(engine)
+    assert engine._modules == {}
+
+
+def test_a_component_of_another_model_is_refused_or_passed_over(models, tmp_path):
+    main = models / "ltx-2.3.safetensors"
+    with pytest.raises(
+        CheckpointError, match=r"this text encoder does not belong to .*a Gemma 4, LTX-2\.3 .* Gemma 3"
+    ):
+        Engine(main, "cpu", files=[models / "2.5" / "gemma.safetensors"])
+    vae = {k.removeprefix("vae."): v for k, v in monolith_state("2.3").items() if k.startswith("vae.")}
+    vae = {k: torch.cat([v, v]) if k.startswith("per_channel") else v for k, v in vae.items()}
+    save_file(vae, tmp_path / "vae.safetensors")
+    with pytest.raises(
+        CheckpointError,
+        match=r"this video VAE does not belong to .*: it has 8 video channels, the transformer 4",
+    ):
+        Engine(main, "cpu", files=[tmp_path / "vae.safetensors"])
+    write_gemma(tmp_path / "gemma.safetensors", "2.5")
+    engine = Engine(main, "cpu", folders=[tmp_path])
+    with pytest.raises(CheckpointError, match=r"gemma\.safetensors does not fit: it is a Gemma 4"):
+        engine.require("language_model")
+
+
+def test_a_file_of_no_use_and_an_empty_folder_are_refused(models, tmp_path):
+    save_file({"surprise": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"other\.safetensors: holds no component of a model, it begins with surprise"
+    ):
+        Engine(models / "ltx-2.3.safetensors", "cpu", files=[tmp_path / "other.safetensors"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file in this folder"):
+        Engine(models / "ltx-2.3.safetensors", "cpu", files=[tmp_path / "empty"])
+
+
+def test_damaged_files_of_others_in_a_folder_do_not_stand_in_the_way(models, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
+    shutil.copy(models / "2.0" / "gemma.safetensors", tmp_path / "gemma.safetensors")
+    engine = Engine(models / "ltx-2.0.safetensors", "cpu", folders=[tmp_path])
+    engine.require("language_model")
+
+
+def test_an_empty_prompt_is_told_before_weights_are_read(models):
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "2.3" / "gemma.safetensors"])
+    with pytest.raises(PromptError):
+        made(engine, prompt="  ")
+    assert engine._modules == {}
+
+
+def test_a_repack_without_metadata_says_what_stands_in(models, tmp_path, caplog):
+    """Only widths can be read from tensors: the published settings are those of the full size."""
+    path = tmp_path / "repack.safetensors"
+    save_file({k: v for k, v in monolith_state("2.3").items() if "diffusion_model" in k}, path)
+    with caplog.at_level(logging.WARNING, logger="lockstep"):
+        Engine(path, "cpu")
+    assert "taking the published settings" not in caplog.text  # nothing was built yet
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+def test_the_command_makes_a_clip_of_a_published_file_and_its_folder(models, tmp_path, capsys):
+    clip = tmp_path / "clip.mp4"
+    options = (
+        "--size",
+        "48x32",
+        "--seconds",
+        "0.375",
+        "--steps",
+        "1",
+        "--seed",
+        "5",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    found = ("--model", models / "ltx-2.0.safetensors", "--models", models / "2.0")
+    assert cli.main([str(a) for a in ("generate", "a red ball", "-o", clip, *found, *options)]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["frames"], report["sample_rate"], report["model"]["version"]) == (9, 24000, "2.0.0")
+    assert clip.stat().st_size > 500
+
+
+def test_the_command_inspects_a_file_with_what_its_folder_adds(split, capsys):
+    folder, main = split
+    assert cli.main(["inspect", str(main), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert {"video_vae", "audio_vae", "vocoder", "connectors.text_embedding_projection"} <= set(
+        alone["missing"]
+    )
+    assert cli.main(["inspect", str(main), "--models", str(folder), "--json"]) == 0
+    together = json.loads(capsys.readouterr().out)
+    assert together["missing"] == []
+    assert cli.main(["inspect", str(main), "--models", str(folder / "absent")]) == 2
+    assert "no such folder" in capsys.readouterr().err
