@@ -57,7 +57,7 @@ windows = some.integers(8, 18).map(lambda power: 2**power)  # from one frame at 
 def test_a_streamed_decode_equals_the_whole_one(name, size, window_bytes):
     vae, latent = VAES[name], torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(3))
     streamed = torch.cat(list(decode_stream(vae, latent, window_bytes)), dim=2)
-    assert_near(streamed, vae.decode(latent), 1e-5)
+    assert_near(streamed, vae.decode(latent), 5e-5)  # random weights: values up to 10, sums in another order
 
 
 @QUICK
@@ -152,14 +152,14 @@ FULL_AUDIO = AudioVAE(
 def test_streamed_mels_equal_the_whole(vae, latents, window):
     latent = torch.randn(1, vae.config.latent_channels, latents, vae.config.latent_bins)
     streamed = torch.cat(list(decode_audio_stream(vae, latent, window)), dim=2)
-    assert_near(streamed, vae.decode(latent), 1e-5)
+    assert_near(streamed, vae.decode(latent), 5e-5)  # random weights: values up to 10, sums in another order
 
 
 @QUICK
 @given(some.sampled_from([*AUDIO.values(), FULL_AUDIO]), some.integers(1, 300), some.integers(1, 40))
 def test_streamed_audio_latents_equal_the_whole(vae, frames, window):
     mel = torch.randn(1, vae.config.channels_in, frames, vae.config.mel.mel_bins)
-    assert_near(encode_audio_stream(vae, mel, window), vae.encode(mel), 1e-5)
+    assert_near(encode_audio_stream(vae, mel, window), vae.encode(mel), 5e-5)
 
 
 @settings(max_examples=24, deadline=None, derandomize=True)
