@@ -20,7 +20,7 @@ from .errors import CheckpointError, LockstepError, MediaError, PromptError
 # torch, PyAV and the engine are imported where they are needed: --help and wrong arguments answer at once.
 if TYPE_CHECKING:
     from .measure.energy import Energy
-    from .values import GenerateRequest, GenerateResult, Progress
+    from .values import GenerateRequest, GenerateResult, Lora, Progress
 
 _MAX_SEED = 2**63 - 1
 
@@ -71,6 +71,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", metavar="K", type=_seed, help="same seed, same clip; drawn at random if not given")
     add("--model", metavar="NAME_OR_FILE", default="embedded", help="a model's name or a checkpoint file")
     _add_files(generate)
+    add(
+        "--recipe",
+        choices=("full", "hq", "distilled"),
+        help="how to sample, in place of what the checkpoint wants",
+    )
+    add("--force", action="store_true", help="take a recipe that does not suit the checkpoint")
+    lora = "FILE[=STRENGTH]"
+    add("--lora", metavar=lora, dest="loras", type=_lora, action="append", default=[], help="may be repeated")
+    add(
+        "--upscaler",
+        metavar="FILE",
+        dest="upscalers",
+        type=Path,
+        action="append",
+        default=[],
+        help="latent upscaler, followed by a short second stage; --size is that of the last; may be repeated",
+    )
+    add(
+        "--refine-lora",
+        metavar=lora,
+        dest="refine_loras",
+        type=_lora,
+        action="append",
+        default=[],
+        help="for second stages alone, such as the distilled LoRA of a full checkpoint",
+    )
     add("--tokenizer", metavar="PATH", type=Path, help="tokenizer.json of the text encoder, or its folder")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--idle-seconds", metavar="S", type=_positive, help="rest first, to tell net from gross joules")
@@ -180,11 +206,17 @@ def _measure(parsed: argparse.Namespace) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    from .checkpoint.families import describe
-    from .checkpoint.resolver import resolve
+    from .engine import Engine
 
-    description = describe(resolve(parsed.file, parsed.files, _folders(parsed.folders)))
-    print(description.to_json() if parsed.json else description.format_description())
+    engine = Engine(parsed.file, "cpu", files=parsed.files, folders=_folders(parsed.folders))
+    description = engine.description
+    # a codec or a text encoder alone is not sampled
+    sampled = any(part.name == "transformer" for part in description.components)
+    recipe = engine.recipe.format_recipe() if sampled else None
+    if parsed.json:
+        print(json.dumps({**json.loads(description.to_json()), "recipe": recipe}, indent=2))
+    else:
+        print(description.format_description() + (f"\nrecipe: {recipe}" if recipe else ""))
 
 
 def _request(parsed: argparse.Namespace) -> "GenerateRequest":
@@ -202,6 +234,11 @@ def _request(parsed: argparse.Namespace) -> "GenerateRequest":
         steps=parsed.steps,
         cfg=parsed.cfg,
         seed=random.randrange(2**32) if parsed.seed is None else parsed.seed,
+        recipe=parsed.recipe,
+        force=parsed.force,
+        loras=tuple(parsed.loras),
+        upscalers=tuple(parsed.upscalers),
+        refine_loras=tuple(parsed.refine_loras),
     )
 
 
@@ -315,6 +352,13 @@ def _folders(folders: Sequence[Path]) -> Sequence[Path]:
         if not folder.is_dir():
             raise CheckpointError(f"no such folder: {folder}")
     return folders
+
+
+def _lora(text: str) -> "Lora":
+    from .values import Lora
+
+    path, mark, strength = text.rpartition("=")
+    return Lora(Path(path), _number(strength)) if mark else Lora(Path(text))
 
 
 def _number(text: str) -> float:

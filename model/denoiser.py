@@ -28,11 +28,13 @@ def starting_state(
     seed: int,
     noise_scale: float,
     device: torch.device,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> JointState:
     """The noised tokens that a run starts from, on the device.
 
     One CPU generator draws in float32 the video's noise in latent shape, then the audio's, then that of appended guides:
-    a guide changes nothing of the noise before it. noise_scale: the first sigma of the run.
+    a guide changes nothing of the noise before it. noise_scale: the first sigma of the run. start: latents of video
+    (1, C, F, H, W) and audio (1, z, L, M) to go on from, such as those of a first stage; None is 0.
     """
     generator = seeded_generator(seed)
     channels, bins = video.clean.shape[2], audio.clean.shape[2] // audio_channels
@@ -43,12 +45,25 @@ def starting_state(
     assert audio_noise is not None, "the audio's shape was given"
     guide_noise = draw_noise((1, video.clean.shape[1] - video.own_tokens, channels), generator)
     noises = torch.cat([video_to_tokens(video_noise), guide_noise], dim=1), audio_to_tokens(audio_noise)
+    inits = [None, None] if start is None else [*_started(start, guide_noise)]
     return JointState(
         *(
-            noised_stream(layout.clean.to(device), layout.mask.to(device), noise.to(device), noise_scale)
-            for layout, noise in zip((video, audio), noises, strict=True)
+            noised_stream(
+                layout.clean.to(device),
+                layout.mask.to(device),
+                noise.to(device),
+                noise_scale,
+                None if init is None else init.to(device),
+            )
+            for layout, noise, init in zip((video, audio), noises, inits, strict=True)
         )
     )
+
+
+def _started(start: tuple[Tensor, Tensor], guide_noise_BTC: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of the latents to go on from; appended guides have none."""
+    video, audio = video_to_tokens(start[0].float()), audio_to_tokens(start[1].float())
+    return torch.cat([video, torch.zeros_like(guide_noise_BTC)], dim=1), audio
 
 
 TEXT_MEMORY_BYTES = 2**32  # keys and values of texts may take this much; beyond it they are made anew

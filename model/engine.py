@@ -8,6 +8,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +19,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .checkpoint import keymap
-from .checkpoint.build import build
+from .checkpoint.build import build, check_numbers, reading_config
+from .checkpoint.description import ModelDescription
 from .checkpoint.families import component_config, describe
-from .checkpoint.header import Header
+from .checkpoint.header import Header, read_header
 from .checkpoint.index import headers_of, index
-from .checkpoint.resolver import complete, explain_missing, resolve
+from .checkpoint.lora import LoraStack
+from .checkpoint.resolver import complete, explain_missing, model_version, resolve
 from .checkpoint.tokenizer_source import find_tokenizer
 from .codec.audio_vae import AudioVAE, AudioVAEConfig
 from .codec.diffusion_config import DiffusionVAEConfig
 from .codec.diffusion_decoder import DiffusionVAE
+from .codec.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig
 from .codec.mel import LogMel
 from .codec.streaming import WINDOW_BYTES, decode_stream, encode_stream
 from .codec.video_vae import VideoVAE, VideoVAEConfig
@@ -35,22 +39,31 @@ from .codec.windows import decode_audio_stream, encode_audio_stream, vocode_stre
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser, starting_state
 from .embedded import WEIGHTS
-from .errors import CheckpointError, MediaError, ShapeError, UnsupportedModelError, WorkflowError
+from .errors import (
+    CheckpointError,
+    MediaError,
+    NotFiniteError,
+    ShapeError,
+    UnsupportedModelError,
+    WorkflowError,
+)
 from .latents.noise import seeded_generator
 from .latents.patchify import tokens_to_audio, tokens_to_video
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
 from .media import fit_image
-from .recipes import Recipe, clip_shape, recipe_of
+from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
 from .residency import stepping_down
-from .sampler.guidance import Guidance
+from .sampler.guidance import UNGUIDED, Guidance
 from .sampler.loop import denoise
 from .sampler.schedule import shifted_schedule
 from .sampler.step import SAMPLERS
 from .shapes import AudioRate, ClipShape, Compression
+from .text.duration_head import DurationHead, frames_for
 from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
 from .transformer.model import AVTransformer
+from .two_stage import Upscale, carried_audio, first_fps, first_size
 from .values import (
     AVLatents,
     Clip,
@@ -59,6 +72,7 @@ from .values import (
     GenerateRequest,
     GenerateResult,
     Guide,
+    Lora,
     ModelInfo,
     Progress,
     ProgressCallback,
@@ -77,8 +91,9 @@ class SampleSettings:
 
     steps: int | None = None
     guidance: Guidance | None = None
-    sampler: str = "euler"
+    sampler: str | None = None
     sigmas: Sequence[float] | None = None  # in place of steps
+    loras: Sequence[Lora] = ()
 
 
 def _nothing(_progress: Progress) -> None:
@@ -116,6 +131,8 @@ class Engine:
         self._description = describe(self.header)
         self._whole = describe(self.headers)
         self._modules: dict[str, nn.Module] = {}
+        self._loras = LoraStack(self._places)
+        self._upscalers: dict[Path, tuple[Header, LatentUpsampler | None]] = {}
         self._lock = threading.RLock()
 
     # -- what the checkpoint is ------------------------------------------------------------------------------------
@@ -141,9 +158,39 @@ class Engine:
         """Which latents and contexts belong to this model: those of the same structure and statistics."""
         return f"{self._description.name}/{self.header.path.stat().st_size}"
 
+    @property
+    def description(self) -> ModelDescription:
+        """Components, sizes and what is missing, of all files together."""
+        return self._whole
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What decides over the recipe: version, and whether the checkpoint is a distilled one."""
+        version, title = model_version(self.headers), self.header.metadata.get("modelspec.title", "")
+        return fingerprint(version, self.header.path.name, self.header.config, title)
+
     @cached_property
     def recipe(self) -> Recipe:
-        return recipe_of(self.header.metadata, self._description.version)
+        """How the checkpoint wants to be sampled: its own word, or the published settings of its kind."""
+        return self.choose_recipe()
+
+    def choose_recipe(
+        self, name: str | None = None, loras: Sequence[Lora] = (), force: bool = False
+    ) -> Recipe:
+        """The recipe of this name, None the checkpoint's own. Raises WorkflowError for one that does not suit it.
+
+        loras: one with "distilled" in its name makes a full checkpoint a distilled one. force: take it all the same.
+        """
+        own = self.header.metadata.get("recipe")
+        if own is not None:
+            if name is not None and not force:
+                raise WorkflowError(
+                    f"{self._description.name} has a recipe of its own: leave {name!r} out, or force it"
+                )
+            recipe = Recipe.from_metadata(own)
+            return recipe if name is None else choose_recipe(self.fingerprint, name, forced=True)
+        distilled = any("distilled" in lora.path.name.lower() for lora in loras if lora.strength)
+        return choose_recipe(self.fingerprint, name, distilled, force)
 
     @property
     def compression(self) -> Compression:
@@ -190,16 +237,23 @@ class Engine:
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def encode_text(
-        self, prompt: str, negative: str = "", progress: ProgressCallback = _nothing
+        self,
+        prompt: str,
+        negative: str = "",
+        progress: ProgressCallback = _nothing,
+        loras: Sequence[Lora] = (),
     ) -> Conditioning:
-        """Prompt and negative prompt to what the transformer reads.
+        """Prompt and negative prompt to what the transformer reads; loras: of which the connectors may have a part.
 
         Raises PromptError for a prompt in which the model knows no word; unknown words beside known ones are warnings.
         """
         positive = self.tokenizer.encode(prompt)
         other = self.tokenizer.encode(negative, required=False)
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), self._numbers(self._text_component, keymap.CONNECTORS):
+            self._loras.put_on(keymap.CONNECTORS, self._module(keymap.CONNECTORS), loras)
             contexts = [self._context(tokens) for tokens in (positive, other)]
+            for context in contexts:
+                _check_finite("the prompt's contexts", context.video, context.audio)
         progress(Progress("text", 1, 1))
         warnings = (*_warn("prompt", positive), *_warn("negative prompt", other))
         return Conditioning(contexts[0], contexts[1], self.model_id, warnings)
@@ -262,10 +316,12 @@ class Engine:
         given_video: Tensor | None = None,
         given_audio: Tensor | None = None,
         progress: ProgressCallback = _nothing,
+        start: AVLatents | None = None,
     ) -> AVLatents:
         """Noise to the latents of one clip, picture and sound together.
 
         given_video, given_audio: latents of a stream that stays as it is, while the other is made to fit it.
+        start: latents to go on from (of upscale), mixed with noise at the first of the sigmas, which must be given.
         Noise: one CPU generator, the video's first, then the audio's, then that of appended guides.
         Raises WorkflowError for a conditioning of another model; what progress raises ends the run.
         """
@@ -276,18 +332,29 @@ class Engine:
             )
         settings = settings or SampleSettings()
         guidance = settings.guidance or self.recipe.guidance
-        sigmas = settings.sigmas or self._sigmas(settings.steps or self.recipe.steps, shape)
+        sigmas = settings.sigmas or self._sigmas(settings.steps, shape)
+        if start is not None:
+            self._check_owner(start)
+            if settings.sigmas is None or start.shape != shape:
+                raise WorkflowError(
+                    "latents to go on from need sigmas of their own, and a shape that is theirs"
+                )
         with self._lock:
             # from the configs: the codecs need not be on the device while the transformer is
             channels = self._video_config.latent_channels
             z, bins = self._audio_config.latent_channels, self._audio_config.latent_bins
             video = lay_out_video(shape, channels, guides, given_video)
             audio = lay_out_audio(shape, z, bins, given_audio)
-            state = starting_state(shape, video, audio, z, seed, sigmas[0], self.device)
+            latents = None if start is None else (start.video, carried_audio(start.audio, shape))
+            state = starting_state(shape, video, audio, z, seed, sigmas[0], self.device, latents)
+            transformer = self._transformer
+            self._loras.put_on(keymap.TRANSFORMER, transformer, settings.loras)
             denoiser = JointDenoiser(
-                self._transformer, video, audio, conditioning, guidance.stg_blocks, guidance.passes
+                transformer, video, audio, conditioning, guidance.stg_blocks, guidance.passes
             )
-            done = denoise(state, sigmas, denoiser, settings.sampler, guidance, seed, progress)
+            sampler = settings.sampler or self.recipe.sampler
+            with self._numbers(keymap.TRANSFORMER):
+                done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
         grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         return AVLatents(
@@ -296,6 +363,53 @@ class Engine:
             shape,
             self.model_id,
         )
+
+    def upscaler(self, path: str | Path) -> Upscale:
+        """What a latent upscaler's file does, from its header. Raises CheckpointError for one of another latent space."""
+        header, _ = self._open_upscaler(Path(path))
+        with reading_config(keymap.UPSAMPLER, header):
+            config = LatentUpsamplerConfig.from_published(component_config(header, keymap.UPSAMPLER))
+        if config.channels != self._video_config.latent_channels:
+            raise CheckpointError(
+                f"{path}: this upscaler works on {config.channels} channels, the latents of {self._description.name} "
+                f"have {self._video_config.latent_channels}"
+            )
+        return Upscale(config.scale, config.temporal)
+
+    def upscale(
+        self, latents: AVLatents, path: str | Path, progress: ProgressCallback = _nothing
+    ) -> AVLatents:
+        """Latents of a finished clip to those of a larger one, or of one with twice the frames; blurred: refine them.
+
+        Refining is sample(start=..., settings with the recipe's refine_sigmas or temporal_sigmas and no guidance).
+        Source: spec section 2.12.
+        """
+        self._check_owner(latents)
+        shape = self.upscaler(path).grown(latents.shape)
+        with self._lock, torch.inference_mode():
+            statistics = self._video_vae.per_channel_statistics
+            module = self._upscaler_module(Path(path))
+            raw = statistics.denormalize(latents.video.to(statistics.get_buffer("std-of-means").device), 1)
+            grown = module(raw.to(next(module.parameters()))).float()
+            video = statistics.normalize(grown, 1).cpu()
+            _check_finite("upscaled latents", video)
+        progress(Progress("upscale", 1, 1))
+        return AVLatents(video, carried_audio(latents.audio, shape), shape, self.model_id)
+
+    def suggest_seconds(self, conditioning: Conditioning, fps: float | None = None) -> float | None:
+        """How long the shot of a prompt wants to be, on the grid of frames; None for models without a duration head.
+
+        Source: spec section 2.18.
+        """
+        if keymap.DURATION_HEAD not in self._places:
+            return None
+        fps = fps or self.recipe.fps
+        with self._lock, torch.inference_mode():
+            head = cast(DurationHead, self._module(keymap.DURATION_HEAD))
+            device = next(head.parameters()).device
+            context = conditioning.positive
+            seconds = head(context.video.to(device), context.audio.to(device)).item()
+        return frames_for(seconds, fps, step=self.compression.time) / fps
 
     def video_frames(
         self, latents: AVLatents, progress: ProgressCallback = _nothing, window_bytes: int | None = None
@@ -340,6 +454,8 @@ class Engine:
         else:
             pieces = decode_stream(vae, latent_BCFHW, window_bytes, tick)
         for pixels in pieces:
+            with self._numbers(self._video_component):
+                _check_finite("decoded pictures", pixels)
             yield ((rearrange(pixels[0], "C F H W -> F H W C").float() + 1) / 2).clamp(0, 1).cpu()
 
     def decode_audio(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
@@ -356,6 +472,8 @@ class Engine:
             pieces = [piece[0].float().cpu() for piece in vocode_stream(vocoder, mel.float())]
             progress(Progress("audio", 2, 2))
         waveform = torch.cat(pieces, dim=1)
+        with self._numbers(keymap.AUDIO_VAE, keymap.VOCODER):
+            _check_finite("decoded sound", waveform)
         return _fit_length(waveform, latents.shape.samples(vocoder.sample_rate_hz), vocoder.sample_rate_hz)
 
     def preview(self, tokens_BTC: Tensor, shape: ClipShape) -> Tensor | None:
@@ -379,18 +497,29 @@ class Engine:
         energy: counts the joules of every stage; None counts none.
         """
         clock = StageMeter(self.device, energy)
-        shape = self.shape(request.size, request.seconds, request.fps)
-        # a prompt that cannot be used is told before gigabytes are read
+        # what cannot be done is told before gigabytes are read
+        recipe = self.choose_recipe(request.recipe, request.loras, request.force)
+        shape = self._first_shape(request)
         self.tokenizer.encode(request.prompt)
+        warnings = (
+            *self._loras.read((*request.loras, *request.refine_loras)),
+            *self._stage_warnings(request, recipe),
+        )
         with clock.stage("load"):
             self.load()
         with clock.stage("text"):
-            conditioning = self.encode_text(request.prompt, request.negative, progress)
+            conditioning = self.encode_text(request.prompt, request.negative, progress, request.loras)
+            if request.seconds is None and (seconds := self.suggest_seconds(conditioning, shape.fps)):
+                shape = self._first_shape(replace(request, seconds=seconds))
         with clock.stage("image"):
             guides = self._guides(request, shape, progress)
         with clock.stage("sample"):
-            settings = self._settings(request)
+            settings = self._settings(request, recipe, shape)
             latents = self.sample(conditioning, shape, guides, settings, request.seed, progress=progress)
+        for number, path in enumerate(request.upscalers, start=1):
+            with clock.stage("refine"):
+                latents = self._refine(conditioning, latents, path, request, recipe, number, progress)
+        shape = latents.shape
         with clock.stage("video"):
             frames = self.decode_video(latents, progress)
         with clock.stage("audio"):
@@ -400,7 +529,7 @@ class Engine:
             clip,
             latent_sha256(latents),
             clock.seconds,
-            conditioning.warnings,
+            (*warnings, *conditioning.warnings),
             request.seed,
             self.info,
             clock.costs,
@@ -422,6 +551,10 @@ class Engine:
                 self.require(component)
                 module = build(component, self.headers, self._dtype(component))
                 self._modules[component] = module if self._place else module.to(self.device)
+                if self.device.type == "cuda" and not self._place:
+                    check_numbers(
+                        module, component, headers_of(self._places[component])
+                    )  # cheap where it is now
                 names = ", ".join(header.path.name for header in headers_of(self._places[component]))
                 _logger.info("loaded %s of %s", component, names)
             if self._place:
@@ -430,9 +563,11 @@ class Engine:
 
     @property
     def _video_component(self) -> str:
-        """The diffusion decoder where there is one, as 2.5 was published with."""
-        diffusion = keymap.VIDEO_VAE_DIFFUSION in self._places
-        return keymap.VIDEO_VAE_DIFFUSION if diffusion else keymap.VIDEO_VAE
+        """Of two decoders that of the file that counts first; the diffusion decoder, as 2.5 is published, of one file."""
+        both = [name for name in (keymap.VIDEO_VAE_DIFFUSION, keymap.VIDEO_VAE) if name in self._places]
+        order = {header.path: number for number, header in enumerate(self.headers)}
+        first = {name: min(order[h.path] for h in headers_of(self._places[name])) for name in both}
+        return min(both, key=first.__getitem__, default=keymap.VIDEO_VAE)
 
     @property
     def _text_component(self) -> str:
@@ -443,12 +578,14 @@ class Engine:
         self.require(self._video_component)
         section = component_config(self.headers, self._video_component)
         diffusion = self._video_component == keymap.VIDEO_VAE_DIFFUSION
-        return (DiffusionVAEConfig if diffusion else VideoVAEConfig).from_published(section)
+        with reading_config(self._video_component, self.headers):
+            return (DiffusionVAEConfig if diffusion else VideoVAEConfig).from_published(section)
 
     @cached_property
     def _audio_config(self) -> AudioVAEConfig:
         self.require(keymap.AUDIO_VAE)
-        return AudioVAEConfig.from_published(component_config(self.headers, keymap.AUDIO_VAE))
+        with reading_config(keymap.AUDIO_VAE, self.headers):
+            return AudioVAEConfig.from_published(component_config(self.headers, keymap.AUDIO_VAE))
 
     @property
     def _parameters(self) -> int:
@@ -491,8 +628,84 @@ class Engine:
         mask = torch.ones(1, len(ids)) if len(tokens.ids) else torch.zeros(1, 1)
         return self.connect(encoder(ids[None].to(self.device), mask.to(self.device)), mask)
 
-    def _sigmas(self, steps: int, shape: ClipShape) -> tuple[float, ...]:
-        return shifted_schedule(steps, self.recipe.schedule_tokens or shape.video_tokens)
+    def _sigmas(self, steps: int | None, shape: ClipShape, recipe: Recipe | None = None) -> tuple[float, ...]:
+        recipe = recipe or self.recipe
+        if recipe.sigmas and steps in (None, len(recipe.sigmas) - 1):
+            return recipe.sigmas
+        return shifted_schedule(steps or recipe.steps, recipe.schedule_tokens or shape.video_tokens)
+
+    def _first_shape(self, request: GenerateRequest) -> ClipShape:
+        """The clip of the first stage. Raises ShapeError if it, or what the upscalers make of it, cannot be."""
+        upscales = [self.upscaler(path) for path in request.upscalers]
+        size = first_size(request.size, upscales, self.compression.space)
+        shape = self.shape(size, request.seconds, first_fps(request.fps, upscales))
+        grown = shape
+        for upscale in upscales:
+            grown = upscale.grown(grown)
+        return shape
+
+    def _refine(
+        self,
+        conditioning: Conditioning,
+        latents: AVLatents,
+        path: Path,
+        request: GenerateRequest,
+        recipe: Recipe,
+        number: int,
+        progress: ProgressCallback,
+    ) -> AVLatents:
+        """A second stage: upscaled, mixed with noise again, and a few steps without guidance; `number` counts them."""
+        grown = self.upscale(latents, path, progress)
+        levels = recipe.temporal_sigmas if self.upscaler(path).temporal else recipe.refine_sigmas
+        settings = SampleSettings(
+            guidance=UNGUIDED, sampler="euler", sigmas=levels, loras=(*request.loras, *request.refine_loras)
+        )
+        guides = self._guides(request, grown.shape, progress)
+        seed = request.seed + number  # noise of its own
+        made = self.sample(conditioning, grown.shape, guides, settings, seed, progress=progress, start=grown)
+        # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones
+        return made if recipe.sigmas else replace(made, audio=grown.audio)
+
+    def _stage_warnings(self, request: GenerateRequest, recipe: Recipe) -> tuple[str, ...]:
+        loras = (*request.loras, *request.refine_loras)
+        distilled = recipe.sigmas or any("distilled" in lora.path.name.lower() for lora in loras)
+        if not request.upscalers or distilled or request.force:
+            return ()
+        return (
+            "the second stage takes a few steps that are made for distilled weights: add the distilled LoRA of this "
+            "version for second stages",
+        )
+
+    def _open_upscaler(self, path: Path) -> tuple[Header, LatentUpsampler | None]:
+        if path not in self._upscalers:
+            header = read_header(path)
+            if keymap.UPSAMPLER not in index([header]):
+                raise CheckpointError(
+                    f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}"
+                )
+            self._upscalers[path] = (header, None)
+        return self._upscalers[path]
+
+    def _upscaler_module(self, path: Path) -> LatentUpsampler:
+        header, module = self._open_upscaler(path)
+        if module is None:
+            built = build(keymap.UPSAMPLER, header, self._dtype(keymap.UPSAMPLER))
+            module = cast(LatentUpsampler, built if self._place else built.to(self.device))
+            self._upscalers[path] = (header, module)
+        if self._place:
+            self._place(module)
+        return module
+
+    @contextmanager
+    def _numbers(self, *components: str) -> Iterator[None]:
+        """Where values end that are no numbers, the weights are looked through: a damaged file is named as such."""
+        try:
+            yield
+        except NotFiniteError:
+            for component in components:
+                if component in self._modules:
+                    check_numbers(self._modules[component], component, headers_of(self._places[component]))
+            raise
 
     def _guides(self, request: GenerateRequest, shape: ClipShape, progress: ProgressCallback) -> list[Guide]:
         pictures = [(request.image, 0), (request.last_image, shape.frames - 1)]
@@ -502,11 +715,12 @@ class Engine:
             if image is not None
         ]
 
-    def _settings(self, request: GenerateRequest) -> SampleSettings:
-        guidance = self.recipe.guidance
+    def _settings(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> SampleSettings:
+        guidance = recipe.guidance
         if request.cfg is not None:
             guidance = replace(guidance, cfg_video=request.cfg, cfg_audio=request.cfg)
-        return SampleSettings(request.steps, guidance)
+        sigmas = self._sigmas(request.steps, shape, recipe)
+        return SampleSettings(None, guidance, recipe.sampler, sigmas, request.loras)
 
     def _check_owner(self, latents: AVLatents) -> None:
         if latents.model_id != self.model_id:
@@ -521,6 +735,11 @@ def latent_sha256(latents: AVLatents) -> str:
     for stream in (latents.video, latents.audio):
         digest.update(stream.float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _check_finite(what: str, *tensors: Tensor) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise NotFiniteError(f"{what} are no finite numbers: use bfloat16 or float32 instead of float16")
 
 
 def _pick_device(device: str) -> torch.device:

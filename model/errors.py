@@ -29,6 +29,10 @@ class WorkflowError(LockstepError):
     """Values that do not belong together: a latent of another model, a guide outside the clip."""
 
 
+class NotFiniteError(LockstepError):
+    """Values that are no numbers any more, whatever brought them about."""
+
+
 class Cancelled(LockstepError):
     """Raised by a progress callback to stop a run between two steps."""
 

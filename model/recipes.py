@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from .errors import CheckpointError, ShapeError
+from .errors import CheckpointError, ShapeError, WorkflowError
 from .options import Options
-from .sampler.guidance import Guidance, full_guidance
+from .sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
+from .sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE, Sigmas
 from .shapes import AudioRate, ClipShape, Compression, nearest_frames
 
 
@@ -18,8 +20,14 @@ class Recipe:
     height: int = 512
     fps: float = 24.0
     frames: int = 121
+    name: str = "own"  # of RECIPES, or that of a file's own recipe
     steps: int = 40
+    sigmas: Sigmas | None = None  # a fixed list in place of steps
+    sampler: str = "euler"
     guidance: Guidance = field(default_factory=Guidance)
+    # second stages, both without guidance: after a larger picture, after more frames
+    refine_sigmas: Sigmas = DISTILLED_STAGE2
+    temporal_sigmas: Sigmas = TEMPORAL_UPSAMPLE
     schedule_tokens: int | None = 4096  # None: the clip's own count
     text_length: int = 1024
     side_limits: tuple[int, int] | None = None  # pixels
@@ -45,17 +53,84 @@ class Recipe:
         options.close()
         return cls(guidance=Guidance(**weights), **values)
 
+    def format_recipe(self) -> str:
+        """One line for a terminal."""
+        levels = f"{len(self.sigmas) - 1} fixed steps" if self.sigmas else f"{self.steps} steps"
+        g = self.guidance
+        stg = f", STG {g.stg_video:g} at block {', '.join(map(str, g.stg_blocks))}" if g.stg_blocks else ""
+        pulls = f"CFG {g.cfg_video:g} video {g.cfg_audio:g} audio{stg}"
+        pulls += f", modality {g.modality_video:g}" if g.modality_video != 1 else ""
+        pulls += (
+            f", rescale {g.rescale_video:g} {g.rescale_audio:g}" if g.rescale_video or g.rescale_audio else ""
+        )
+        unguided = g.passes == ("cond",)
+        size = f"{self.width}x{self.height}, {self.frames} frames at {self.fps:g} fps"
+        return f"{self.name}: {levels}, {self.sampler}, {'no guidance' if unguided else pulls}; {size}"
 
-def published_recipe(version: str) -> Recipe:
-    """Defaults of a published full checkpoint by its structure's version."""
-    if version == "2.0":
-        return Recipe(steps=40, guidance=full_guidance(29))
-    return Recipe(steps=30, guidance=full_guidance(28))
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What decides over a checkpoint's recipe."""
+
+    version: str  # "2.0", "2.3", "2.5"
+    distilled: bool
+
+    def __str__(self) -> str:
+        return f"LTX-{self.version} {'distilled' if self.distilled else 'full'}"
 
 
-def recipe_of(metadata: Mapping[str, str], version: str) -> Recipe:
-    """The recipe in a file's own metadata, else the published one of its version."""
-    return Recipe.from_metadata(metadata["recipe"]) if "recipe" in metadata else published_recipe(version)
+def fingerprint(
+    version: str, file_name: str, config: Mapping[str, Any] | None, title: str = ""
+) -> Fingerprint:
+    """Of a published file: full or distilled shows in its config's fixed levels, or in its name or title.
+
+    Both have the same structure and, in some files, the same metadata.
+    """
+    sections = [section for section in (config or {}).values() if isinstance(section, Mapping)]
+    fixed = any(section.get("allowed_inference_steps") for section in sections)
+    named = "distilled" in f"{file_name} {title}".lower()
+    return Fingerprint(version, fixed or named)
+
+
+RECIPE_NAMES = ("full", "hq", "distilled")  # that people can ask for
+
+
+def published_recipe(name: str, version: str) -> Recipe:
+    """One of RECIPE_NAMES for a version's files (spec sections 1.7, 2.10 to 2.12)."""
+    first = version == "2.0"
+    if name == "distilled":
+        # since 2.5 the few steps forget their start
+        sampler = "euler" if version in ("2.0", "2.3") else "ancestral"
+        return Recipe(
+            name=name, steps=len(DISTILLED) - 1, sigmas=DISTILLED, sampler=sampler, guidance=UNGUIDED
+        )
+    if name == "hq":
+        return Recipe(name=name, steps=15, sampler="res2s", guidance=HQ_GUIDANCE, schedule_tokens=None)
+    return Recipe(name="full", steps=40 if first else 30, guidance=full_guidance(29 if first else 28))
+
+
+def choose_recipe(
+    file: Fingerprint, name: str | None = None, distilled_lora: bool = False, forced: bool = False
+) -> Recipe:
+    """The recipe that a published file wants, or the one asked for by name.
+
+    distilled_lora: one is in use, which makes a full checkpoint a distilled one too.
+    Raises WorkflowError for an unknown name, and for one that does not suit the file unless forced.
+    """
+    own = "distilled" if file.distilled else "full"
+    if name is None:
+        return published_recipe(own, file.version)
+    if name not in RECIPE_NAMES:
+        raise WorkflowError(f"unknown recipe {name!r}: use {', '.join(RECIPE_NAMES)}")
+    suits = {own, "distilled"} if distilled_lora else {own}
+    if not file.distilled and file.version != "2.0":
+        suits.add("hq")
+    if name not in suits and not forced:
+        raise WorkflowError(
+            f"recipe {name!r} does not suit {file}: use {' or '.join(sorted(suits))}, or force it"
+            + (", or add the distilled LoRA" if name == "distilled" else "")
+        )
+    return published_recipe(name, file.version)
 
 
 def clip_shape(

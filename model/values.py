@@ -5,6 +5,7 @@ B batch, C channels, F frames (pixels or latents), H rows, W columns, L latent o
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from .shapes import ClipShape
 class Progress:
     """One tick of a stage; a callback that raises stops the run between two ticks."""
 
-    stage: str  # "text", "image", "sample", "video", "audio"
+    stage: str  # "text", "image", "sample", "upscale", "video", "audio"
     step: int  # ticks done
     steps: int  # ticks in all
     preview: Tensor | None = None  # (B, T, C) estimate of the clean video tokens, while sampling
@@ -106,6 +107,14 @@ class StageCost:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A file of low-rank changes to a model, and how strongly it counts."""
+
+    path: Path
+    strength: float = 1.0  # may be negative; 0 is off
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """All that a user may say about one clip; None leaves the choice to the model's defaults."""
 
@@ -119,6 +128,15 @@ class GenerateRequest:
     steps: int | None = None
     cfg: float | None = None  # text guidance of both streams
     seed: int = 0
+    recipe: str | None = None  # "full", "hq" or "distilled" in place of the checkpoint's own
+    force: bool = False  # take a recipe that does not suit the checkpoint
+    loras: tuple[Lora, ...] = ()
+    upscalers: tuple[
+        Path, ...
+    ] = ()  # latent upscalers, each followed by a short second stage; size is that of the last
+    refine_loras: tuple[
+        Lora, ...
+    ] = ()  # beside loras, in second stages alone: the distilled LoRA of a full checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,14 @@
 golden/keys: names and shapes of the published files, {name: [shape, dtype]}; no weight is in them.
 """
 
+import contextlib
 import gzip
 import json
 import logging
 import math
 import os
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -196,7 +198,8 @@ def test_a_sound_header_is_read_without_its_tensors(tmp_path):
 
 DAMAGED = {
     "an empty file": (b"", "at least 10 bytes expected, found 0"),
-    "a huge length": ((10**9).to_bytes(8, "little") + b"{}", "found 1000000000 bytes"),
+    "a huge length": ((10**9).to_bytes(8, "little") + b"{}", "a header of 1000000000 bytes is too large"),
+    "the largest length": (b"\xff" * 8 + b"{}", "a header of 18446744073709551615 bytes is too large"),
     "a length beyond the end": ((100).to_bytes(8, "little") + b"{}", "has only 10 in all: truncated"),
     "noise": (b"\xff" * 64, "not a safetensors file"),
     "a pickle": (b"PK\x03\x04" + b"\0" * 64, "PyTorch archive"),
@@ -244,6 +247,36 @@ MALFORMED = {
     "lost tensors": ({"a": entry(0, 4)}, b"12", "4 bytes of tensors expected, found 2: truncated"),
     "foreign bytes": ({"a": entry(0, 4)}, b"123456", "4 bytes of tensors expected, found 6"),
     "a missing field": ({"a": {"dtype": "U8"}}, b"", "a should have dtype, shape and data_offsets"),
+    "a huge axis": ({"a": entry(0, 4, [2**63])}, b"1234", "whole numbers >= 0 expected"),
+    "huge offsets": (
+        {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 2**64]}},
+        b"1",
+        r"\[start, end\] expected",
+    ),
+    "far too many axes": ({"a": entry(0, 1, [1] * 1000)}, b"1", "whole numbers >= 0 expected"),
+    "an axis of very many digits": (
+        b'{"a": {"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}',
+        b"1",
+        "not valid JSON|whole numbers",
+    ),
+    "no number for an axis": (
+        b'{"a": {"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}',
+        b"1",
+        "whole numbers",
+    ),
+    "another encoding": ('{"a": {}}'.encode("utf-16-le"), b"", "not a safetensors file|not valid JSON"),
+    "half a character": (
+        b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+        b"",
+        "not valid JSON",
+    ),
+    "broken text": (b'{"\xff\xfe": 1}', b"", "not valid JSON"),
+    "a list": (b"{}[]", b"", "not valid JSON"),
+    "two tensors on one place": (
+        {"a": entry(0, 4), "b": entry(0, 4)},
+        b"1234",
+        "b overlaps a: start 4 expected, found 0",
+    ),
     "numbers as metadata": ({"__metadata__": {"config": 1}}, b"", "__metadata__ should map names to strings"),
 }
 
@@ -253,6 +286,25 @@ def test_malformed_headers_are_refused_with_what_was_expected(tmp_path, fault):
     header, data, message = MALFORMED[fault]
     path = write(tmp_path / "damaged.safetensors", header, data)
     with pytest.raises(CheckpointError, match=f"damaged.safetensors: .*{message}"):
+        read_header(path)
+
+
+def test_a_header_as_large_as_the_reference_reader_takes_is_refused_at_once(tmp_path):
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write((100_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(8 + 100_000_000)
+    started = time.perf_counter()
+    with pytest.raises(
+        CheckpointError, match=r"large\.safetensors: a header of 100000000 bytes is too large"
+    ):
+        read_header(path)
+    assert time.perf_counter() - started < 5  # seconds; nothing of it is read
+
+
+def test_a_header_without_an_end_is_refused(tmp_path):
+    path = write(tmp_path / "endless.safetensors", b'{"a": "' + b"x" * 1_000_000)
+    with pytest.raises(CheckpointError, match="header is not valid JSON: Unterminated string"):
         read_header(path)
 
 
@@ -536,6 +588,59 @@ def test_unneeded_tensors_do_not_disturb_a_build():
     extra = {f"per_channel_statistics.{name}": ([128], "BF16") for name in ("channel", "mean-of-stds")}
     header = fake_header(shapes | extra)
     assert set(component_shapes([header])["video_vae"]) == set(shapes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in tiny_state().items()}
+    state["res_blocks.0.conv2.weight"][3, 1, 0, 2, 1] = value
+    sentence = r"upsampler holds values that are no numbers .* in 1 tensors: res_blocks\.0\.conv2\.weight: .*fetch it again"
+    with pytest.raises(CheckpointError, match=sentence):
+        build("upsampler", save_tiny(tmp_path / "tiny.safetensors", state))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64])
+def test_weights_of_a_wrong_dtype_are_refused_by_name(tmp_path, dtype):
+    state = tiny_state()
+    state["final_conv.bias"] = state["final_conv.bias"].abs().to(dtype)
+    with pytest.raises(CheckpointError, match=r"1 not numbers: final_conv\.bias (I32|U8|BOOL|C64)"):
+        build("upsampler", save_tiny(tmp_path / "tiny.safetensors", state))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spatial_scale": "two"},
+        {"mid_channels": [32]},
+        {"num_blocks_per_stage": None},
+        {"dims": {}},
+        {"_class_name": 7},
+        {"unheard_of": 1},
+        {"temporal_upsample": "yes"},
+    ],
+    ids=str,
+)
+def test_a_config_of_wrong_types_is_refused_not_a_crash(tmp_path, change):
+    path = tmp_path / "tiny.safetensors"
+    save_file(tiny_state(), path, {"config": json.dumps(UPSAMPLER | change)})
+    with pytest.raises((CheckpointError, UnsupportedModelError)):
+        build("upsampler", read_header(path))
+
+
+@pytest.fixture(scope="module")
+def one_block() -> dict[str, list]:
+    other = re.compile(r"transformer_blocks\.[1-9]|^(?!model\.diffusion_model\.)")
+    return {name: info for name, info in golden_keys("ltx-2.3").items() if not other.search(name)}
+
+
+@pytest.mark.parametrize("key", sorted(published_config("2.3")["transformer"]))
+def test_no_value_of_any_setting_of_the_transformer_is_a_crash(one_block, key):
+    for value in (None, "x", -1, 1e308, {}, [[]]):
+        section = {**published_config("2.3")["transformer"], "num_layers": 1, key: value}
+        # refused in our words; a value that changes nothing may also be taken
+        with contextlib.suppress(CheckpointError, UnsupportedModelError):
+            build_on_meta("transformer", fake_header(one_block, {"transformer": section}))
 
 
 def test_a_part_kept_in_another_file_is_asked_for():

@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VERSIONS
 
 from lockstep.model import cli
-from lockstep.model.checkpoint import keymap
+from lockstep.model.checkpoint import build, keymap
+from lockstep.model.checkpoint.header import read_header
 from lockstep.model.engine import Engine
 from lockstep.model.errors import CheckpointError, PromptError
+from lockstep.model.text.duration_head import frames_for
 from lockstep.model.values import GenerateRequest
 
 REQUEST = GenerateRequest("a red ball bounces", size="48x32", seconds=0.375, steps=2, seed=5)
@@ -206,13 +208,52 @@ def test_an_empty_prompt_is_told_before_weights_are_read(models):
     assert engine._modules == {}
 
 
-def test_a_repack_without_metadata_says_what_stands_in(models, tmp_path, caplog):
-    """Only widths can be read from tensors: the published settings are those of the full size."""
-    path = tmp_path / "repack.safetensors"
-    save_file({k: v for k, v in monolith_state("2.3").items() if "diffusion_model" in k}, path)
-    with caplog.at_level(logging.WARNING, logger="lockstep"):
-        Engine(path, "cpu")
-    assert "taking the published settings" not in caplog.text  # nothing was built yet
+BROKEN = {
+    "transformer": "model.diffusion_model.transformer_blocks.1.ff.net.2.weight",
+    "connectors": "text_embedding_projection.video_aggregate_embed.weight",
+    "video_vae": "vae.decoder.conv_out.conv.weight",
+    "vocoder": "vocoder.vocoder.conv_pre.weight",
+}
+
+
+@pytest.mark.parametrize("component", BROKEN)
+@pytest.mark.parametrize("checked", [True, False], ids=["at load", "when values end"])
+def test_weights_that_are_no_numbers_never_make_a_clip(models, tmp_path, monkeypatch, component, checked):
+    """Small components are looked through as they load, large ones where their values stop being numbers."""
+    if not checked:
+        monkeypatch.setattr(build, "CHECKED_BYTES", 0)
+    state = monolith_state("2.3")
+    state[BROKEN[component]].view(-1)[1] = torch.nan
+    save_file(
+        state, tmp_path / "ltx-2.3.safetensors", dict(read_header(models / "ltx-2.3.safetensors").metadata)
+    )
+    engine = Engine(tmp_path / "ltx-2.3.safetensors", "cpu", files=[models / "2.3" / "gemma.safetensors"])
+    with pytest.raises(CheckpointError, match=f"{component} holds values that are no numbers"):
+        made(engine)
+
+
+def test_the_prompt_s_own_duration_is_taken_where_nobody_says_one(split):
+    folder, main = split
+    engine = Engine(main, "cpu", folders=[folder])
+    conditioning = engine.encode_text("a red ball")
+    head = engine._module("duration_head")
+    seconds = head(conditioning.positive.video, conditioning.positive.audio).item()
+    suggested = engine.suggest_seconds(conditioning, 24)
+    assert suggested == frames_for(seconds, 24, step=4) / 24
+    result = made(engine, seconds=None, prompt="a red ball")
+    assert result.clip.frames.shape[0] == round(suggested * 24)
+    assert made(engine, prompt="a red ball").clip.frames.shape[0] == 9  # 0.375 s, as said
+    without = Engine(main, "cpu", files=[folder / "vae", folder / "text_encoders"])
+    assert without.suggest_seconds(conditioning) is None
+
+
+def test_the_first_latent_frame_of_2_5_carries_the_keyframe_marker(split):
+    """Without the marker's vector another clip comes out; which tokens carry it is test_conditioning's."""
+    folder, main = split
+    engine = Engine(main, "cpu", folders=[folder])
+    marked = made(engine).latent_sha256
+    engine._module("transformer").keyframes_abs_pos_embedding.zero_()
+    assert made(engine).latent_sha256 != marked
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -240,15 +281,43 @@ def test_the_command_makes_a_clip_of_a_published_file_and_its_folder(models, tmp
     assert clip.stat().st_size > 500
 
 
+def test_recipes_loras_and_stages_reach_the_engine(models, tmp_path, capsys):
+    """Each is refused by its own sentence, before any work."""
+    found = ("--model", models / "ltx-2.3.safetensors", "--models", models / "2.3", "--seconds", "0.375")
+    for options, sentence in (
+        (("--recipe", "distilled"), "recipe 'distilled' does not suit LTX-2.3 full"),
+        (("--lora", tmp_path / "absent.safetensors"), "absent.safetensors does not exist"),
+        (("--lora", f"{models / 'ltx-2.3.safetensors'}=0.5"), "nothing in this LoRA fits this model"),
+        (("--refine-lora", tmp_path / "absent.safetensors"), "absent.safetensors does not exist"),
+        (("--upscaler", models / "ltx-2.3.safetensors"), "no latent upscaler: it holds"),
+    ):
+        arguments = (
+            "generate",
+            "a red ball",
+            "-o",
+            tmp_path / "clip.mp4",
+            *found,
+            *options,
+            "--device",
+            "cpu",
+        )
+        assert cli.main([str(a) for a in arguments]) == 2
+        assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_inspects_a_file_with_what_its_folder_adds(split, capsys):
     folder, main = split
     assert cli.main(["inspect", str(main), "--json"]) == 0
     alone = json.loads(capsys.readouterr().out)
+    assert alone["recipe"].startswith("full: 30 steps, euler, CFG 3 video 7 audio, STG 1 at block 28")
     assert {"video_vae", "audio_vae", "vocoder", "connectors.text_embedding_projection"} <= set(
         alone["missing"]
     )
     assert cli.main(["inspect", str(main), "--models", str(folder), "--json"]) == 0
     together = json.loads(capsys.readouterr().out)
     assert together["missing"] == []
+    assert cli.main(["inspect", str(folder / "vae" / "ltx-2.5-audio-vae-bf16.safetensors")]) == 0
+    assert "recipe" not in capsys.readouterr().out  # a codec alone is not sampled
     assert cli.main(["inspect", str(main), "--models", str(folder / "absent")]) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -34,9 +34,10 @@ MAY_IMPORT = {
     "denoiser": BASE
     | {"conditioning", "latents", "sampler", "transformer"},  # where the sampler's function meets the model
     "recipes": BASE | {"sampler"},
+    "two_stage": BASE,
     "engine": BASE
     | STAGES
-    | {"checkpoint", "embedded", "residency", "media", "measure", "denoiser", "recipes"},
+    | {"checkpoint", "embedded", "residency", "media", "measure", "denoiser", "recipes", "two_stage"},
     "cli": BASE | {"engine", "checkpoint", "media", "measure", "recipes"},
 }
 NODES_MAY_IMPORT = {"engine", "embedded", "errors", "measure", "shapes", "values"}

@@ -3,13 +3,14 @@
 Source: spec sections 3 and 3.3; the loading rules are the house style's.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import CheckpointError, LockstepError, UnsupportedModelError
 from . import keymap
 from .families import Family, Files, as_headers, detect, file_names
 from .gates import fold_gates, gated_linears
@@ -17,6 +18,7 @@ from .header import Header
 from .index import Place, headers_of, index
 from .quantised import PackedLayer, packed_layers, plain_names, put_packed_layers
 
+CHECKED_BYTES = 1_000_000_000  # reading more than that twice would be felt
 _NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Components whose linear layers stay packed; the others are small and unpacked as they are loaded.
 _KEPT_PACKED = (keymap.TRANSFORMER, keymap.CONNECTORS, keymap.LANGUAGE_MODEL)
@@ -28,7 +30,8 @@ def build(component: str, files: Files, dtype: torch.dtype | None = None) -> nn.
     component: a name of keymap.py.  files: the header, or the headers over which the model is split (2.5 has
     part of the connectors in its text encoder's file).  dtype: of all floating tensors but packed ones; None keeps
     the file's own, tensor by tensor.  Static gates are in the weights already (gates.py).  Raises CheckpointError
-    that lists missing, unexpected and misshapen tensors, UnsupportedModelError for a structure that is not implemented.
+    that lists missing, unexpected and misshapen tensors, and of components up to CHECKED_BYTES those that hold NaN or
+    infinity (larger ones: check_numbers, where they are); UnsupportedModelError for a structure that is not implemented.
     """
     headers = as_headers(files)
     family = detect(headers)
@@ -43,6 +46,8 @@ def build(component: str, files: Files, dtype: torch.dtype | None = None) -> nn.
     module.load_state_dict(_load(places, packed, moved, family, component, dtype), strict=True, assign=True)
     left = [name for name, tensor in _all_tensors(module) if tensor.is_meta]
     assert not left, f"{component}: computed at run time, yet registered and not saved: {left[:10]}"
+    if sum(place.info.bytes for place in places.values()) <= CHECKED_BYTES:
+        check_numbers(module, component, headers_of(places))
     return module.eval().requires_grad_(False)
 
 
@@ -56,8 +61,35 @@ def build_on_meta(component: str, files: Files, family: Family | None = None) ->
             f"{file_names(headers)}: {component!r} is not implemented for {family.name}: {known} are"
         )
     section = family.component_config(headers, component)
-    with torch.device("meta"):
+    with torch.device("meta"), reading_config(component, headers):
         return family.modules[component](section)
+
+
+@contextmanager
+def reading_config(component: str, files: Files) -> Iterator[None]:
+    """Turns what a config of wrong types or values makes of our arithmetic into a CheckpointError."""
+    try:
+        yield
+    except LockstepError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file_names(files)}: nothing can be built from the config of {component}: "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
+
+
+def check_numbers(module: nn.Module, component: str, files: Files) -> None:
+    """Raises CheckpointError that lists tensors with NaN or infinity; reads every weight, where it is."""
+    floating = [(name, tensor) for name, tensor in _all_tensors(module) if tensor.is_floating_point()]
+    # fp8 knows no isfinite
+    sound = [torch.isfinite(t.to(torch.bfloat16) if t.itemsize == 1 else t).all() for _, t in floating]
+    if sound and not bool(torch.stack([flag.cpu() for flag in sound]).all()):
+        bad = [name for (name, _), flag in zip(floating, sound, strict=True) if not flag]
+        raise CheckpointError(
+            f"{file_names(files)}: {component} holds values that are no numbers (NaN or infinite) in {len(bad)} "
+            f"tensors: {', '.join(bad[:10])}: the file is damaged, fetch it again"
+        )
 
 
 def load_state(files: Files, component: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -17,7 +17,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
+# The largest published header has 1 MB. The reference reader goes to 100 MB, whose parsing takes minutes and gigabytes.
+MAX_HEADER_BYTES = 32_000_000
+_MAX_AXES = 16
+_MAX_COUNT = 2**63 - 1  # of the reference reader's integers
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -150,6 +153,11 @@ def _header_length(path: Path, head: bytes, file_bytes: int) -> int:
             f"{path}: at least 10 bytes expected, found {file_bytes}: empty or truncated, fetch it again"
         )
     length = int.from_bytes(head[:8], "little")
+    if length > MAX_HEADER_BYTES and head[8:9] == b"{":
+        raise CheckpointError(
+            f"{path}: a header of {length} bytes is too large: published ones have about a million, "
+            f"{MAX_HEADER_BYTES} are read at most"
+        )
     if length < 2 or length > MAX_HEADER_BYTES or head[8:9] != b"{":
         raise CheckpointError(
             f"{path}: not a safetensors file: 2 to {MAX_HEADER_BYTES} bytes from '{{' on expected, "
@@ -172,11 +180,16 @@ def _parse_json(path: Path, text: str | bytes, what: str) -> Any:
         return mapping
 
     try:
-        return json.loads(text, object_pairs_hook=refuse_repeated)
+        # strictly: json would guess at UTF-16, and half a surrogate pair cannot be printed
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        parsed = json.loads(text, object_pairs_hook=refuse_repeated)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+        return parsed
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {what} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{path}: {what} is not valid JSON: {str(error)[:200]}") from error
 
 
 def _metadata(path: Path, metadata: Any) -> dict[str, str]:
@@ -210,7 +223,11 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
 
 def _are_counts(values: Any) -> bool:
     # type() rather than isinstance: JSON's true is an int to Python
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= _MAX_AXES
+        and all(type(value) is int and 0 <= value <= _MAX_COUNT for value in values)
+    )
 
 
 def _check_tiling(path: Path, tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:

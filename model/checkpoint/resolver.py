@@ -64,7 +64,7 @@ def resolve(model: str | Path, files: Paths = (), folders: Paths = ()) -> tuple[
 
 def explain_missing(component: str, headers: Sequence[Header], folders: Paths = ()) -> CheckpointError:
     """The error that says which file brings a component, how large it is, where it belongs and is published."""
-    version = _version(headers)
+    version = model_version(headers)
     published = PUBLISHED.get(version, {}).get(component)
     searched = f" (searched: {', '.join(map(str, folders))})" if folders else ""
     names = ", ".join(header.path.name for header in headers)
@@ -99,7 +99,7 @@ def _holders(component: str, headers: Sequence[Header]) -> list[Header]:
     return [header for header in headers if component in index([header])]
 
 
-def _version(headers: Sequence[Header]) -> str:
+def model_version(headers: Sequence[Header]) -> str:
     """Of the files together: by structure, or by what the checkpoint says where one structure serves two versions."""
     version = structure_version(component_shapes(headers))
     labels = (version_label(header) for header in _holders(keymap.TRANSFORMER, headers) or headers)
@@ -168,7 +168,7 @@ def _peek(path: Path, _changed: int, _size: int) -> tuple[Header | None, frozens
 
 def _fault(component: str, shards: Shards, headers: Sequence[Header]) -> str | None:
     """Why found files are not taken for this model, None if they fit."""
-    label, wanted = version_label(shards[0]), _version(headers)
+    label, wanted = version_label(shards[0]), model_version(headers)
     if label in PUBLISHED and label != wanted and component != keymap.LANGUAGE_MODEL:
         return f"it is of LTX-{label}"
     together = [*headers, *shards]
@@ -180,4 +180,4 @@ def _fault(component: str, shards: Shards, headers: Sequence[Header]) -> str | N
 def _rank(header: Header, headers: Sequence[Header]) -> tuple:
     """Those that name the version first, then the most alike names."""
     alike = difflib.SequenceMatcher(None, headers[-1].path.name, header.path.name).ratio()
-    return version_label(header) != _version(headers), -alike, str(header.path)
+    return version_label(header) != model_version(headers), -alike, str(header.path)

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..errors import LockstepError, ShapeError, WorkflowError
+from ..errors import NotFiniteError, ShapeError, WorkflowError
 from ..values import Progress, ProgressCallback
 from .guidance import UNGUIDED, Guidance
 from .schedule import check_sigmas
@@ -100,7 +100,7 @@ def denoise(
     sigmas: see schedule.check_sigmas. denoiser: called once per step and pass of `guidance` (res2s: twice a step).
     sampler: a name in step.SAMPLERS or a factory. noise_seed: needed by samplers that draw noise between steps.
     progress: called after every step with the clean video tokens predicted so far; what it raises ends the run.
-    Raises WorkflowError for a bad schedule, an unknown sampler or a missing seed, LockstepError if values overflow.
+    Raises WorkflowError for a bad schedule, an unknown sampler or a missing seed, NotFiniteError if values overflow.
     """
     stepper = make_sampler(sampler)
     levels = stepper.prepare(check_sigmas(sigmas))
@@ -176,7 +176,7 @@ class _Health:
         for step, finite in enumerate(torch.stack(self._finite).tolist()):
             if not all(finite):
                 names = " and ".join(n for n, ok in zip(("video", "audio"), finite, strict=False) if not ok)
-                raise LockstepError(
+                raise NotFiniteError(
                     f"{names} values are no longer finite numbers after step {step + 1} of {self._steps}: "
                     "use bfloat16 or float32 instead of float16, or less guidance"
                 )

@@ -1,0 +1,284 @@
+"""LoRA files: low-rank changes of linear layers, added while the layers run, so that no weight is ever changed.
+
+y = W x + b + strength * scale * B (A x): nothing is merged, quantised weights take it like others, and what is taken off
+leaves the weights as they were, bit for bit. Formats: published (`diffusion_model.<path>.lora_A.weight`), diffusers (its
+own module names, alpha in the metadata), trainers (`lora_down`, `lora_up`, `alpha`, names with underscores, peft's
+prefixes). Source: spec sections 3.1 and 3.4.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import CheckpointError, UnsupportedModelError, WorkflowError
+from ..values import Lora
+from . import keymap
+from .header import Header, read_header
+from .index import Index
+
+COMPONENTS = (keymap.TRANSFORMER, keymap.CONNECTORS)  # that LoRAs are made for
+Target = tuple[str, str]  # component, module path in it
+
+_PREFIXES = (
+    *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "connectors."),
+    *("text_embedding_projection.", "lora_unet_", "lora_transformer_", "lycoris_"),
+)
+# published part of a path -> the name diffusers gives it; the first that fits counts
+_DIFFUSERS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    keymap.TRANSFORMER: (
+        ("patchify_proj", "proj_in"),
+        ("prompt_adaln_single", "prompt_adaln"),
+        ("av_ca_video_scale_shift_adaln_single", "av_cross_attn_video_scale_shift"),
+        ("av_ca_audio_scale_shift_adaln_single", "av_cross_attn_audio_scale_shift"),
+        ("av_ca_a2v_gate_adaln_single", "av_cross_attn_video_a2v_gate"),
+        ("av_ca_v2a_gate_adaln_single", "av_cross_attn_audio_v2a_gate"),
+        ("adaln_single", "time_embed"),
+    ),
+    keymap.CONNECTORS: (
+        ("text_embedding_projection.video_aggregate_embed", "video_text_proj_in"),
+        ("text_embedding_projection.audio_aggregate_embed", "audio_text_proj_in"),
+        ("text_embedding_projection.aggregate_embed", "text_proj_in"),
+        ("_embeddings_connector.transformer_1d_blocks", "_connector.transformer_blocks"),
+    ),
+}
+_KEY = re.compile(
+    r"^(?P<path>.+?)\.(?:lora_(?P<down>A|down)|lora_(?P<up>B|up)|lora\.(?P<old>down|up))(?:\.[^.]+)?\.weight$"
+)
+_ALPHA, _WEIGHT = ".alpha", ".weight"
+_OTHER_KINDS = {
+    "dora_scale": "DoRA",
+    **dict.fromkeys(("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"), "LoKr"),
+    **dict.fromkeys(("hada_w1_a", "hada_w2_a"), "LoHa"),
+    "lora_mid": "convolution LoRA",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One layer's low-rank change; scale: alpha / rank, 1 where the file has no alpha."""
+
+    down: Tensor  # (rank, inputs)
+    up: Tensor  # (outputs, rank)
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """What a file changes, and which of its keys fit no layer of this model."""
+
+    path: Path
+    changes: Mapping[Target, Change]
+    unmatched: tuple[str, ...]
+    metadata: Mapping[str, str]  # such as reference_downscale_factor
+
+
+def linear_layers(places: Index) -> dict[Target, tuple[int, int]]:
+    """(outputs, inputs) of every linear layer of the components that LoRAs are made for, from headers alone."""
+    return {
+        (component, name.removesuffix(_WEIGHT)): place.info.shape[:2]
+        for component in COMPONENTS
+        for name, place in places.get(component, {}).items()
+        if name.endswith(_WEIGHT) and len(place.info.shape) == 2
+    }
+
+
+def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> LoraFile:
+    """A LoRA file for these layers, its tensors memory-mapped.
+
+    Raises CheckpointError for a damaged file, halves without their other, other widths, values that are no numbers,
+    and a file of which nothing fits; UnsupportedModelError for kinds that are no plain LoRA.
+    """
+    header = read_header(path)
+    _refuse_other_kinds(header)
+    spellings = _spellings(layers)
+    halves: dict[str, dict[str, str]] = {}
+    unmatched = []
+    for name in header.tensors:
+        match, alpha = _KEY.match(name), name.endswith(_ALPHA)
+        if match:
+            kind = "down" if (match["down"] or match["old"] == "down") else "up"
+            halves.setdefault(match["path"], {})[kind] = name
+        elif alpha:
+            halves.setdefault(name.removesuffix(_ALPHA), {})["alpha"] = name
+        else:
+            unmatched.append(name)
+    scale_of, changes = _scales_of_metadata(header), {}
+    with safe_open(header.path, framework="pt") as file:
+        for own_path, names in halves.items():
+            target = _find(own_path, spellings)
+            if target is None:
+                unmatched += names.values()
+                continue
+            tensors = {kind: file.get_tensor(name) for kind, name in names.items()}
+            changes[target] = _change(header, own_path, tensors, layers[target], scale_of)
+    if not changes:
+        first = ", ".join(list(header.tensors)[:3]) or "no tensor"
+        raise CheckpointError(f"{header.path}: nothing in this LoRA fits this model: it begins with {first}")
+    return LoraFile(header.path, changes, tuple(sorted(unmatched)), header.metadata)
+
+
+def _refuse_other_kinds(header: Header) -> None:
+    for name in header.tensors:
+        kind = next((kind for mark, kind in _OTHER_KINDS.items() if f".{mark}" in name), None)
+        if kind:
+            raise UnsupportedModelError(
+                f"{header.path}: {kind} files (such as {name}) are not supported: use a plain LoRA of down and up matrices"
+            )
+
+
+def _spellings(layers: Mapping[Target, tuple[int, int]]) -> dict[str, Target]:
+    """Every name by which a file may call a layer: published and diffusers' paths, with dots or underscores."""
+    spellings: dict[str, Target] = {}
+    for target in layers:
+        component, path = target
+        for spelling in (path, _diffusers_path(component, path)):
+            for name in (spelling, spelling.replace(".", "_")):
+                spellings.setdefault(name, target)
+    return spellings
+
+
+def _diffusers_path(component: str, path: str) -> str:
+    for published, theirs in _DIFFUSERS[component]:
+        if published in path:
+            return path.replace(published, theirs)
+    return path
+
+
+def _find(own_path: str, spellings: Mapping[str, Target]) -> Target | None:
+    """The layer of a file's path, with as many known prefixes taken off as it takes."""
+    left = [own_path]
+    while left:
+        name = left.pop()
+        if name in spellings:
+            return spellings[name]
+        left += [name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)]
+    return None
+
+
+def _scales_of_metadata(header: Header) -> Mapping[str, Any]:
+    """What diffusers keeps beside the tensors: alpha for all layers, rank-stabilised or not."""
+    text = header.metadata.get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        told = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{header.path}: metadata lora_adapter_metadata is not valid JSON: {error}"
+        ) from error
+    return {name.rpartition(".")[2]: value for name, value in told.items()} if isinstance(told, dict) else {}
+
+
+def _change(
+    header: Header, path: str, tensors: Mapping[str, Tensor], widths: tuple[int, int], told: Mapping[str, Any]
+) -> Change:
+    if "down" not in tensors or "up" not in tensors:
+        raise CheckpointError(
+            f"{header.path}: {path} has only {', '.join(tensors)}: a LoRA needs both its matrices"
+        )
+    down, up = tensors["down"].flatten(1), tensors["up"].flatten(1)
+    rank = down.shape[0]
+    if (up.shape[0], down.shape[1]) != widths or up.shape[1] != rank:
+        raise CheckpointError(
+            f"{header.path}: {path} is made for a layer of {up.shape[0]} outputs and {down.shape[1]} inputs with rank "
+            f"{rank} and {up.shape[1]}, this model's has {widths[0]} and {widths[1]}: it belongs to another model"
+        )
+    for half in (down, up):
+        if not half.is_floating_point() or not torch.isfinite(half.float()).all():
+            raise CheckpointError(
+                f"{header.path}: {path} holds values that are no numbers: fetch the file again"
+            )
+    alpha = tensors["alpha"].item() if "alpha" in tensors else told.get("lora_alpha", rank)
+    scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+    return Change(down, up, float(scale))
+
+
+class _Branch:
+    """Forward hook of one layer: all of its changes as one pair of matrices, on the device and in the dtype of its input."""
+
+    def __init__(self, changes: Sequence[tuple[Change, float]]):
+        self._down = torch.cat([change.down.float() for change, _ in changes])
+        self._up = torch.cat(
+            [change.up.float() * (change.scale * strength) for change, strength in changes], dim=1
+        )
+
+    def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        if self._down.device != x.device or self._down.dtype != x.dtype:
+            self._down, self._up = self._down.to(x), self._up.to(x)
+        return output + functional.linear(functional.linear(x, self._down), self._up)
+
+
+class LoraStack:
+    """The LoRAs that are on, one component at a time: an engine keeps one of these for its files."""
+
+    def __init__(self, places: Index) -> None:
+        self._layers = linear_layers(places)
+        self._files: dict[tuple, LoraFile] = {}
+        self._on: dict[str, tuple[tuple, list[RemovableHandle]]] = {}
+
+    def read(self, loras: Sequence[Lora]) -> tuple[str, ...]:
+        """Reads what is not read yet; returns a sentence about each file with keys that fit nothing.
+
+        Raises as read_lora does, WorkflowError for a strength that is no finite number.
+        """
+        for lora in loras:
+            if not math.isfinite(lora.strength):
+                raise WorkflowError(
+                    f"the strength of {lora.path.name} is {lora.strength}: a finite number is needed, 1 is usual"
+                )
+        stamps = [_stamp(lora.path) for lora in loras]
+        self._files = {stamp: self._files.get(stamp) or read_lora(stamp[0], self._layers) for stamp in stamps}
+        return tuple(_told(self._files.values()))
+
+    def put_on(self, component: str, module: nn.Module, loras: Sequence[Lora]) -> None:
+        """Makes these, and no others, change a component; costs nothing where they are on already.
+
+        Raises as read does, and then leaves what was on.
+        """
+        wanted = tuple((_stamp(lora.path), lora.strength) for lora in loras if lora.strength)
+        if self._on.get(component, ((), []))[0] == wanted:
+            return
+        self.read(loras)
+        changes: dict[str, list[tuple[Change, float]]] = {}
+        for stamp, strength in wanted:
+            for (owner, path), change in self._files[stamp].changes.items():
+                if owner == component:
+                    changes.setdefault(path, []).append((change, strength))
+        self.take_off(component)
+        handles = [
+            module.get_submodule(path).register_forward_hook(_Branch(several))
+            for path, several in changes.items()
+        ]
+        self._on[component] = (wanted, handles)
+
+    def take_off(self, component: str) -> None:
+        """Leaves a component as it was read."""
+        for handle in self._on.pop(component, ((), []))[1]:
+            handle.remove()
+
+
+def _stamp(path: Path) -> tuple[Path, int, int]:
+    """A file as it is now: another one under the same name is read again."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return path, 0, 0  # reading it will say what is wrong
+    return path, facts.st_mtime_ns, facts.st_size
+
+
+def _told(files: Iterable[LoraFile]) -> Iterator[str]:
+    for file in files:
+        if file.unmatched:
+            listed = ", ".join(file.unmatched[:10])
+            yield f"{file.path.name}: {len(file.unmatched)} keys fit no layer of this model and were left out: {listed}"

@@ -1,0 +1,80 @@
+"""A clip made small first and then larger, or with more frames: measures of the stages (spec sections 1.6 and 2.12).
+
+The first stage is sampled as any clip; a latent upscaler enlarges what came of it, and a few steps from a lower noise
+level fill in the detail.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+from .shapes import ClipShape
+
+
+@dataclass(frozen=True, slots=True)
+class Upscale:
+    """What one latent upscaler does: rows and columns times scale, or twice the frames in the same time."""
+
+    scale: float
+    temporal: bool
+
+    def grown(self, shape: ClipShape) -> ClipShape:
+        """The clip that comes out. Raises ShapeError, with the nearest sides that work, where a side does not divide."""
+        if self.temporal:
+            # f latent frames become 2f - 1: the first one stands for a single picture
+            frames = (2 * shape.latent_frames - 2) * shape.compression.time + 1
+            return replace(shape, frames=frames, fps=2 * shape.fps)
+        return replace(
+            shape,
+            height=self._grown("height", shape.latent_height, shape.compression.space),
+            width=self._grown("width", shape.latent_width, shape.compression.space),
+        )
+
+    def _grown(self, name: str, cells: int, space: int) -> int:
+        grown = cells * Fraction(self.scale)
+        if grown.denominator != 1:
+            even = [count * space for count in (cells - 1, cells + 1) if count]
+            raise ShapeError(
+                f"a {name} of {cells * space} pixels cannot grow {self.scale:g} times: make the first stage "
+                f"{' or '.join(map(str, even))} pixels"
+            )
+        return int(grown) * space
+
+
+def first_size(size: str | None, upscales: Sequence[Upscale], space: int) -> str | None:
+    """The size of the first stage, for a size in pixels that the last one is to have; aspects stay as they are.
+
+    space: pixels of a latent. Raises ShapeError with the nearest size that works.
+    """
+    pixels = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,6})\s*", size or "")
+    scale = Fraction(1)
+    for upscale in upscales:
+        scale *= 1 if upscale.temporal else Fraction(upscale.scale)
+    if pixels is None or scale == 1:
+        return size
+    sides = [int(side) for side in pixels.groups()]
+    step = space * scale.numerator  # a first stage of whole latents that grow to whole latents
+    if any(side % step or not side for side in sides):
+        near = "x".join(str(max(1, round(side / step)) * step) for side in sides)
+        raise ShapeError(
+            f"size {size} after growing {float(scale):g} times needs sides that are multiples of {step}: use {near}"
+        )
+    return "x".join(str(int(side / scale)) for side in sides)
+
+
+def first_fps(fps: float | None, upscales: Sequence[Upscale]) -> float | None:
+    """The rate of the first stage, for a rate that the last one is to have."""
+    return None if fps is None else fps / 2 ** sum(upscale.temporal for upscale in upscales)
+
+
+def carried_audio(audio_BzLM: Tensor, shape: ClipShape) -> Tensor:
+    """Audio latents for a clip of the same time, of which rounding may want one more or less; the last is repeated."""
+    missing = shape.audio_latents - audio_BzLM.shape[2]
+    if missing > 0:
+        audio_BzLM = torch.cat([audio_BzLM, audio_BzLM[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+    return audio_BzLM[:, :, : shape.audio_latents]

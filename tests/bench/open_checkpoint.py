@@ -1,0 +1,134 @@
+"""Opens a file of published layout and real sizes: time, peak memory and bytes read, component by component.
+
+The file is written first, without a single real weight: by default as holes that cost no disk, with --dense as noise, so
+that the disk is really read. Each component is built and then moved to the device (on the CPU it stays a view of the
+mapped file and is read through once), and released before the next, as under a memory manager.
+Run: python tests/bench/open_checkpoint.py --blocks 4   (--blocks 48 is the published size, 46 GB)
+"""
+
+import argparse
+import gc
+import gzip
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from lockstep.model.checkpoint.build import build
+from lockstep.model.checkpoint.families import describe
+from lockstep.model.checkpoint.header import DTYPE_BITS, read_header
+
+KEYS = Path(__file__).parents[1] / "golden" / "keys"
+ALLOWANCE_BYTES = 2_000_000_000  # beyond the largest component
+
+
+def write_file(path: Path, version: str, blocks: int, dense: bool) -> int:
+    """A monolith of this version with so many transformer blocks; returns its size."""
+    keys = json.loads(gzip.decompress((KEYS / f"ltx-{version}.json.gz").read_bytes()))
+    header, cursor = {}, 0
+    for name, (shape, dtype) in keys.items():
+        block = name.partition("model.diffusion_model.transformer_blocks.")[2].partition(".")[0]
+        if block.isdigit() and int(block) >= blocks:
+            continue
+        size = DTYPE_BITS[dtype] // 8
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [cursor, cursor + size]}
+        cursor += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        if dense:
+            # small bf16 numbers: exponents far from NaN
+            noise = (torch.randn(1 << 25) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
+            for start in range(0, cursor, len(noise)):
+                file.write(noise[: cursor - start])
+        file.truncate(8 + len(text) + cursor)
+    return 8 + len(text) + cursor
+
+
+def resident_bytes() -> int:
+    """Of this process now, mapped file pages included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def disk_bytes() -> int:
+    """Read from the disk by this process so far, through the page cache or not."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def open_component(path: Path, component: str, device: torch.device) -> float:
+    started = time.perf_counter()
+    module = build(component, read_header(path))
+    if device.type == "cpu":
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.view(torch.uint8).sum() if tensor.ndim else tensor.item()
+    else:
+        module.to(device)
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", default="2.3", choices=("2.0", "2.3"))
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    path = options.folder / f"synthetic-ltx-{options.version}.safetensors"
+    try:
+        size = write_file(path, options.version, options.blocks, options.dense)
+        started = time.perf_counter()
+        parts = describe(path).components
+        header_seconds = time.perf_counter() - started
+        before, read_before, seconds = resident_bytes(), disk_bytes(), {}
+        peaks = {}
+        for part in parts:
+            runs = []
+            for _ in range(options.repeats):
+                runs.append(open_component(path, part.name, device))
+                peaks[part.name] = max(peaks.get(part.name, 0), resident_bytes())
+                gc.collect()
+            seconds[part.name] = (statistics.median(runs), max(runs) - min(runs))
+            median, spread = seconds[part.name]
+            print(
+                f"{part.name:20} {part.bytes / 1e9:8.2f} GB  {median:8.3f} s (spread {spread:.3f})",
+                flush=True,
+            )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        largest = max(part.bytes for part in parts)
+        report = {
+            "benchmark": "open_checkpoint",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "file_bytes": size,
+            "largest_component_bytes": largest,
+            "baseline_bytes": before,
+            "peak_bytes": peak,
+            "over_largest_bytes": peak - before - largest,
+            "within": peak <= largest + ALLOWANCE_BYTES,
+            "disk_bytes_read": disk_bytes() - read_before,
+            "header_seconds": round(header_seconds, 3),
+            "seconds": {name: round(median, 3) for name, (median, _) in seconds.items()},
+        }
+        print(
+            f"peak {peak / 1e9:.2f} GB, largest component {largest / 1e9:.2f} GB: {'within' if report['within'] else 'OVER'}"
+        )
+        print(json.dumps(report))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""LoRA files in the field's formats: the change that they make, several at once, taken off again, and their refusals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from published_models import monolith_state, write_gemma, write_monolith
+from safetensors.torch import save_file
+
+from lockstep.model.checkpoint.build import build
+from lockstep.model.checkpoint.header import read_header
+from lockstep.model.checkpoint.index import index
+from lockstep.model.checkpoint.lora import LoraStack, linear_layers, read_lora
+from lockstep.model.engine import Engine
+from lockstep.model.errors import CheckpointError, UnsupportedModelError, WorkflowError
+from lockstep.model.values import GenerateRequest, Lora
+
+RANK = 2
+REQUEST = GenerateRequest("a red ball", size="48x32", seconds=0.375, steps=1, seed=5)
+TO_Q = "transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for version in ("2.0", "2.3", "2.5"):
+        write_monolith(folder / f"ltx-{version}.safetensors", version)
+    write_gemma(folder / "gemma.safetensors", "2.3")
+    return folder
+
+
+def layers_of(models: Path, version: str = "2.3"):
+    return linear_layers(index([read_header(models / f"ltx-{version}.safetensors")]))
+
+
+def pairs(layers, seed: int = 0, components=("transformer", "connectors")) -> dict:
+    """Target -> (down, up), for every linear layer of the components."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        target: (
+            torch.randn(RANK, inputs, generator=generator) / inputs**0.5,
+            torch.randn(outputs, RANK, generator=generator) * 0.3,
+        )
+        for target, (outputs, inputs) in layers.items()
+        if target[0] in components
+    }
+
+
+def published_name(component: str, path: str) -> str:
+    if path.startswith("text_embedding_projection."):
+        return path
+    return f"diffusion_model.{path}"
+
+
+def diffusers_name(component: str, path: str) -> str:
+    """Written out by hand from spec section 3.1, apart from the table under test."""
+    if component == "connectors":
+        renames = {
+            "video_embeddings_connector.": "video_connector.",
+            "audio_embeddings_connector.": "audio_connector.",
+            "transformer_1d_blocks": "transformer_blocks",
+            "text_embedding_projection.video_aggregate_embed": "video_text_proj_in",
+            "text_embedding_projection.audio_aggregate_embed": "audio_text_proj_in",
+            "text_embedding_projection.aggregate_embed": "text_proj_in",
+        }
+    else:
+        firsts = {
+            "patchify_proj": "proj_in",
+            "audio_patchify_proj": "audio_proj_in",
+            "adaln_single": "time_embed",
+            "audio_adaln_single": "audio_time_embed",
+            "prompt_adaln_single": "prompt_adaln",
+            "audio_prompt_adaln_single": "audio_prompt_adaln",
+            "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+            "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+            "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+            "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+        }
+        first, _, rest = path.partition(".")
+        path, renames = ".".join(filter(None, (firsts.get(first, first), rest))), {}
+    for published, theirs in renames.items():
+        path = path.replace(published, theirs)
+    return f"{component}.{path}"
+
+
+def as_published(changes) -> dict:
+    made = {}
+    for (component, path), (down, up) in changes.items():
+        name = published_name(component, path)
+        made |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    return made
+
+
+def as_diffusers(changes) -> dict:
+    made = {}
+    for (component, path), (down, up) in changes.items():
+        name = diffusers_name(component, path)
+        made |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    return made
+
+
+def as_trainer(changes) -> dict:
+    """lora_down, lora_up and an alpha of twice the rank, so half of the up matrix."""
+    made = {}
+    for (_, path), (down, up) in changes.items():
+        name = f"diffusion_model.{path}"
+        made |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up / 2}
+        made[f"{name}.alpha"] = torch.tensor(2.0 * RANK)
+    return made
+
+
+def as_underscored(changes) -> dict:
+    made = {}
+    for (_, path), (down, up) in changes.items():
+        name = "lora_unet_" + path.replace(".", "_")
+        made |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    return made
+
+
+def as_peft(changes) -> dict:
+    made = {}
+    for (_, path), (down, up) in changes.items():
+        name = f"base_model.model.{path}"
+        made |= {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}
+    return made
+
+
+FORMATS = {
+    "published": as_published,
+    "diffusers": as_diffusers,
+    "trainer": as_trainer,
+    "underscored": as_underscored,
+    "peft": as_peft,
+}
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_names_every_layer(models, tmp_path, form, version):
+    layers = layers_of(models, version)
+    changes = pairs(layers)
+    save_file(FORMATS[form](changes), tmp_path / "lora.safetensors")
+    file = read_lora(tmp_path / "lora.safetensors", layers)
+    assert file.unmatched == ()
+    assert file.changes.keys() == layers.keys()
+    for target, (down, up) in changes.items():
+        made = file.changes[target]
+        torch.testing.assert_close(made.scale * made.up @ made.down, up @ down)
+
+
+def test_alpha_in_the_metadata_counts_as_diffusers_keeps_it(models, tmp_path):
+    layers = layers_of(models)
+    for told, scale in (
+        ({"lora_alpha": 8, "r": 2}, 4),
+        ({"lora_alpha": 8, "use_rslora": True}, 8 / RANK**0.5),
+        ({}, 1),
+    ):
+        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in told.items()})}
+        save_file(as_diffusers(pairs(layers)), tmp_path / "lora.safetensors", metadata)
+        file = read_lora(tmp_path / "lora.safetensors", layers)
+        assert all(change.scale == pytest.approx(scale) for change in file.changes.values())
+
+
+def merged(models: Path, path: Path, *lists) -> Path:
+    """The checkpoint with W + strength * up @ down in place of W."""
+    state = monolith_state("2.3")
+    for changes, strength in lists:
+        for (_, inside), (down, up) in changes.items():
+            prefix = "" if inside.startswith("text_embedding_projection.") else "model.diffusion_model."
+            name = f"{prefix}{inside}.weight"
+            state[name] = state[name] + strength * up @ down
+    told = read_header(models / "ltx-2.3.safetensors").metadata
+    save_file(state, path, dict(told))
+    return path
+
+
+def frames(engine: Engine, loras=()) -> torch.Tensor:
+    return engine.generate(replace(REQUEST, loras=tuple(loras))).clip.frames
+
+
+def test_several_with_strengths_make_the_clip_of_the_merged_weights_and_leave_no_trace(models, tmp_path):
+    layers = layers_of(models)
+    first, second = pairs(layers, 1), pairs(layers, 2, ("transformer",))
+    save_file(as_published(first), tmp_path / "first.safetensors")
+    save_file(as_diffusers(second), tmp_path / "second.safetensors")
+    loras = [Lora(tmp_path / "first.safetensors", 0.8), Lora(tmp_path / "second.safetensors", -0.5)]
+    gemma = models / "gemma.safetensors"
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[gemma])
+    untouched = frames(engine)
+    state = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in engine._modules.items()}
+    places = {
+        name: {k: v.data_ptr() for k, v in m.state_dict().items()} for name, m in engine._modules.items()
+    }
+
+    with_both = frames(engine, loras)
+    twin = Engine(
+        merged(models, tmp_path / "merged.safetensors", (first, 0.8), (second, -0.5)), "cpu", files=[gemma]
+    )
+    # (W + B A) x and W x + B (A x) round differently, and a step of guidance multiplies that by 7
+    torch.testing.assert_close(with_both, frames(twin), atol=2e-3, rtol=0)
+    assert (with_both - untouched).abs().max() > 0.02
+    assert (frames(engine, loras[:1]) - with_both).abs().max() > 0.02
+
+    assert torch.equal(frames(engine), untouched)  # bit for bit, in one and the same engine
+    for name, module in engine._modules.items():
+        now = module.state_dict()
+        assert all(torch.equal(tensor, now[key]) for key, tensor in state[name].items())
+        assert {key: tensor.data_ptr() for key, tensor in now.items()} == places[name]  # and never copied
+    for name in ("transformer", "connectors"):
+        assert not any(layer._forward_hooks for layer in engine._modules[name].modules())
+
+
+def test_a_strength_of_nothing_changes_nothing(models, tmp_path):
+    save_file(as_published(pairs(layers_of(models))), tmp_path / "lora.safetensors")
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "gemma.safetensors"])
+    assert torch.equal(frames(engine, [Lora(tmp_path / "lora.safetensors", 0.0)]), frames(engine))
+
+
+def test_keys_that_fit_nothing_are_listed_and_the_rest_counts(models, tmp_path):
+    layers = layers_of(models)
+    state = as_published(pairs(layers))
+    state |= {
+        "diffusion_model.ghost.lora_A.weight": torch.zeros(2, 2),
+        "diffusion_model.ghost.lora_B.weight": torch.zeros(2, 2),
+    }
+    state["lonely"] = torch.zeros(1)
+    save_file(state, tmp_path / "lora.safetensors")
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "gemma.safetensors"])
+    result = engine.generate(replace(REQUEST, loras=(Lora(tmp_path / "lora.safetensors"),)))
+    (warning,) = [text for text in result.warnings if "fit no layer" in text]
+    assert warning == (
+        "lora.safetensors: 3 keys fit no layer of this model and were left out: "
+        "diffusion_model.ghost.lora_A.weight, diffusion_model.ghost.lora_B.weight, lonely"
+    )
+
+
+def test_a_lora_of_2_3_fits_2_5_but_for_what_it_lacks(models, tmp_path):
+    save_file(as_published(pairs(layers_of(models, "2.3"))), tmp_path / "lora.safetensors")
+    assert read_lora(tmp_path / "lora.safetensors", layers_of(models, "2.5")).unmatched == ()
+
+
+def _one(**changes):
+    down, up = torch.ones(RANK, 32), torch.ones(32, RANK)
+    return {f"diffusion_model.{TO_Q}.lora_A.weight": down, f"diffusion_model.{TO_Q}.lora_B.weight": up} | {
+        f"diffusion_model.{TO_Q}.{name}": tensor for name, tensor in changes.items()
+    }
+
+
+REFUSED = {
+    "of another model": ({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(2, 2), "x.lora_up.weight": torch.zeros(2, 2)},
+                         CheckpointError, "nothing in this LoRA fits this model: it begins with"),
+    "no LoRA at all": ({"weight": torch.zeros(2)}, CheckpointError, "nothing in this LoRA fits"),
+    "half a pair": ({f"diffusion_model.{TO_Q}.lora_A.weight": torch.zeros(2, 32)}, CheckpointError, "a LoRA needs both its matrices"),
+    "other widths": (_one(**{"lora_A.weight": torch.ones(RANK, 48)}), CheckpointError,
+                     "32 outputs and 48 inputs with rank 2 and 2, this model's has 32 and 32: it belongs to another model"),
+    "other ranks": (_one(**{"lora_A.weight": torch.ones(3, 32)}), CheckpointError, "rank 3 and 2"),
+    "no numbers": (_one(**{"lora_A.weight": torch.full((RANK, 32), torch.nan)}), CheckpointError, "no numbers"),
+    "DoRA": (_one(dora_scale=torch.ones(32)), UnsupportedModelError, "DoRA files .* not supported: use a plain LoRA"),
+    "LoKr": ({f"diffusion_model.{TO_Q}.lokr_w1": torch.ones(2, 2)}, UnsupportedModelError, "LoKr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_files_that_are_no_lora_of_this_model_are_refused(models, tmp_path, fault):
+    state, error, sentence = REFUSED[fault]
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(error, match=rf"lora\.safetensors: .*{sentence}"):
+        read_lora(tmp_path / "lora.safetensors", layers_of(models))
+
+
+def test_a_refused_list_leaves_the_one_before_on(models, tmp_path):
+    save_file(as_published(pairs(layers_of(models))), tmp_path / "lora.safetensors")
+    header = read_header(models / "ltx-2.3.safetensors")
+    stack, module = LoraStack(index([header])), build("transformer", header)
+    stack.put_on("transformer", module, [Lora(tmp_path / "lora.safetensors")])
+    hooks = sum(len(layer._forward_hooks) for layer in module.modules())
+    with pytest.raises(CheckpointError, match="absent"):
+        stack.put_on("transformer", module, [Lora(tmp_path / "absent.safetensors")])
+    with pytest.raises(WorkflowError, match=r"strength of lora\.safetensors is nan"):
+        stack.put_on("transformer", module, [Lora(tmp_path / "lora.safetensors", float("nan"))])
+    assert hooks == sum(len(layer._forward_hooks) for layer in module.modules()) > 0
+
+
+def test_a_lora_works_on_packed_weights(models, tmp_path):
+    state = monolith_state("2.3")
+    name = f"model.diffusion_model.{TO_Q}"
+    state[f"{name}.weight"] = state[f"{name}.weight"].to(torch.float8_e4m3fn)
+    save_file(state, tmp_path / "fp8.safetensors", dict(read_header(models / "ltx-2.3.safetensors").metadata))
+    header = read_header(tmp_path / "fp8.safetensors")
+    module, stack = build("transformer", header, torch.float32), LoraStack(index([header]))
+    save_file(_one(), tmp_path / "lora.safetensors")
+    layer, x = module.get_submodule(TO_Q), torch.randn(3, 32)
+    before = layer(x)
+    stack.put_on("transformer", module, [Lora(tmp_path / "lora.safetensors", 0.5)])
+    torch.testing.assert_close(layer(x), before + 0.5 * x @ torch.ones(32, RANK) @ torch.ones(RANK, 32))
+    stack.take_off("transformer")
+    assert torch.equal(layer(x), before)

@@ -1,0 +1,126 @@
+"""Which recipe a checkpoint gets: from its fingerprint, by name, refused where it does not suit, forced all the same."""
+
+from pathlib import Path
+
+import pytest
+from published_models import config, write_gemma, write_monolith
+
+from lockstep.model.engine import Engine
+from lockstep.model.errors import WorkflowError
+from lockstep.model.recipes import Fingerprint, choose_recipe, fingerprint, published_recipe
+from lockstep.model.sampler.guidance import HQ_GUIDANCE, UNGUIDED, full_guidance
+from lockstep.model.sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE
+from lockstep.model.values import GenerateRequest, Lora
+
+
+def full(version: str) -> Fingerprint:
+    return Fingerprint(version, distilled=False)
+
+
+def distilled(version: str) -> Fingerprint:
+    return Fingerprint(version, distilled=True)
+
+
+def test_full_checkpoints_get_the_published_steps_and_guidance():
+    first, later = choose_recipe(full("2.0")), choose_recipe(full("2.3"))
+    assert (first.name, first.steps, first.guidance) == ("full", 40, full_guidance(29))
+    assert (later.name, later.steps, later.guidance) == ("full", 30, full_guidance(28))
+    assert choose_recipe(full("2.5")) == later
+    for recipe in (first, later):
+        assert (recipe.width, recipe.height, recipe.frames, recipe.fps) == (768, 512, 121, 24)
+        assert (recipe.sampler, recipe.sigmas, recipe.schedule_tokens) == ("euler", None, 4096)
+        assert (recipe.refine_sigmas, recipe.temporal_sigmas) == (DISTILLED_STAGE2, TEMPORAL_UPSAMPLE)
+
+
+@pytest.mark.parametrize(("version", "sampler"), [("2.0", "euler"), ("2.3", "euler"), ("2.5", "ancestral")])
+def test_distilled_checkpoints_get_their_list_of_levels_and_no_guidance(version, sampler):
+    recipe = choose_recipe(distilled(version))
+    assert (recipe.name, recipe.sigmas, recipe.guidance, recipe.sampler) == (
+        "distilled",
+        DISTILLED,
+        UNGUIDED,
+        sampler,
+    )
+
+
+def test_the_second_order_recipe_is_for_full_checkpoints_since_2_3():
+    recipe = choose_recipe(full("2.5"), "hq")
+    assert (recipe.steps, recipe.sampler, recipe.guidance) == (15, "res2s", HQ_GUIDANCE)
+    for file in (full("2.0"), distilled("2.3")):
+        with pytest.raises(
+            WorkflowError,
+            match=rf"recipe 'hq' does not suit {file}: use {choose_recipe(file).name}, or force",
+        ):
+            choose_recipe(file, "hq")
+        assert choose_recipe(file, "hq", forced=True).sampler == "res2s"
+
+
+def test_a_distilled_recipe_wants_distilled_weights_or_their_lora():
+    with pytest.raises(WorkflowError, match="or add the distilled LoRA"):
+        choose_recipe(full("2.3"), "distilled")
+    assert choose_recipe(full("2.3"), "distilled", distilled_lora=True).sigmas == DISTILLED
+    with pytest.raises(WorkflowError, match=r"'full' does not suit LTX-2\.3 distilled: use distilled"):
+        choose_recipe(distilled("2.3"), "full")
+    with pytest.raises(WorkflowError, match="unknown recipe 'best': use full, hq, distilled"):
+        choose_recipe(full("2.3"), "best", forced=True)
+
+
+def test_what_tells_a_distilled_checkpoint():
+    assert fingerprint("2.3", "ltx-2.3-22b-distilled.safetensors", None).distilled
+    assert fingerprint("2.3", "a.safetensors", None, title="LTX-2.3 Distilled").distilled
+    assert fingerprint(
+        "2.3", "a.safetensors", {"scheduler": {"allowed_inference_steps": [1.0, 0.5]}}
+    ).distilled
+    assert not fingerprint("2.3", "ltx-2.3-22b-dev.safetensors", config("2.3")).distilled
+
+
+def test_a_recipe_is_one_line():
+    line = published_recipe("full", "2.3").format_recipe()
+    assert line == (
+        "full: 30 steps, euler, CFG 3 video 7 audio, STG 1 at block 28, modality 3, rescale 0.7 0.7; "
+        "768x512, 121 frames at 24 fps"
+    )
+    assert (
+        published_recipe("distilled", "2.5")
+        .format_recipe()
+        .startswith("distilled: 8 fixed steps, ancestral, no guidance;")
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("ltx-2.3-22b-dev", "ltx-2.3-22b-distilled"):
+        write_monolith(folder / f"{name}.safetensors", "2.3")
+    write_gemma(folder / "gemma.safetensors", "2.3")
+    return folder
+
+
+def test_the_engine_chooses_by_the_file_and_a_request_overrides(files):
+    dev, few = (Engine(files / f"ltx-2.3-22b-{name}.safetensors", "cpu") for name in ("dev", "distilled"))
+    assert (dev.recipe.name, few.recipe.name) == ("full", "distilled")
+    assert str(few.fingerprint) == "LTX-2.3 distilled"
+    shape = few.shape("48x32", 0.375)
+    assert few._sigmas(None, shape) == few._sigmas(8, shape) == DISTILLED
+    assert len(few._sigmas(4, shape)) == 5
+    request = GenerateRequest("a red ball", recipe="hq", steps=3, cfg=2.0)
+    settings = dev._settings(request, dev.choose_recipe("hq"), shape)
+    assert (settings.sampler, len(settings.sigmas), settings.guidance.cfg_audio) == ("res2s", 4, 2.0)
+    lora = Lora(Path("ltx-2.3-22b-distilled-lora-384.safetensors"))
+    assert dev.choose_recipe("distilled", [lora]).name == "distilled"
+
+
+def test_a_recipe_that_does_not_suit_is_refused_before_any_weight_is_read(files):
+    engine = Engine(files / "ltx-2.3-22b-dev.safetensors", "cpu", files=[files / "gemma.safetensors"])
+    request = GenerateRequest("a red ball", size="48x32", seconds=0.375, recipe="distilled")
+    with pytest.raises(WorkflowError, match=r"does not suit LTX-2\.3 full"):
+        engine.generate(request)
+    assert engine._modules == {}
+
+
+def test_a_model_with_its_own_recipe_keeps_it():
+    engine = Engine("embedded", "cpu")
+    assert (engine.recipe.name, engine.recipe.steps) == ("own", 20)
+    with pytest.raises(WorkflowError, match="has a recipe of its own"):
+        engine.choose_recipe("hq")
+    assert engine.choose_recipe("hq", force=True).sampler == "res2s"
