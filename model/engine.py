@@ -25,6 +25,7 @@ from .checkpoint.families import component_config, describe
 from .checkpoint.header import Header, read_header
 from .checkpoint.index import headers_of, index
 from .checkpoint.lora import LoraStack
+from .checkpoint.quantised import packed_layers
 from .checkpoint.resolver import complete, explain_missing, model_version, resolve
 from .checkpoint.tokenizer_source import find_tokenizer
 from .codec.audio_vae import AudioVAE, AudioVAEConfig
@@ -223,10 +224,14 @@ class Engine:
         return GemmaTokenizer.from_json(source.text(), longest)
 
     def require(self, *components: str) -> None:
-        """Raises CheckpointError for the first of these components that no file holds: its file, size, folder, source."""
+        """Raises CheckpointError for the first of these components that no file holds: its file, size, folder, source.
+
+        UnsupportedModelError for one whose weights are packed in a way that is not read.
+        """
         for component in components:
             if not complete(component, self._places.get(component, ())):
                 raise explain_missing(component, self.headers, self._folders)
+            packed_layers(component, self._places[component])
 
     def shape(
         self, size: str | None = None, seconds: float | None = None, fps: float | None = None

@@ -10,6 +10,8 @@ import logging
 import math
 import os
 import re
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +25,7 @@ from lockstep.model.checkpoint.build import build, build_on_meta, load_state
 from lockstep.model.checkpoint.families import FAMILIES, component_config, describe, detect
 from lockstep.model.checkpoint.header import DTYPE_BITS, Header, TensorInfo, read_header
 from lockstep.model.checkpoint.published_configs import VERSIONS, published_config
-from lockstep.model.checkpoint.structure import component_shapes, structure_version
+from lockstep.model.checkpoint.structure import component_shapes, say_once, structure_version
 from lockstep.model.errors import CheckpointError, UnsupportedModelError
 from lockstep.model.text.encoder import WordEncoder, WordEncoderConfig
 
@@ -363,9 +365,11 @@ def test_a_file_of_two_families_is_refused():
         detect(golden_headers("2.0"), FAMILIES * 2)
 
 
-def test_published_settings_stand_in_for_a_lost_config_and_a_log_line_says_so(caplog):
+def test_published_settings_stand_in_for_a_lost_config_and_one_log_line_says_so(caplog):
+    say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="lockstep"):
-        section = component_config(golden_headers("2.5")[0], "transformer")
+        for _ in range(3):
+            section = component_config(golden_headers("2.5")[0], "transformer")
     assert section == published_config("2.5")["transformer"]
     assert [record.getMessage() for record in caplog.records] == [
         "ltx-2.5.transformer-file.safetensors: no config for transformer in the metadata, "
@@ -553,6 +557,41 @@ def test_a_dtype_applies_to_every_floating_tensor(tmp_path):
     module = build("upsampler", header, torch.float32)
     assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float32}
     assert module(torch.zeros(1, 2, 1, 2, 2)).shape == (1, 2, 1, 4, 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_opening_a_large_file_takes_little_memory(tmp_path):
+    """2.3's layout and widths with one block, 9.8 GB of holes: building all of it maps what keeps its dtype."""
+    script = Path(__file__).parent / "bench" / "open_checkpoint.py"
+    code = f"""
+import runpy, sys
+from pathlib import Path
+from lockstep.model.checkpoint.build import build
+from lockstep.model.checkpoint.header import read_header
+bench = runpy.run_path({str(script)!r})
+path = Path({str(tmp_path / "large.safetensors")!r})
+print(bench["write_file"](path, "2.3", 1, False))
+before = bench["resident_bytes"]()
+kept = [build(name, read_header(path)) for name in ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")]
+print(bench["peak_bytes"]() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    size, grown = map(int, run.stdout.split())
+    assert size > 9.7e9
+    assert grown < 1e9  # the small components are looked through for NaN
+
+
+def test_a_large_component_of_another_dtype_is_converted_tensor_by_tensor(tmp_path):
+    names = ("res_blocks.0.conv1.weight", "final_conv.weight")
+    state = {
+        name: torch.randn(shape)
+        for name, shape in zip(names, ((32, 32, 3, 3, 3), (2, 32, 3, 3, 3)), strict=True)
+    }
+    state = tiny_state() | state
+    header = save_tiny(tmp_path / "tiny.safetensors", state)
+    made = load_state(header, "upsampler", torch.bfloat16)
+    assert all(torch.equal(made[name], tensor.bfloat16()) for name, tensor in state.items())
 
 
 def test_tensors_are_views_of_the_mapped_file(tmp_path):

@@ -15,6 +15,7 @@ from golden.make_connectors import reference_connectors
 from published_models import GEMMA_3, GEMMA_4, WORDS, as_bytes, gemma_state, tokenizer_json, write_gemma
 from safetensors.torch import save_file
 from test_audio_codec import assert_near, seeded
+from test_checkpoint import fake_header, golden_headers
 from tiny_models import TEXT_STATES, TRANSFORMERS, VERSIONS
 from transformers import (
     Gemma3Config,
@@ -24,15 +25,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lockstep.model.checkpoint.agreement import disagreements
 from lockstep.model.checkpoint.build import build, build_on_meta
 from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import read_header
-from lockstep.model.checkpoint.language_config import language_config
+from lockstep.model.checkpoint.language_config import PUBLISHED, language_config
 from lockstep.model.checkpoint.structure import component_shapes
 from lockstep.model.checkpoint.tokenizer_source import find_tokenizer
 from lockstep.model.errors import CheckpointError, PromptError, UnsupportedModelError
 from lockstep.model.text.connector import Connectors, ConnectorsConfig
-from lockstep.model.text.gemma import GemmaTokenizer
+from lockstep.model.text.gemma import GemmaEncoder, GemmaTokenizer
 
 LENGTH = 16  # tokens that the tiny transformers read
 PROMPTS = ("a red ball bounces on gray and a blue ball bounces", " rain ", "")
@@ -151,6 +153,31 @@ def test_a_model_without_config_gets_the_published_settings_and_its_own_widths(g
     else:
         assert section["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert build_on_meta("language_model", header).state_dict().keys() == gemma_state(version).keys()
+
+
+# of the published 12B models: widths, and tensors and parameters as `transformers` counts them
+WIDTHS = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16}
+WIDTHS |= {"num_key_value_heads": 8, "head_dim": 256}
+GLOBAL = {"global_head_dim": 512, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+REAL = {
+    "gemma3_text": (WIDTHS | {"vocab_size": 262208}, 626, 11_766_034_176),
+    "gemma4_unified_text": (WIDTHS | GLOBAL | {"vocab_size": 262144}, 666, 11_907_350_320),
+}
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_the_published_sizes_follow_from_their_tensors_and_fit_their_transformers(kind):
+    widths, tensors, parameters = REAL[kind]
+    with torch.device("meta"):
+        built = GemmaEncoder({"model_type": kind, **PUBLISHED[kind], **widths}).state_dict()
+    assert (len(built), sum(tensor.numel() for tensor in built.values())) == (tensors, parameters)
+    header = fake_header({name: (tuple(tensor.shape), "BF16") for name, tensor in built.items()})
+    section = language_config([header], component_shapes([header])["language_model"])
+    assert {name: section[name] for name in widths} == widths
+    for version in ("2.5",) if kind == "gemma4_unified_text" else ("2.0", "2.3"):
+        assert disagreements(component_shapes([*golden_headers(version), header])) == {}
+    other = "2.3" if kind == "gemma4_unified_text" else "2.5"
+    assert set(disagreements(component_shapes([*golden_headers(other), header]))) == {"language_model"}
 
 
 @pytest.mark.parametrize(

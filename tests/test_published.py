@@ -25,7 +25,7 @@ from lockstep.model import cli
 from lockstep.model.checkpoint import build, keymap
 from lockstep.model.checkpoint.header import read_header
 from lockstep.model.engine import Engine
-from lockstep.model.errors import CheckpointError, PromptError
+from lockstep.model.errors import CheckpointError, PromptError, UnsupportedModelError
 from lockstep.model.text.duration_head import frames_for
 from lockstep.model.values import GenerateRequest
 
@@ -181,6 +181,26 @@ def test_a_component_of_another_model_is_refused_or_passed_over(models, tmp_path
     engine = Engine(main, "cpu", folders=[tmp_path])
     with pytest.raises(CheckpointError, match=r"gemma\.safetensors does not fit: it is a Gemma 4"):
         engine.require("language_model")
+
+
+def test_a_text_encoder_that_is_packed_otherwise_is_passed_over_and_refused_when_given(models, tmp_path):
+    packed = {}
+    for name, tensor in load_file(models / "2.3" / "gemma.safetensors").items():
+        packed[name] = tensor
+        if name.endswith("mlp.up_proj.weight"):
+            packed[name] = torch.zeros(tensor.shape[0], tensor.shape[1] // 2, dtype=torch.uint8)
+            packed[f"{name}_scale"] = torch.ones(tensor.shape[0], 1).to(torch.float8_e4m3fn)
+            packed[f"{name}_scale_2"] = torch.tensor(1.0)
+    (tmp_path / "a").mkdir()
+    save_file(packed, tmp_path / "a" / "gemma_fp4.safetensors")
+    main = models / "ltx-2.3.safetensors"
+    sentence = r"gemma_fp4\.safetensors.*nvfp4 weights .* not supported: use the bf16 or the fp8 file"
+    for engine in (Engine(main, "cpu", files=[tmp_path / "a"]), Engine(main, "cpu", folders=[tmp_path])):
+        with pytest.raises((CheckpointError, UnsupportedModelError), match=sentence):
+            made(engine)
+        assert engine._modules == {}
+    shutil.copy(models / "2.3" / "gemma.safetensors", tmp_path / "z.safetensors")
+    Engine(main, "cpu", folders=[tmp_path]).require("language_model")
 
 
 def test_a_file_of_no_use_and_an_empty_folder_are_refused(models, tmp_path):

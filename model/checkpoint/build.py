@@ -5,6 +5,7 @@ Source: spec sections 3 and 3.3; the loading rules are the house style's.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,18 +15,19 @@ from ..errors import CheckpointError, LockstepError, UnsupportedModelError
 from . import keymap
 from .families import Family, Files, as_headers, detect, file_names
 from .gates import fold_gates, gated_linears
-from .header import Header
+from .header import Header, TensorInfo
 from .index import Place, headers_of, index
-from .quantised import PackedLayer, packed_layers, plain_names, put_packed_layers
+from .quantised import SUFFIXES, PackedLayer, packed_layers, plain_names, put_packed_layers
 
 CHECKED_BYTES = 1_000_000_000  # reading more than that twice would be felt
+_PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Components whose linear layers stay packed; the others are small and unpacked as they are loaded.
 _KEPT_PACKED = (keymap.TRANSFORMER, keymap.CONNECTORS, keymap.LANGUAGE_MODEL)
 
 
 def build(component: str, files: Files, dtype: torch.dtype | None = None) -> nn.Module:
-    """Module of one component, in eval mode, without gradients, its weights views of the mapped file.
+    """Module of one component, in eval mode, without gradients; weights that keep their dtype are views of the mapped file.
 
     component: a name of keymap.py.  files: the header, or the headers over which the model is split (2.5 has
     part of the connectors in its text encoder's file).  dtype: of all floating tensors but packed ones; None keeps
@@ -93,7 +95,7 @@ def check_numbers(module: nn.Module, component: str, files: Files) -> None:
 
 
 def load_state(files: Files, component: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Tensors of one component by their names inside it, memory-mapped, packed ones unpacked; see build for dtype.
+    """Tensors of one component by their names inside it, mapped where their dtype stays, packed ones unpacked.
 
     Raises CheckpointError if the files hold none.
     """
@@ -119,7 +121,7 @@ def _load(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """The module's state. moved: where the weight of a layer that stays packed goes."""
-    raw = _read(places)
+    raw = _read(places, dtype)
     state = {name: raw[name] for name in plain_names(places)}
     for path, layer in packed.items():
         weight, scale = f"{path}.weight", _value(layer.scale, raw, places)
@@ -136,17 +138,37 @@ def _load(
     return fold_gates(state, family.gates.get(component, {}))
 
 
-def _read(places: Mapping[str, Place]) -> dict[str, Tensor]:
-    """Every tensor as a view of its mapped file."""
+def _read(places: Mapping[str, Place], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Every tensor, as a view of its mapped file; one of another dtype is read and converted, one at a time.
+
+    A mapping would keep the pages of both forms in memory until its last tensor is gone.
+    """
     tensors: dict[str, Tensor] = {}
     for header in headers_of(places):
-        own = {inside: place.published for inside, place in places.items() if place.header is header}
+        own = {inside: place for inside, place in places.items() if place.header is header}
         try:
-            with safe_open(header.path, framework="pt") as file:
-                tensors |= {inside: file.get_tensor(published) for inside, published in own.items()}
+            with safe_open(header.path, framework="pt") as mapped, open(header.path, "rb") as file:
+                for inside, place in own.items():
+                    stored = _PLAIN.get(place.info.dtype)
+                    if dtype is None or stored in (None, dtype) or inside.endswith(SUFFIXES):
+                        tensors[inside] = mapped.get_tensor(place.published)
+                    else:
+                        tensors[inside] = _converted(file, header.data_start, place.info, stored, dtype)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{header.path}: its tensors cannot be read: {error}") from error
     return tensors
+
+
+def _converted(
+    file: BufferedReader, data_start: int, info: TensorInfo, stored: torch.dtype, dtype: torch.dtype
+) -> Tensor:
+    if not info.bytes:
+        return torch.empty(info.shape, dtype=dtype)
+    file.seek(data_start + info.start)
+    content = bytearray(info.bytes)
+    if file.readinto(content) != info.bytes:
+        raise OSError(f"the file ends {info.bytes} bytes too early")
+    return torch.frombuffer(content, dtype=stored).to(dtype).reshape(info.shape)
 
 
 def _value(place: Place | None, raw: Mapping[str, Tensor], places: Mapping[str, Place]) -> Tensor:

@@ -14,6 +14,7 @@ from .facts import Shapes
 from .header import Header
 
 GEMMA_3, GEMMA_4 = "gemma3_text", "gemma4_unified_text"
+_ALSO: Mapping[str, tuple[str, ...]] = {GEMMA_4: ("gemma4_text",)}  # other classes of the same layers
 _LAYER = "model.layers.0."
 _COMMON: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -57,7 +58,7 @@ def language_config(headers: Sequence[Header], shapes: Shapes) -> dict[str, Any]
     seen, stated = _seen(shapes, kind, path), _stated(headers)
     if stated is None:
         return {"model_type": kind, **PUBLISHED[kind], **seen}
-    if stated.get("model_type", kind) != kind:
+    if stated.get("model_type", kind) not in (kind, *_ALSO.get(kind, ())):
         raise CheckpointError(f"{path}: the config is for {stated['model_type']!r}, the tensors are {kind}")
     for key, value in seen.items():
         if stated.get(key, value) != value:

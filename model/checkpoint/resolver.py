@@ -17,6 +17,7 @@ from .families import LTX, detect
 from .header import Header, read_header
 from .index import headers_of, index, shard_group
 from .published_files import PUBLISHED, version_label
+from .quantised import packed_layers
 from .structure import component_shapes, structure_version
 
 _logger = logging.getLogger("lockstep")
@@ -174,6 +175,10 @@ def _fault(component: str, shards: Shards, headers: Sequence[Header]) -> str | N
     together = [*headers, *shards]
     if not complete(component, index(together)[component]):
         return f"it is not all of the {TITLES[component]}"
+    try:
+        packed_layers(component, index(shards)[component])
+    except LockstepError as error:
+        return str(error)
     return disagreements(component_shapes(together)).get(component)
 
 

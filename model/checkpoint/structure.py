@@ -7,6 +7,7 @@ shows (spec section 1.1).
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModelError
@@ -173,9 +174,15 @@ def _default_section(headers: Sequence[Header], component: str, shapes: Componen
         raise UnsupportedModelError(
             f"{names}: no config for {component} in the metadata, and none is published for it"
         )
+    say_once(names, component, version)
+    return dict(section)
+
+
+@lru_cache(maxsize=1024)
+def say_once(names: str, component: str, version: str) -> None:
+    """One line of the log for each component of a file, however often its config is asked for."""
     message = "%s: no config for %s in the metadata, taking the published settings of LTX-%s"
     _logger.warning(message, names, component, version)
-    return dict(section)
 
 
 def _agreed(section: Mapping[str, Any], facts: Facts, name: str, path: str, stated: bool) -> dict[str, Any]:

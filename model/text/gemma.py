@@ -18,6 +18,7 @@ from .tokenizer import Tokens
 # model_type of the published text config -> the classes of `transformers` for config and model
 _CLASSES: Mapping[str, tuple[str, str]] = {
     "gemma3_text": ("Gemma3TextConfig", "Gemma3TextModel"),
+    "gemma4_text": ("Gemma4TextConfig", "Gemma4TextModel"),
     "gemma4_unified_text": ("Gemma4UnifiedTextConfig", "Gemma4UnifiedTextModel"),
 }
 _BOS = "<bos>"
