@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from .checkpoint import keymap
@@ -52,7 +52,7 @@ from .latents.noise import seeded_generator
 from .latents.patchify import tokens_to_audio, tokens_to_video
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
-from .media import fit_image
+from .media import fit_image, fit_sound
 from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
 from .residency import stepping_down
 from .sampler.guidance import UNGUIDED, Guidance
@@ -83,6 +83,13 @@ _logger = logging.getLogger("lockstep")
 _DIGESTED_BYTES = 1_000_000_000
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
+# "auto": float32 for small models, bfloat16 for large ones; the vocoder and the audio codec are always float32
+PRECISIONS = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 Placement = Callable[[nn.Module], None]  # brings a module to the device, before every use
 
 
@@ -106,6 +113,7 @@ class Engine:
 
     model: "embedded" or a path to a safetensors file. device: "auto", "cpu", "cuda" or a torch.device.
     place: a host's memory manager, which owns where modules are from then on; None keeps them all on the device.
+    precision: of the transformer, its text side and the video codec, a name in PRECISIONS.
     files: of further components (text encoder, codecs, duration head), which replace those of the checkpoint; each a
     file or a folder of shards. folders: searched for whatever component is still missing. tokenizer: a tokenizer.json
     or a folder with one, where the text encoder has none of its own.
@@ -121,7 +129,10 @@ class Engine:
         files: Sequence[str | Path] = (),
         folders: Sequence[str | Path] = (),
         tokenizer: str | Path | None = None,
+        precision: str = "auto",
     ):
+        if precision not in PRECISIONS:
+            raise UnsupportedModelError(f"unknown precision {precision!r}: use {', '.join(PRECISIONS)}")
         path = WEIGHTS if str(model) == "embedded" else Path(model)
         self.headers = resolve(path, files, folders)
         self.header: Header = next(header for header in self.headers if header.path == path)
@@ -129,6 +140,7 @@ class Engine:
         self._places = index(self.headers)
         self.device = device if isinstance(device, torch.device) else _pick_device(device)
         self._place = place
+        self._precision = PRECISIONS[precision]
         self._description = describe(self.header)
         self._whole = describe(self.headers)
         self._modules: dict[str, nn.Module] = {}
@@ -207,6 +219,11 @@ class Engine:
         return self._vocoder.sample_rate_hz
 
     @cached_property
+    def blocks(self) -> int:
+        """How many blocks the transformer has."""
+        return int(component_config(self.headers, keymap.TRANSFORMER)["num_layers"])
+
+    @cached_property
     def tokenizer(self) -> WordTokenizer | GemmaTokenizer:
         """Raises CheckpointError where there is no text encoder, or none of its tokenizer's files."""
         longest = self.recipe.text_length
@@ -238,6 +255,22 @@ class Engine:
     ) -> ClipShape:
         """The clip that these words ask of this model; Raises ShapeError with the nearest that works."""
         return clip_shape(self.recipe, self.compression, self.audio_rate, size, seconds, fps)
+
+    def empty_latents(self, shape: ClipShape) -> AVLatents:
+        """Latents of a clip of this size, all zeros."""
+        audio = self._audio_config
+        return AVLatents(
+            torch.zeros(
+                1,
+                self._video_config.latent_channels,
+                shape.latent_frames,
+                shape.latent_height,
+                shape.latent_width,
+            ),
+            torch.zeros(1, audio.latent_channels, shape.audio_latents, audio.latent_bins),
+            shape,
+            self.model_id,
+        )
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -282,9 +315,11 @@ class Engine:
         frame: int = 0,
         strength: float = 1.0,
         progress: ProgressCallback = _nothing,
+        mask_HW: Tensor | None = None,
     ) -> Guide:
         """A picture (H, W, 3), 0..1, covering the clip's frame, to a guide at pixel frame `frame`.
 
+        mask_HW: as large as the picture, above 0.5 where the clip is free; a latent is held only if all of it is.
         Raises MediaError for a picture of another layout or with values that are no numbers.
         """
         if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not torch.isfinite(image_HWC).all():
@@ -292,17 +327,34 @@ class Engine:
                 f"an image must be (rows, columns, 3) finite values, got {tuple(image_HWC.shape)}"
             )
         pixels = fit_image(image_HWC, shape.height, shape.width).permute(2, 0, 1)[None, :, None] * 2 - 1
-        guide = Guide(self.encode_video(pixels), frame, strength)
+        guide = Guide(self.encode_video(pixels), frame, strength, self._latent_mask(mask_HW, shape))
         progress(Progress("image", 1, 1))
         return guide
 
-    def encode_video(self, pixels_BCFHW: Tensor) -> Tensor:
+    def encode_video(self, pixels_BCFHW: Tensor, progress: ProgressCallback = _nothing) -> Tensor:
         """Pixels (1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w), float32 on the CPU."""
         with self._lock, torch.inference_mode():
             vae = self._video_encoder
             if isinstance(vae, DiffusionVAE):
-                return vae.encode(pixels_BCFHW.to(next(vae.parameters()))).float().cpu()
-            return encode_stream(vae, pixels_BCFHW).float().cpu()
+                latents = vae.encode(pixels_BCFHW.to(next(vae.parameters()))).float().cpu()
+            else:
+                latents = encode_stream(vae, pixels_BCFHW).float().cpu()
+        progress(Progress("video", 1, 1))
+        return latents
+
+    def encode_sound(
+        self, waveform_CS: Tensor, rate_hz: int, shape: ClipShape, progress: ProgressCallback = _nothing
+    ) -> Tensor:
+        """Any sound (channels, S) to the audio latents (1, C, L, M) of a clip: cut, or followed by silence."""
+        config = self._audio_config
+        wanted_hz, channels = config.mel.sample_rate_hz, config.channels_in
+        samples = shape.samples(wanted_hz)
+        sound_CS = fit_sound(waveform_CS, rate_hz, wanted_hz, channels)[:, :samples]
+        padded_CS = torch.nn.functional.pad(sound_CS, (0, samples - sound_CS.shape[1]))
+        # the codec begins one latent more than the clip holds
+        latents = self.encode_audio(padded_CS)[:, :, : shape.audio_latents]
+        progress(Progress("audio", 1, 1))
+        return latents
 
     def encode_audio(self, waveform_CS: Tensor) -> Tensor:
         """Sound (channels, S) at the model's sample rate to normalised latents (1, C, L, M), float32 on the CPU."""
@@ -320,12 +372,15 @@ class Engine:
         seed: int = 0,
         given_video: Tensor | None = None,
         given_audio: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        audio_mask: Tensor | None = None,
         progress: ProgressCallback = _nothing,
         start: AVLatents | None = None,
     ) -> AVLatents:
         """Noise to the latents of one clip, picture and sound together.
 
         given_video, given_audio: latents of a stream that stays as it is, while the other is made to fit it.
+        video_mask (1, 1, F, H, W), audio_mask (1, 1, L, 1): where the given stream is made anew, 1 wholly, 0 not at all.
         start: latents to go on from (of upscale), mixed with noise at the first of the sigmas, which must be given.
         Noise: one CPU generator, the video's first, then the audio's, then that of appended guides.
         Raises WorkflowError for a conditioning of another model; what progress raises ends the run.
@@ -348,8 +403,8 @@ class Engine:
             # from the configs: the codecs need not be on the device while the transformer is
             channels = self._video_config.latent_channels
             z, bins = self._audio_config.latent_channels, self._audio_config.latent_bins
-            video = lay_out_video(shape, channels, guides, given_video)
-            audio = lay_out_audio(shape, z, bins, given_audio)
+            video = lay_out_video(shape, channels, guides, given_video, video_mask)
+            audio = lay_out_audio(shape, z, bins, given_audio, audio_mask)
             latents = None if start is None else (start.video, carried_audio(start.audio, shape))
             state = starting_state(shape, video, audio, z, seed, sigmas[0], self.device, latents)
             transformer = self._transformer
@@ -487,7 +542,10 @@ class Engine:
             return None
         grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         video = tokens_to_video(tokens_BTC[:, : shape.video_tokens].cpu(), *grid)
-        return self.decode_video(AVLatents(video, torch.empty(0), shape, self.model_id))
+        frames = self.decode_video(AVLatents(video, torch.empty(0), shape, self.model_id))
+        # a host that is short of room may have moved it away for the codec, in the middle of a run
+        self._module(keymap.TRANSFORMER)
+        return frames
 
     # -- the whole path --------------------------------------------------------------------------------------------
 
@@ -623,8 +681,9 @@ class Engine:
     def _dtype(self, component: str) -> torch.dtype:
         """Of every floating tensor but those that stay packed."""
         # the vocoder's phases do not survive 16 bits (spec section 1.5)
-        exact = self._parameters < _SMALL_PARAMETERS or component in (keymap.VOCODER, keymap.AUDIO_VAE)
-        return torch.float32 if exact else torch.bfloat16
+        if component in (keymap.VOCODER, keymap.AUDIO_VAE):
+            return torch.float32
+        return self._precision or (torch.float32 if self._parameters < _SMALL_PARAMETERS else torch.bfloat16)
 
     def _context(self, tokens: Tokens) -> Context:
         encoder = self._module(self._text_component)
@@ -632,6 +691,14 @@ class Engine:
         ids = tokens.ids if len(tokens.ids) else torch.zeros(1, dtype=torch.int64)
         mask = torch.ones(1, len(ids)) if len(tokens.ids) else torch.zeros(1, 1)
         return self.connect(encoder(ids[None].to(self.device), mask.to(self.device)), mask)
+
+    def _latent_mask(self, mask_HW: Tensor | None, shape: ClipShape) -> Tensor | None:
+        if mask_HW is None:
+            return None
+        pixels_HW1 = fit_image(mask_HW.float()[..., None], shape.height, shape.width)
+        space = self.compression.space
+        free = reduce(pixels_HW1, "(h p) (w q) 1 -> 1 1 1 h w", "max", p=space, q=space)
+        return (free > 0.5).float()
 
     def _sigmas(self, steps: int | None, shape: ClipShape, recipe: Recipe | None = None) -> tuple[float, ...]:
         recipe = recipe or self.recipe

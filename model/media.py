@@ -143,6 +143,27 @@ def fit_image(image_HWC: Tensor, height: int, width: int) -> Tensor:
     return rearrange(resized.clamp(0, 1), "1 C H W -> H W C")  # bicubic overshoots at edges
 
 
+def fit_sound(waveform_CS: Tensor, rate_hz: int, wanted_hz: int, channels: int) -> Tensor:
+    """Sound (C, S) at another rate, its channels averaged to one, or one repeated; float32, lasting as long to the sample.
+
+    channels: 1 or 2. Sound of more than two channels becomes their mean first.
+    """
+    if waveform_CS.shape[0] != channels:
+        waveform_CS = waveform_CS.mean(0, keepdim=True).expand(channels, -1)
+    if rate_hz == wanted_hz:
+        return waveform_CS.float().contiguous()
+    resampler = av.AudioResampler(format="fltp", layout=_LAYOUTS[channels], rate=wanted_hz)
+    frame = av.AudioFrame.from_ndarray(
+        waveform_CS.float().contiguous().numpy(), format="fltp", layout=_LAYOUTS[channels]
+    )
+    frame.sample_rate = rate_hz
+    parts = [part.to_ndarray() for piece in (frame, None) for part in resampler.resample(piece)]
+    silence = np.zeros((channels, 0), np.float32)
+    made = torch.from_numpy(np.concatenate([silence, *parts], axis=1))
+    samples = round(waveform_CS.shape[1] * wanted_hz / rate_hz)
+    return functional.pad(made[:, :samples], (0, max(0, samples - made.shape[1])))
+
+
 def _reason(error: Exception) -> str:
     """What went wrong in a few words, without the errno and the name of a temporary file."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -50,6 +50,7 @@ class Guide:
     latent: Tensor  # (1, C, f, H, W), normalized
     frame: int  # first pixel frame that it stands for
     strength: float  # 0 ignores it, 1 keeps it untouched
+    mask: Tensor | None = None  # (1, 1, f, H, W), 1 where nothing is held; None holds all of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ class LockstepAudioDecode(io.ComfyNode):
             description="Turns the audio latent into sound, exactly as long as the pictures.",
             inputs=[
                 LockstepModel.Input("model", tooltip="The model that sampled the latent."),
-                io.Latent.Input("audio", tooltip="The audio output of Lockstep Sampler."),
+                io.Latent.Input("audio", tooltip="The audio or av_latent output of Lockstep Sampler."),
             ],
             outputs=[
                 io.Audio.Output("sound", display_name="audio", tooltip="For Create Video or Save Audio.")
@@ -28,5 +28,9 @@ class LockstepAudioDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Engine, audio: dict) -> io.NodeOutput:
-        waveform_CS = model.decode_audio(from_audio_latent(audio), host.Reporter(cls.hidden.unique_id))
+        latents = from_audio_latent(audio)
+        with host.Reporter(
+            cls.hidden.unique_id, f"decoding {latents.shape.seconds:.1f} s of sound"
+        ) as report:
+            waveform_CS = model.decode_audio(latents, report)
         return io.NodeOutput(to_audio(waveform_CS, model.sample_rate_hz))

@@ -3,11 +3,16 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .audio_decode import LockstepAudioDecode
+from .audio_encode import LockstepAudioEncode
+from .empty_av_latent import LockstepEmptyAVLatent
 from .image_encode import LockstepImageEncode
+from .load_av_latent import LockstepLoadAVLatent
 from .loader import LockstepLoader
 from .sampler import LockstepSampler
+from .save_av_latent import LockstepSaveAVLatent
 from .text_encode import LockstepTextEncode
 from .vae_decode import LockstepVAEDecode
+from .video_encode import LockstepVideoEncode
 
 
 class LockstepExtension(ComfyExtension):
@@ -19,4 +24,9 @@ class LockstepExtension(ComfyExtension):
             LockstepSampler,
             LockstepVAEDecode,
             LockstepAudioDecode,
+            LockstepVideoEncode,
+            LockstepAudioEncode,
+            LockstepEmptyAVLatent,
+            LockstepLoadAVLatent,
+            LockstepSaveAVLatent,
         ]

@@ -1,6 +1,7 @@
 """All dealings with ComfyUI's inside: devices, memory, model folders, progress, interruption, previews."""
 
 import difflib
+import json
 import logging
 import threading
 import time
@@ -8,17 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+import comfy.cli_args
 import comfy.model_management as memory
 import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
+from comfy.nested_tensor import NestedTensor
+from comfy_api import feature_flags
+from comfy_execution.progress import get_progress_state
+from PIL import Image
+from protocol import BinaryEventTypes
 from server import PromptServer
 from torch import Tensor, nn
 
 from ..model.embedded import WEIGHTS
 from ..model.engine import Engine
-from ..model.errors import CheckpointError
+from ..model.errors import CheckpointError, MediaError
 from ..model.values import Progress
 from .types import to_still
 
@@ -26,13 +33,19 @@ _logger = logging.getLogger("lockstep")
 
 EMBEDDED = "embedded"
 DEVICES = ("auto", "cpu")
+OFFLOADS = ("auto", "always")
+LATENT_SUFFIX = ".latent"
 _FOLDERS = ("checkpoints", "diffusion_models")
 _PREVIEW_PIXELS = 512
+_PREVIEW_FPS = 8.0
+_EVERYTHING = 1e30  # bytes to free: the host's own word for all
 _PREVIEW_SHARE = 4  # after a preview that took a second, none for four: at most a fifth of the run
 
-# One engine per file and device for all nodes and workflows, for as long as one of them holds it.
+# One engine per file and choice of how to run it for all nodes and workflows, for as long as one of them holds it.
 _engines: WeakValueDictionary[tuple, Engine] = WeakValueDictionary()
 _lock = threading.Lock()
+
+join_latents = NestedTensor  # ComfyUI's latent of several streams
 
 # newer hosts have a class that pages weights in by itself
 _Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -47,17 +60,18 @@ def model_choices() -> list[str]:
     return [EMBEDDED, *dict.fromkeys(name for name in files if name.lower().endswith(".safetensors"))]
 
 
-def open_engine(choice: str, device: str = "auto") -> Engine:
+def open_engine(choice: str, device: str = "auto", precision: str = "auto", offload: str = "auto") -> Engine:
     """The engine of a model choice, shared with everyone who has it open; weights are read when they are used.
 
+    device: a name in DEVICES, precision: in the engine's PRECISIONS, offload: in OFFLOADS.
     Raises CheckpointError for a file that is not there, and as Engine does for one that is no model of ours.
     """
     where = torch.device("cpu") if device == "cpu" else memory.get_torch_device()
-    key = (*file_signature(choice), str(where))
+    key = (*file_signature(choice), str(where), precision, offload)
     with _lock:
         engine = _engines.get(key)
         if engine is None:
-            engine = Engine(_find(choice), where, _Placement(where))
+            engine = Engine(_find(choice), where, _Placement(where, offload), precision)
             _engines[key] = engine
         return engine
 
@@ -83,10 +97,13 @@ def _find(choice: str) -> Path:
 
 
 class _Placement:
-    """Makes each module known to ComfyUI's memory manager, and asks for it before every use."""
+    """Makes each module known to ComfyUI's memory manager, and asks for it before every use.
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    offload: "auto" leaves modules on the device until ComfyUI needs the room, "always" moves all others away first.
+    """
+
+    def __init__(self, device: torch.device, offload: str):
+        self._device, self._offload = device, offload
         self._patchers: dict[nn.Module, comfy.model_patcher.ModelPatcher] = {}
 
     def __call__(self, module: nn.Module) -> None:
@@ -94,44 +111,181 @@ class _Placement:
             self._patchers[module] = _Patcher(
                 module, load_device=self._device, offload_device=torch.device("cpu")
             )
+        if self._offload == "always" and not self._is_alone(self._patchers[module]):
+            memory.free_memory(_EVERYTHING, self._device)
         # whole: plain layers cannot use weights that were left behind on another device
         memory.load_models_gpu([self._patchers[module]], force_full_load=True)
+
+    def _is_alone(self, patcher: comfy.model_patcher.ModelPatcher) -> bool:
+        others = (model for model in memory.loaded_models() if model is not patcher)
+        return not any(model.load_device == self._device for model in others)
+
+
+# Files of latents
+
+
+def latent_choices() -> list[str]:
+    """Latent files of the input folder, then those that were saved to the output folder."""
+    choices = []
+    for kind, folder in (
+        ("input", folder_paths.get_input_directory()),
+        ("output", folder_paths.get_output_directory()),
+    ):
+        names = (
+            path.relative_to(folder).as_posix() for path in sorted(Path(folder).rglob("*" + LATENT_SUFFIX))
+        )
+        choices += [name if kind == "input" else f"{name} [{kind}]" for name in names]
+    return choices
+
+
+def latent_path(choice: str) -> Path:
+    """The file of a choice. Raises MediaError for one that is not there or lies outside the host's folders."""
+    path = Path(folder_paths.get_annotated_filepath(choice)).resolve()
+    folders = (
+        folder_paths.get_input_directory(),
+        folder_paths.get_output_directory(),
+        folder_paths.get_temp_directory(),
+    )
+    inside = any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
+    if not inside or not path.is_file():
+        near = difflib.get_close_matches(choice, latent_choices(), n=1, cutoff=0.0)
+        advice = f"use {near[0]!r}" if near else "save one with Lockstep Save AV Latent first"
+        raise MediaError(f"no latent file {choice!r} in ComfyUI's input or output folder: {advice}")
+    return path
+
+
+def new_latent_path(prefix: str) -> tuple[Path, dict[str, str]]:
+    """The next free file of the output folder for a prefix, and how the host's page calls it."""
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            prefix, folder_paths.get_output_directory()
+        )
+    except Exception as error:  # the host has no type of its own for it
+        raise MediaError(
+            f"filename_prefix {prefix!r} lies outside the output folder: use a name such as 'latents/clip'"
+        ) from error
+    path = Path(folder) / f"{name}_{counter:05}_{LATENT_SUFFIX}"
+    return path, {"filename": path.name, "subfolder": subfolder, "type": "output"}
+
+
+def provenance(prompt: dict | None, extra: dict | None) -> dict[str, str]:
+    """Graph and workflow as text for a file's header; nothing where the host was started without metadata."""
+    if comfy.cli_args.args.disable_metadata:
+        return {}
+    graph = {} if prompt is None else {"prompt": prompt}
+    return {name: json.dumps(value) for name, value in {**graph, **(extra or {})}.items()}
 
 
 # Progress
 
 
 class Reporter:
-    """Progress of one node: its bar, the time left, a preview while sampling; interruption ends the run here.
+    """Progress of one node, as a context: its bar, the time left, a moving preview; interruption ends the run here.
 
-    look: the estimate in Progress.preview to frames (F, H, W, 3), or to None where that would cost too much.
+    task: what the node does, for the sentence when memory runs out. look: the estimate in Progress.preview to frames
+    (F, H, W, 3), or to None where that would cost too much. fps: of those frames.
     """
 
-    def __init__(self, node_id: str | None, look: Callable[[Tensor], Tensor | None] | None = None):
-        self._node_id, self._look = node_id, look
+    def __init__(
+        self,
+        node_id: str | None,
+        task: str,
+        look: Callable[[Tensor], Tensor | None] | None = None,
+        fps: float = _PREVIEW_FPS,
+    ):
+        self._node_id, self._task, self._look = node_id, task, look
+        self._film = _Film(node_id, fps)
         self._started = time.monotonic()
         self._next_look = 0.0
 
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, _kind: type | None, error: BaseException | None, _trace: object) -> None:
+        self._film.stop()
+        if error is not None and _is_out_of_memory(error):
+            # the host knows it by its type: it unloads all models, and the server stays usable
+            raise torch.OutOfMemoryError(
+                f"out of memory while {self._task}: make the clip smaller or shorter, or choose offload "
+                f"{OFFLOADS[1]!r} or a 16-bit precision in Lockstep Loader"
+            ) from error
+
     def __call__(self, progress: Progress) -> None:
         memory.throw_exception_if_processing_interrupted()
-        bar = comfy.utils.ProgressBar(progress.steps, node_id=self._node_id)
-        bar.update_absolute(progress.step, progress.steps, self._preview(progress))
+        self._show(progress)
+        comfy.utils.ProgressBar(progress.steps, node_id=self._node_id).update_absolute(progress.step)
         if progress.steps > 2:
             self._tell_time_left(progress)
 
-    def _preview(self, progress: Progress) -> tuple | None:
+    def _show(self, progress: Progress) -> None:
         now = time.monotonic()
         if self._look is None or progress.preview is None or now < self._next_look:
-            return None
+            return
         frames = self._look(progress.preview)
         self._next_look = time.monotonic() + _PREVIEW_SHARE * (time.monotonic() - now)
-        return None if frames is None else ("JPEG", to_still(frames[len(frames) // 2]), _PREVIEW_PIXELS)
+        if frames is not None:
+            self._film.show(frames)
 
     def _tell_time_left(self, progress: Progress) -> None:
         passed = time.monotonic() - self._started
         left = passed / progress.step * (progress.steps - progress.step)
         text = f"{progress.step} of {progress.steps}, {left:.0f} s left" if left else f"took {passed:.1f} s"
         tell(self._node_id, text)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # the CPU's allocator says so in words alone
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+class _Film:
+    """Pictures that follow each other on a node while it works: a thread sends one after the other, round and round."""
+
+    def __init__(self, node_id: str | None, fps: float):
+        self._node_id, self._stride = node_id, max(1, round(fps / _PREVIEW_FPS))
+        self._facts = _preview_facts(node_id)
+        self._pictures: list[Image.Image] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._play, name="lockstep preview", daemon=True)
+
+    def show(self, frames_FHWC: Tensor) -> None:
+        """From now on these, at about the clip's own speed."""
+        self._pictures = [to_still(frame) for frame in frames_FHWC[:: self._stride]]
+        if self._node_id is not None and not self._thread.is_alive():
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _play(self) -> None:
+        place = 0
+        while not self._over.is_set():
+            pictures = self._pictures
+            self._send(pictures[place % len(pictures)])
+            place += 1
+            self._over.wait(1 / _PREVIEW_FPS)
+
+    def _send(self, picture: Image.Image) -> None:
+        server = PromptServer.instance
+        jpeg, client = ("JPEG", picture, _PREVIEW_PIXELS), server.client_id
+        if feature_flags.supports_feature(server.sockets_metadata, client, "supports_preview_metadata"):
+            server.send_sync(BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA, (jpeg, self._facts), client)
+        else:
+            server.send_sync(BinaryEventTypes.UNENCODED_PREVIEW_IMAGE, jpeg, client)
+
+
+def _preview_facts(node_id: str | None) -> dict[str, str | None]:
+    """Where the page shows a preview: a node that another one unfolded into shows on that one."""
+    state = get_progress_state()
+    return {
+        "node_id": node_id,
+        "display_node_id": state.dynprompt.get_display_node_id(node_id),
+        "real_node_id": state.dynprompt.get_real_node_id(node_id),
+        "parent_node_id": state.dynprompt.get_parent_node_id(node_id),
+        "prompt_id": state.prompt_id,
+    }
 
 
 def tell(node_id: str | None, text: str) -> None:

@@ -39,6 +39,12 @@ class LockstepImageEncode(io.ComfyNode):
                     step=0.05,
                     tooltip="1 keeps the picture as it is, less lets the model change it, 0 ignores it.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the model may draw what it likes, such as the MASK of a picture with transparent "
+                    "parts. Unconnected: the whole picture is held.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -48,5 +54,7 @@ class LockstepImageEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, conditioning: list, image: Tensor, frame: int, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(with_picture(conditioning, to_picture(image, frame, strength)))
+    def execute(
+        cls, conditioning: list, image: Tensor, frame: int, strength: float, mask: Tensor | None = None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(with_picture(conditioning, to_picture(image, frame, strength, mask)))

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..model.engine import PRECISIONS
 from ..model.errors import LockstepError
 from . import host
 from .sockets import CATEGORY, LockstepModel
@@ -29,6 +30,22 @@ class LockstepLoader(io.ComfyNode):
                     default=host.DEVICES[0],
                     tooltip="auto: the device that ComfyUI uses. cpu: the processor, even where there is a GPU.",
                 ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    optional=True,
+                    tooltip="Of the numbers it computes with. auto: float32 for small models, bfloat16 for large ones. "
+                    "The sound's codec is always float32.",
+                ),
+                io.Combo.Input(
+                    "offload",
+                    options=list(host.OFFLOADS),
+                    default=host.OFFLOADS[0],
+                    optional=True,
+                    tooltip="auto: parts of the model stay on the device until ComfyUI needs the room. "
+                    "always: only the part in use is there, which takes least memory and more time.",
+                ),
             ],
             outputs=[
                 LockstepModel.Output(
@@ -40,9 +57,17 @@ class LockstepLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None, device: str | None) -> bool | str:
-        if device is not None and device not in host.DEVICES:
-            return f"unknown device {device!r}: use {' or '.join(host.DEVICES)}"
+    def validate_inputs(
+        cls, model: str | None, device: str | None, precision: str | None = None, offload: str | None = None
+    ) -> bool | str:
+        choices = (
+            ("device", device, host.DEVICES),
+            ("precision", precision, PRECISIONS),
+            ("offload", offload, host.OFFLOADS),
+        )
+        for name, value, known in choices:
+            if value is not None and value not in known:
+                return f"unknown {name} {value!r}: use {' or '.join(known)}"
         try:
             if model is not None:
                 host.open_engine(model, "cpu")  # reads the header alone
@@ -51,9 +76,14 @@ class LockstepLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model: str | None, device: str | None) -> tuple:
-        return (*host.file_signature(model), device) if model else (device,)  # None: linked, not known yet
+    def fingerprint_inputs(
+        cls, model: str | None, device: str | None, precision: str | None = None, offload: str | None = None
+    ) -> tuple:
+        file = host.file_signature(model) if model else ()  # None: linked, not known yet
+        return (*file, device, precision, offload)
 
     @classmethod
-    def execute(cls, model: str, device: str) -> io.NodeOutput:
-        return io.NodeOutput(host.open_engine(model, device))
+    def execute(
+        cls, model: str, device: str, precision: str = "auto", offload: str = host.OFFLOADS[0]
+    ) -> io.NodeOutput:
+        return io.NodeOutput(host.open_engine(model, device, precision, offload))

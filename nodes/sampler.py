@@ -1,16 +1,34 @@
 """Lockstep Sampler: noise to the latents of one clip, picture and sound together."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..model.engine import SAMPLER_NAMES, Engine, SampleSettings
+from ..model.errors import WorkflowError
+from ..model.sampler.guidance import Guidance
+from ..model.shapes import ClipShape
+from ..model.values import Guide
 from . import host
 from .sockets import CATEGORY, LockstepModel
-from .types import CUSTOM_ASPECT, OWN_ASPECT, frame_of, from_conditioning, size_of, to_latents
+from .types import (
+    CUSTOM_ASPECT,
+    OWN_ASPECT,
+    Picture,
+    Stream,
+    fit_sound_to,
+    frame_of,
+    from_conditioning,
+    given_streams,
+    size_of,
+    to_latents,
+)
 
-_ASPECTS = (OWN_ASPECT, "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", CUSTOM_ASPECT)
+ASPECTS = (OWN_ASPECT, "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", CUSTOM_ASPECT)
+OWN_STG = -1.0
 
 
 class LockstepSampler(io.ComfyNode):
@@ -29,7 +47,7 @@ class LockstepSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "aspect",
-                    options=list(_ASPECTS),
+                    options=list(ASPECTS),
                     default=OWN_ASPECT,
                     tooltip="Width to height, at the model's own short side. custom: width and height below.",
                 ),
@@ -104,20 +122,52 @@ class LockstepSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The same seed with the same settings gives the same clip.",
                 ),
+                io.Float.Input(
+                    "stg",
+                    default=OWN_STG,
+                    min=OWN_STG,
+                    max=10.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Spatio-temporal guidance: steadier objects and motion, one model call more a step. 0: off. "
+                    "-1: the model's own.",
+                ),
+                io.Int.Input(
+                    "stg_block",
+                    default=-1,
+                    min=-1,
+                    max=999,
+                    step=1,
+                    optional=True,
+                    tooltip="The transformer block that STG perturbs. -1: the model's own, or one past its middle.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Sets size, length and fps of the clip. A stream from Lockstep Video or Audio Encode stays as it "
+                    "is, the other is made to it; a noise mask says which part is made anew.",
+                ),
+                io.Latent.Input(
+                    "audio_latent",
+                    optional=True,
+                    tooltip="From Lockstep Audio Encode, in place of the sound of latent.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("video", display_name="video", tooltip="For Lockstep VAE Decode."),
                 io.Latent.Output("audio", display_name="audio", tooltip="For Lockstep Audio Decode."),
+                io.Latent.Output(
+                    "av_latent",
+                    display_name="av_latent",
+                    tooltip="Both together, for Lockstep Save AV Latent or any node that takes picture and sound in one.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def validate_inputs(cls, aspect: str | None, sampler: str | None) -> bool | str:
-        for name, value, known in (("aspect", aspect, _ASPECTS), ("sampler", sampler, SAMPLER_NAMES)):
-            if value is not None and value not in known:
-                return f"unknown {name} {value!r}: use {', '.join(known)}"
-        return True
+        return check_choices(("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLER_NAMES))
 
     @classmethod
     def execute(
@@ -134,16 +184,78 @@ class LockstepSampler(io.ComfyNode):
         cfg_audio: float,
         sampler: str,
         seed: int,
+        stg: float = OWN_STG,
+        stg_block: int = -1,
+        latent: dict | None = None,
+        audio_latent: dict | None = None,
     ) -> io.NodeOutput:
         script = from_conditioning(conditioning)
-        shape = model.shape(size_of(aspect, width, height), seconds or None, fps or None)
-        own = model.recipe.guidance
-        guidance = replace(own, cfg_video=cfg_video or own.cfg_video, cfg_audio=cfg_audio or own.cfg_audio)
-        report = host.Reporter(cls.hidden.unique_id, look=partial(model.preview, shape=shape))
-        guides = [
-            model.encode_image(picture.image, shape, frame_of(picture, shape), picture.strength, report)
-            for picture in script.pictures
-        ]
-        settings = SampleSettings(steps or None, guidance, sampler)
-        latents = model.sample(script.text, shape, guides, settings, seed, progress=report)
-        return io.NodeOutput(*to_latents(latents))
+        given = given_streams(latent, audio_latent, model.model_id)
+        shape = shape_of(given, partial(model.shape, size_of(aspect, width, height)), seconds, fps)
+        guidance = guide(model, cfg_video, cfg_audio, stg, stg_block)
+        task = f"sampling {shape.frames} frames of {shape.width}x{shape.height}"
+        look = partial(model.preview, shape=shape)
+        with host.Reporter(cls.hidden.unique_id, task, look, shape.fps) as report:
+            latents = model.sample(
+                script.text,
+                shape,
+                [encode_picture(model, picture, shape, report) for picture in script.pictures],
+                SampleSettings(steps or None, guidance, sampler),
+                seed,
+                progress=report,
+                **kept_parts(given, shape),
+            )
+        return io.NodeOutput(*to_latents(latents, host.join_latents))
+
+
+def check_choices(*choices: tuple[str, str | None, Sequence[str]]) -> bool | str:
+    """What validate_inputs returns for inputs (name, value, known values); None is a linked one, not known yet."""
+    for name, value, known in choices:
+        if value is not None and value not in known:
+            return f"unknown {name} {value!r}: use {', '.join(known)}"
+    return True
+
+
+def guide(model: Engine, cfg_video: float, cfg_audio: float, stg: float, stg_block: int) -> Guidance:
+    """The model's own guidance with what the user says in its place. Raises WorkflowError for a block it does not have."""
+    own = model.recipe.guidance
+    guidance = replace(own, cfg_video=cfg_video or own.cfg_video, cfg_audio=cfg_audio or own.cfg_audio)
+    if stg_block >= model.blocks:
+        raise WorkflowError(
+            f"stg_block {stg_block} is none of this model's blocks: use 0 to {model.blocks - 1}"
+        )
+    blocks = own.stg_blocks if stg_block < 0 else (stg_block,)
+    if stg > 0:
+        # published models perturb one at about 3/5 of their depth
+        guidance = replace(guidance, stg_blocks=blocks or (model.blocks * 3 // 5,))
+    if stg >= 0:
+        return replace(guidance, stg_video=stg, stg_audio=stg)
+    return replace(guidance, stg_blocks=blocks)
+
+
+def shape_of(
+    given: dict[str, Stream], own_shape: Callable[..., ClipShape], seconds: float, fps: float
+) -> ClipShape:
+    """The clip's measures: those of a given video; of a given sound, in the size that the widgets say; else theirs."""
+    if "video" in given:
+        return given["video"].shape
+    if "audio" in given:
+        sound = given["audio"].shape
+        return replace(own_shape(sound.seconds, sound.fps), frames=sound.frames)
+    return own_shape(seconds or None, fps or None)
+
+
+def encode_picture(model: Engine, picture: Picture, shape: ClipShape, report: host.Reporter) -> Guide:
+    """A picture at its place in this clip."""
+    frame = frame_of(picture, shape)
+    return model.encode_image(picture.image, shape, frame, picture.strength, report, picture.mask)
+
+
+def kept_parts(given: dict[str, Stream], shape: ClipShape) -> dict[str, Tensor | None]:
+    """Streams of which at least a part stays, as Engine.sample takes them. Raises ShapeError for sound that is too short."""
+    parts: dict[str, Tensor | None] = {}
+    for name, stream in given.items():
+        fitted = fit_sound_to(stream, shape) if name == "audio" else stream
+        if fitted.mask is not None:
+            parts |= {f"given_{name}": fitted.samples, f"{name}_mask": fitted.mask}
+    return parts

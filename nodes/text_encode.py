@@ -50,6 +50,7 @@ class LockstepTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Engine, prompt: str, negative: str) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
-        text = model.encode_text(prompt, negative, host.Reporter(node_id))
+        with host.Reporter(node_id, "encoding the prompt") as report:
+            text = model.encode_text(prompt, negative, report)
         host.warn(node_id, text.warnings)
         return io.NodeOutput(to_conditioning(Script(text)))

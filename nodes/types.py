@@ -5,12 +5,15 @@ ComfyUI: IMAGE (B, H, W, 3) in 0..1, a video being a batch; AUDIO {"waveform": (
 B batch, C channels, F frames, H rows, W columns, L text tokens or audio latents, D width, S samples.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from ..model.errors import MediaError, ShapeError, WorkflowError
 from ..model.shapes import ClipShape
@@ -27,6 +30,7 @@ class Picture:
     image: Tensor  # (H, W, 3), float32 0..1
     frame: int  # negative counts from the end, -1 is the last
     strength: float  # 0 ignores it, 1 keeps it untouched
+    mask: Tensor | None = None  # (H, W), 1 where the clip is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,11 @@ def with_picture(conditioning: Any, picture: Picture) -> list:
     return to_conditioning(replace(script, pictures=(*script.pictures, picture)))
 
 
-def to_picture(image_BHWC: Tensor, frame: int, strength: float) -> Picture:
-    """One IMAGE; grey becomes RGB, transparent parts lie on white. Raises MediaError for a batch or other layout."""
+def to_picture(image_BHWC: Tensor, frame: int, strength: float, mask_BHW: Tensor | None = None) -> Picture:
+    """One IMAGE; grey becomes RGB, transparent parts lie on white. Raises MediaError for a batch or other layout.
+
+    mask_BHW: a MASK of any size, stretched over the picture; one of zeros, as pictures without alpha have it, is none.
+    """
     if image_BHWC.ndim != 4 or image_BHWC.shape[-1] not in (1, 3, 4):
         raise MediaError(
             f"image has the shape {tuple(image_BHWC.shape)}, (1, rows, columns, 3) is needed: connect an IMAGE"
@@ -86,7 +93,21 @@ def to_picture(image_BHWC: Tensor, frame: int, strength: float) -> Picture:
     if image_HWC.shape[-1] == 4:
         color, alpha = image_HWC[..., :3], image_HWC[..., 3:]
         image_HWC = color * alpha + (1 - alpha)
-    return Picture(image_HWC.expand(-1, -1, 3), frame, strength)
+    image_HWC = image_HWC.expand(-1, -1, 3)
+    return Picture(image_HWC, frame, strength, _picture_mask(mask_BHW, image_HWC))
+
+
+def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
+    if mask_BHW is None or not mask_BHW.any():
+        return None
+    if mask_BHW.ndim != 3 or mask_BHW.shape[0] != 1:
+        raise MediaError(
+            f"mask has the shape {tuple(mask_BHW.shape)}, one mask (1, rows, columns) is needed: connect the MASK of the image"
+        )
+    if mask_BHW.min() > 0.5:
+        raise MediaError("mask frees the whole image, so nothing is held: invert it or leave it unconnected")
+    rows, columns = image_HWC.shape[:2]
+    return functional.interpolate(mask_BHW[None].float().cpu(), size=(rows, columns), mode="bilinear")[0, 0]
 
 
 def frame_of(picture: Picture, shape: ClipShape) -> int:
@@ -110,71 +131,234 @@ def size_of(aspect: str, width: int, height: int) -> str | None:
 # Latents
 
 
-def to_latents(latents: AVLatents) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A video LATENT (1, C, F, H, W) and an audio LATENT (1, C, L, M), each with what its decoder has to know."""
-    return {"samples": latents.video, _KEY: latents}, {
-        "samples": latents.audio,
-        "type": "audio",
-        _KEY: latents,
-    }
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the samples of a LATENT do not say."""
+
+    shape: ClipShape
+    model_id: str
+    video_channels: int
+    audio_channels: int
+    audio_bins: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One stream of a LATENT as the sampler takes it."""
+
+    samples: Tensor  # video (1, C, F, H, W), audio (1, C, L, M), float32 on the CPU
+    mask: (
+        Tensor | None
+    )  # (1, 1, F, H, W) or (1, 1, L, 1): 1 is made anew, 0 stays; None: all of it is made anew
+    origin: Origin
+
+    @property
+    def shape(self) -> ClipShape:
+        """The clip's measures; a cropped, cut or enlarged video takes them from its samples."""
+        shape, size = self.origin.shape, self.samples.shape
+        if self.samples.ndim != 5:
+            return shape
+        frames = (size[2] - 1) * shape.compression.time + 1
+        space = shape.compression.space
+        return replace(shape, frames=frames, height=size[3] * space, width=size[4] * space)
+
+
+def to_latents(latents: AVLatents, join: Callable[[tuple[Tensor, Tensor]], Any]) -> tuple[dict, dict, dict]:
+    """A video LATENT (1, C, F, H, W), an audio LATENT (1, C, L, M) and both in ComfyUI's joint one, made by `join`."""
+    origin = _origin_of(latents)
+    return (
+        {"samples": latents.video, _KEY: origin},
+        {"samples": latents.audio, "type": "audio", _KEY: origin},
+        {"samples": join((latents.video, latents.audio)), _KEY: origin},
+    )
+
+
+def to_kept_video(latents: AVLatents) -> dict[str, Any]:
+    """The video as a LATENT that the sampler leaves as it is."""
+    mask = torch.zeros(1, 1, latents.video.shape[2], 1, 1)
+    return {"samples": latents.video, "noise_mask": mask, _KEY: _origin_of(latents)}
+
+
+def to_kept_audio(latents: AVLatents) -> dict[str, Any]:
+    """The sound as a LATENT that the sampler leaves as it is."""
+    mask = torch.zeros(1, 1, latents.audio.shape[2], 1)
+    return {"samples": latents.audio, "noise_mask": mask, "type": "audio", _KEY: _origin_of(latents)}
 
 
 def from_video_latent(latent: dict[str, Any]) -> AVLatents:
-    """Any LATENT that began as ours; cropped, cut or enlarged ones take their size from their samples.
+    """Any LATENT with a video that began as ours, for its decoder; cropped, cut or enlarged ones decode at their size.
 
-    Raises WorkflowError for a latent of another model, ShapeError for a batch or other channels.
+    Raises WorkflowError for a latent of another model, ShapeError for a batch, other channels or sound alone.
     """
-    source = _source(latent)
-    video = _stream(latent["samples"], 0)
-    _check_one("video", video, source.video)
-    frames, height, width = video.shape[2:]
-    compression = source.shape.compression
-    shape = replace(
-        source.shape,
-        frames=(frames - 1) * compression.time + 1,
-        height=height * compression.space,
-        width=width * compression.space,
-    )
-    return replace(source, video=video, shape=shape)
+    stream = _one_stream("video", latent)
+    return AVLatents(stream.samples, torch.empty(0), stream.shape, stream.origin.model_id)
 
 
 def from_audio_latent(latent: dict[str, Any]) -> AVLatents:
-    """Any LATENT that began as ours and is as long. Raises as from_video_latent does."""
-    source = _source(latent)
-    audio = _stream(latent["samples"], 1)
-    _check_one("audio", audio, source.audio)
-    if audio.shape != source.audio.shape:
+    """Any LATENT with sound that began as ours and is as long, for its decoder. Raises as from_video_latent does."""
+    stream = _one_stream("audio", latent)
+    needed = stream.shape.audio_latents
+    if stream.samples.shape[2] != needed:
         raise ShapeError(
-            f"audio has {audio.shape[2]} latents, the sampler made {source.audio.shape[2]}: decode all of them "
-            "and cut the sound"
+            f"audio has {stream.samples.shape[2]} latents, the sampler made {needed}: decode all of them and cut the sound"
         )
-    return replace(source, audio=audio)
+    return AVLatents(torch.empty(0), stream.samples, stream.shape, stream.origin.model_id)
 
 
-def _source(latent: dict[str, Any]) -> AVLatents:
-    source = latent.get(_KEY)
-    if not isinstance(source, AVLatents):
+def from_joint_latent(latent: dict[str, Any]) -> AVLatents:
+    """A LATENT with both streams. Raises as from_video_latent does."""
+    video, audio = from_video_latent(latent), from_audio_latent(latent)
+    return replace(video, audio=audio.audio)
+
+
+def given_streams(
+    latent: dict[str, Any] | None, audio_latent: dict[str, Any] | None, model_id: str
+) -> dict[str, Stream]:
+    """What the sampler's two latent inputs hold, by "video" and "audio"; audio_latent replaces the sound of latent.
+
+    Raises WorkflowError for a latent of another model, ShapeError for a batch or other channels.
+    """
+    streams = {} if latent is None else read_latent("latent", latent)
+    if audio_latent is not None:
+        sound = read_latent("audio_latent", audio_latent)
+        if "audio" not in sound:
+            raise ShapeError("audio_latent holds a video and no sound: connect it to latent instead")
+        streams["audio"] = sound["audio"]
+    for stream in streams.values():
+        if stream.origin.model_id != model_id:
+            raise WorkflowError(
+                f"latent was made by {stream.origin.model_id}, the sampler runs {model_id}: encode it again with this model"
+            )
+    return streams
+
+
+def fit_sound_to(stream: Stream, shape: ClipShape) -> Stream:
+    """The given sound cut to the clip's length. Raises ShapeError for one that is too short."""
+    needed, given = shape.audio_latents, stream.samples.shape[2]
+    if given < needed:
+        raise ShapeError(
+            f"the sound of audio_latent has {given} latents, a clip of {shape.seconds:g} s needs {needed}: "
+            "encode it with the clip's seconds and fps"
+        )
+    mask = None if stream.mask is None else stream.mask[:, :, :needed]
+    return replace(stream, samples=stream.samples[:, :, :needed], mask=mask)
+
+
+def read_latent(name: str, latent: dict[str, Any]) -> dict[str, Stream]:
+    """The streams of a LATENT by "video" and "audio", each checked against the model that made it."""
+    origin, samples = latent.get(_KEY), latent["samples"]
+    if not isinstance(origin, Origin):
         raise WorkflowError(
-            "the latent was not made by a Lockstep Sampler: connect one, or decode with the VAE of its own model"
+            f"{name} was not made by a Lockstep node: connect one, or use the nodes of its own model"
         )
-    return source
+    nested = getattr(samples, "is_nested", False)
+    tensors = list(samples.unbind()) if nested else [samples]
+    mask = latent.get("noise_mask")
+    masks = list(mask.unbind()) if mask is not None and getattr(mask, "is_nested", False) else [mask, None]
+    return {
+        "video" if tensor.ndim == 5 else "audio": _read_stream(name, tensor.float().cpu(), mask, origin)
+        for tensor, mask in zip(tensors, masks, strict=False)
+    }
 
 
-def _stream(samples: Any, index: int) -> Tensor:
-    """One stream of ComfyUI's joint latent (video, audio), or the plain tensor itself."""
-    chosen = samples.unbind()[index] if getattr(samples, "is_nested", False) else samples
-    return chosen.float().cpu()
-
-
-def _check_one(name: str, given: Tensor, source: Tensor) -> None:
-    if given.ndim != source.ndim or given.shape[1] != source.shape[1]:
-        other = "audio" if name == "video" else "video"
+def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin) -> Stream:
+    video = (1, origin.video_channels, *samples.shape[2:])
+    audio = (1, origin.audio_channels, *samples.shape[2:3], origin.audio_bins)
+    needed = {5: video, 4: audio}.get(samples.ndim)
+    if needed is None or tuple(samples.shape[1:]) != needed[1:]:
         raise ShapeError(
-            f"{name} has the shape {tuple(given.shape)}, {tuple(source.shape)} is needed: connect the sampler's "
-            f"{name} output, not {other}"
+            f"{name} has the shape {tuple(samples.shape)}, {needed or video} is needed: connect a latent of this model"
         )
-    if given.shape[0] != 1:
-        raise ShapeError(f"{name} holds {given.shape[0]} clips, one is needed: decode them one by one")
+    if samples.shape[0] != 1:
+        raise ShapeError(
+            f"{name} holds {samples.shape[0]} clips, one is needed: choose one with LatentFromBatch"
+        )
+    if mask is None:
+        return Stream(samples, None, origin)
+    fitted = _fit_video_mask(mask, samples, origin) if samples.ndim == 5 else _fit_audio_mask(mask, samples)
+    return Stream(samples, None if fitted.min() == 1 else fitted, origin)
+
+
+def _fit_video_mask(mask: Tensor, samples: Tensor, origin: Origin) -> Tensor:
+    """Any noise_mask over pixels or latents to one value per latent; a latent is as free as its freest pixel."""
+    mask_FHW = _flat_mask(mask)
+    time = origin.shape.compression.time
+    if mask_FHW.shape[0] == (samples.shape[2] - 1) * time + 1:
+        # one mask per picture: the first latent stands for one of them, the others for `time` each
+        padded = torch.cat([mask_FHW[:1].expand(time - 1, -1, -1), mask_FHW])
+        mask_FHW = reduce(padded, "(F t) H W -> F H W", "max", t=time)
+    return _in_steps(functional.adaptive_max_pool3d(mask_FHW[None, None], samples.shape[2:]))
+
+
+def _fit_audio_mask(mask: Tensor, samples: Tensor) -> Tensor:
+    mask_LM = _flat_mask(mask)[0]
+    return _in_steps(functional.adaptive_max_pool2d(mask_LM[None, None], (samples.shape[2], 1)))
+
+
+def _flat_mask(mask: Tensor) -> Tensor:
+    """(F, H, W) of a MASK (F, H, W), SetLatentNoiseMask's (F, 1, H, W) or a video's (1, 1, F, H, W)."""
+    mask = mask.float().cpu().clamp(0, 1)
+    if mask.ndim == 5:
+        return mask[0, 0]
+    return rearrange(mask, "F 1 H W -> F H W") if mask.ndim == 4 else mask
+
+
+def _in_steps(mask: Tensor) -> Tensor:
+    # every distinct value is a noise level of its own in the transformer
+    return (mask * 8).round() / 8
+
+
+def _origin_of(latents: AVLatents) -> Origin:
+    audio = latents.audio.shape
+    return Origin(latents.shape, latents.model_id, latents.video.shape[1], audio[1], audio[3])
+
+
+def _one_stream(kind: str, latent: dict[str, Any]) -> Stream:
+    streams = read_latent(kind, latent)
+    if kind not in streams:
+        other = "audio" if kind == "video" else "video"
+        raise ShapeError(
+            f"{kind} got a latent of {other} alone: connect the sampler's {kind} output, not {other}"
+        )
+    return streams[kind]
+
+
+# Clips from outside
+
+
+def to_pixels(
+    images_FHWC: Tensor, fps: float, shape_of: Callable[..., ClipShape]
+) -> tuple[Tensor, ClipShape]:
+    """An IMAGE batch as the codec wants it, (1, 3, F, H, W) in [-1, 1], and its measures.
+
+    shape_of: the model's, from (size, seconds, fps). Raises ShapeError with the nearest size or count that works.
+    """
+    if images_FHWC.ndim != 4 or images_FHWC.shape[-1] != 3 or not images_FHWC.shape[0]:
+        raise MediaError(
+            f"images have the shape {tuple(images_FHWC.shape)}, (frames, rows, columns, 3) is needed"
+        )
+    frames, height, width, _ = images_FHWC.shape
+    try:
+        rate = shape_of(None, None, fps or None).fps
+        shape = replace(shape_of(f"{width}x{height}", frames / rate, rate), frames=frames)
+    except ShapeError as error:
+        raise ShapeError(
+            f"images: {error} (ImageFromBatch takes some of them, ImageScale changes their size)"
+        ) from error
+    pixels = rearrange(images_FHWC.float().cpu().clamp(0, 1), "F H W C -> 1 C F H W") * 2 - 1
+    return pixels, shape
+
+
+def from_audio(audio: Any) -> tuple[Tensor, int]:
+    """One AUDIO as (channels, S) and its rate. Raises MediaError for a batch, silence of no length or no numbers."""
+    waveform, rate_hz = audio["waveform"], int(audio["sample_rate"])
+    if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.shape[1]:
+        raise MediaError(
+            f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"
+        )
+    if not waveform.shape[2] or not waveform.isfinite().all():
+        raise MediaError("audio is empty or holds values that are no numbers: load it again")
+    return waveform[0].float().cpu(), rate_hz
 
 
 # What comes out

@@ -18,7 +18,7 @@ class LockstepVAEDecode(io.ComfyNode):
             description="Turns the video latent into pictures.",
             inputs=[
                 LockstepModel.Input("model", tooltip="The model that sampled the latent."),
-                io.Latent.Input("video", tooltip="The video output of Lockstep Sampler."),
+                io.Latent.Input("video", tooltip="The video or av_latent output of Lockstep Sampler."),
             ],
             outputs=[
                 io.Image.Output(
@@ -36,5 +36,8 @@ class LockstepVAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Engine, video: dict) -> io.NodeOutput:
         latents = from_video_latent(video)
-        frames_FHWC = model.decode_video(latents, host.Reporter(cls.hidden.unique_id))
-        return io.NodeOutput(frames_FHWC, latents.shape.fps)
+        shape = latents.shape
+        task = f"decoding {shape.frames} frames of {shape.width}x{shape.height}"
+        with host.Reporter(cls.hidden.unique_id, task) as report:
+            frames_FHWC = model.decode_video(latents, report)
+        return io.NodeOutput(frames_FHWC, shape.fps)

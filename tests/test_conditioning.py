@@ -91,6 +91,47 @@ def test_given_streams_are_frozen():
     assert torch.equal(audio_layout.clean, audio_to_tokens(audio))
 
 
+def test_a_masked_video_is_free_only_where_its_mask_says():
+    mask = torch.zeros(1, 1, 3, 2, 3)
+    mask[:, :, 1:] = 1
+    mask[:, :, 0, 0, 0] = 0.5
+    video = latent(3)
+    layout = lay_out_video(SHAPE, 4, [], video, mask)
+    assert torch.equal(layout.mask, video_to_tokens(mask))
+    assert torch.equal(layout.clean, video_to_tokens(video))
+    assert layout.masks == (0.0, 0.5, 1.0)
+    assert not layout.frozen
+
+
+def test_a_guide_takes_its_place_in_a_masked_video():
+    video, guide = latent(3), Guide(latent(), 0, 1.0)
+    layout = lay_out_video(SHAPE, 4, [guide], video, torch.ones(1, 1, 3, 2, 3))
+    assert torch.equal(layout.clean[:, :FRAME_TOKENS], video_to_tokens(guide.latent))
+    assert torch.equal(layout.clean[:, FRAME_TOKENS:], video_to_tokens(video[:, :, 1:]))
+
+
+def test_a_masked_sound_is_free_only_where_its_mask_says():
+    mask = torch.zeros(1, 1, SHAPE.audio_latents, 1)
+    mask[:, :, 2:] = 1
+    layout = lay_out_audio(SHAPE, 2, 8, torch.randn(1, 2, SHAPE.audio_latents, 8), mask)
+    assert layout.mask[0, :, 0].tolist() == [0, 0] + [1] * (SHAPE.audio_latents - 2)
+
+
+@pytest.mark.parametrize("frame", [0, 8])
+def test_a_guide_holds_only_what_its_mask_leaves(frame):
+    mask = torch.zeros(1, 1, 1, 2, 3)
+    mask[..., 0] = 1
+    layout = lay_out_video(SHAPE, 4, [Guide(latent(), frame, 0.8, mask)])
+    place = slice(0, FRAME_TOKENS) if frame == 0 else slice(layout.own_tokens, None)
+    assert torch.allclose(layout.mask[:, place], video_to_tokens(1 - 0.8 * (1 - mask)))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 2, 2, 3), torch.full((1, 1, 3, 2, 3), 1.5)])
+def test_a_mask_of_another_size_or_range_is_refused(mask):
+    with pytest.raises(ShapeError, match="video mask"):
+        lay_out_video(SHAPE, 4, [], latent(3), mask)
+
+
 @pytest.mark.parametrize("strength", [-0.1, 1.1])
 def test_a_strength_outside_its_range_is_refused(strength):
     with pytest.raises(WorkflowError, match=f"strength {strength} must lie between 0 and 1"):

@@ -90,6 +90,57 @@ def test_a_given_stream_comes_out_bit_for_bit(engine):
     assert torch.equal(fitted.video, made.video)
 
 
+def test_only_the_masked_part_of_a_given_stream_changes(engine):
+    shape = engine.shape(seconds=1.0)
+    prompt = engine.encode_text("a red ball bounces")
+    made = engine.sample(prompt, shape, settings=UNGUIDED, seed=3)
+    video_mask, audio_mask = torch.zeros(1, 1, shape.latent_frames, 4, 4), torch.zeros(1, 1, 27, 1)
+    video_mask[:, :, 2:] = audio_mask[:, :, 10:] = 1
+    anew = engine.sample(
+        prompt,
+        shape,
+        settings=UNGUIDED,
+        seed=4,
+        given_video=made.video,
+        given_audio=made.audio,
+        video_mask=video_mask,
+        audio_mask=audio_mask,
+    )
+    assert torch.equal(anew.video[:, :, :2], made.video[:, :, :2])
+    assert torch.equal(anew.audio[:, :, :10], made.audio[:, :, :10])
+    assert not torch.isclose(anew.video[:, :, 2:], made.video[:, :, 2:]).all()
+    assert not torch.isclose(anew.audio[:, :, 10:], made.audio[:, :, 10:]).all()
+
+
+def test_an_image_s_mask_frees_every_latent_that_it_touches(engine):
+    shape = engine.shape(seconds=1.0)
+    mask = torch.zeros(64, 64)
+    mask[:, 33] = 1
+    guide = engine.encode_image(torch.rand(64, 64, 3), shape, mask_HW=mask)
+    assert guide.mask is not None
+    assert guide.mask[0, 0, 0].tolist() == [[0, 0, 1, 0]] * 4
+
+
+@pytest.mark.parametrize(("seconds", "fps"), [(1.0, 12.0), (2.0, 16.0), (3.3, 24.0)])
+@pytest.mark.parametrize("rate_hz", [8000, 44100])
+def test_any_sound_fills_exactly_the_latents_of_its_clip(engine, seconds, fps, rate_hz):
+    shape = engine.shape(seconds=seconds, fps=fps)
+    for samples in (rate_hz // 2, 5 * rate_hz):
+        sound = engine.encode_sound(torch.randn(2, samples) * 0.1, rate_hz, shape)
+        assert sound.shape == engine.empty_latents(shape).audio.shape
+
+
+def test_precision_is_of_the_weights_that_can_take_it():
+    engine = Engine("embedded", "cpu", precision="bfloat16")
+    shape = engine.shape(seconds=1.0)
+    latents = engine.sample(engine.encode_text("a red ball"), shape, settings=UNGUIDED)
+    assert next(engine._transformer.parameters()).dtype == torch.bfloat16
+    assert next(engine._vocoder.parameters()).dtype == torch.float32
+    assert engine.decode_video(latents).isfinite().all()
+    with pytest.raises(UnsupportedModelError, match="use auto, float32"):
+        Engine("embedded", "cpu", precision="float8")
+
+
 def test_a_first_image_of_full_strength_is_kept_as_it_is(engine):
     shape = engine.shape(seconds=1.0)
     guide = engine.encode_image(torch.rand(30, 50, 3, generator=torch.Generator().manual_seed(0)), shape)

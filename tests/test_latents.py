@@ -1,12 +1,19 @@
 """Latents: tokens and back, statistics, and what a seed means."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from lockstep.model.errors import ShapeError
+from lockstep.model.errors import MediaError, ShapeError
+from lockstep.model.latents.file import read_latents, write_latents
 from lockstep.model.latents.noise import draw_joint_noise, draw_noise, seeded_generator
 from lockstep.model.latents.patchify import audio_to_tokens, tokens_to_audio, tokens_to_video, video_to_tokens
 from lockstep.model.latents.statistics import PerChannelStatistics
+from lockstep.model.shapes import ClipShape, Compression
+from lockstep.model.values import AVLatents
 
 
 def test_video_tokens_run_along_columns_then_rows_then_frames():
@@ -109,3 +116,66 @@ def test_noise_is_float32_whatever_the_default_dtype_is():
 @pytest.mark.parametrize("seed", [0, -1, 2**64 - 1, 2**64 + 5])
 def test_any_integer_is_a_seed(seed):
     assert torch.isfinite(draw_noise((4,), seeded_generator(seed))).all()
+
+
+# Files
+
+
+def clip_latents() -> AVLatents:
+    shape = ClipShape(9, 32, 48, 12.0, Compression(4, 16))
+    return AVLatents(torch.randn(1, 8, 3, 2, 3), torch.randn(1, 2, shape.audio_latents, 5), shape, "tiny/1")
+
+
+def test_latents_come_back_from_a_file_as_they_went(tmp_path):
+    made, path = clip_latents(), tmp_path / "clip.latent"
+    write_latents(path, made, {"prompt": "{}"})
+    back = read_latents(path)
+    assert torch.equal(back.video, made.video)
+    assert torch.equal(back.audio, made.audio)
+    assert (back.shape, back.model_id) == (made.shape, made.model_id)
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.latent"]
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["prompt"] == "{}"
+        assert "latent_format_version_0" in file.keys()  # noqa: SIM118, a file is no mapping
+
+
+def damaged(path, **changes) -> None:
+    made = clip_latents()
+    write_latents(path, made)
+    with safe_open(path, "pt") as file:
+        clip = json.loads(file.metadata()["lockstep"])
+    clip["shape"] |= changes.pop("shape", {})
+    tensors = {"latent_tensor": made.video, "audio": made.audio} | changes
+    save_file(tensors, path, {"lockstep": json.dumps(clip)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"audio": torch.zeros(1, 2, 3, 5)},
+        {"latent_tensor": torch.full((1, 8, 3, 2, 3), float("nan"))},
+        {"latent_tensor": torch.zeros(1, 8, 9)},
+        {"shape": {"frames": 13}},
+        {"shape": {"frames": 10}},
+        {"shape": {"fps": "many"}},
+        {"shape": {"wings": 2}},
+    ],
+)
+def test_files_that_do_not_fit_their_clip_are_refused(tmp_path, change):
+    path = tmp_path / "clip.latent"
+    damaged(path, **change)
+    with pytest.raises(MediaError, match=r"clip\.latent"):
+        read_latents(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no latents at all", b"\xff" * 64])
+def test_what_is_no_latent_file_is_refused(tmp_path, content):
+    path = tmp_path / "clip.latent"
+    path.write_bytes(content)
+    with pytest.raises(MediaError, match="Lockstep Save AV Latent"):
+        read_latents(path)
+
+
+def test_a_latent_file_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(MediaError, match="cannot write"):
+        write_latents(tmp_path / "no such folder" / "clip.latent", clip_latents())

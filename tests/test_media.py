@@ -13,7 +13,7 @@ from PIL import Image
 
 from lockstep.model import media
 from lockstep.model.errors import MediaError
-from lockstep.model.media import fit_image, read_clip, read_image, write_clip
+from lockstep.model.media import fit_image, fit_sound, read_clip, read_image, write_clip
 from lockstep.model.values import Clip
 
 # What the embedded model paints with; plain areas must come back as they were.
@@ -346,3 +346,24 @@ def test_extreme_aspects_are_fitted_within_bounds():
         assert fitted.shape == (32, 48, 3)
         assert fitted.min() >= 0
         assert fitted.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "wanted_hz"), [(48000, 16000), (44100, 16000), (8000, 16000), (16000, 16000)]
+)
+def test_a_sound_at_another_rate_is_the_same_sound(rate_hz, wanted_hz):
+    def tone(rate: int) -> torch.Tensor:
+        return torch.sin(2 * torch.pi * 440 * torch.arange(rate) / rate)[None]
+
+    made = fit_sound(tone(rate_hz), rate_hz, wanted_hz, 1)
+    assert made.shape == (1, wanted_hz)
+    # the resampler's filter has no neighbours at the two ends
+    assert (made - tone(wanted_hz))[:, 400:-400].abs().max() < 1e-3
+
+
+def test_channels_are_averaged_to_one_or_repeated_to_two():
+    two = torch.stack([torch.zeros(9), torch.ones(9)])
+    assert torch.equal(fit_sound(two, 16000, 16000, 1), torch.full((1, 9), 0.5))
+    assert torch.equal(fit_sound(torch.ones(1, 9), 16000, 16000, 2), torch.ones(2, 9))
+    assert fit_sound(torch.randn(6, 4410), 44100, 16000, 2).shape == (2, 1600)
+    assert fit_sound(torch.randn(1, 3), 48000, 16000, 1).shape == (1, 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lockstep
-from lockstep.model.errors import LockstepError, MediaError, ShapeError, WorkflowError
+from lockstep.model.errors import MediaError, ShapeError, WorkflowError
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.values import AVLatents, Conditioning, Context
 from lockstep.nodes import types
@@ -89,6 +89,22 @@ def test_anything_but_one_picture_is_refused(shape):
         types.to_picture(torch.zeros(shape), 0, 1.0)
 
 
+def test_a_mask_is_stretched_over_its_picture():
+    mask = torch.tensor([[[1.0, 0.0]]])
+    stretched = types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, mask).mask
+    assert (stretched > 0.5).tolist() == [[True] * 4 + [False] * 4] * 4
+
+
+def test_the_mask_of_a_picture_without_alpha_is_none():
+    assert types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, torch.zeros(1, 64, 64)).mask is None
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 4, 8), torch.ones(2, 4, 8), torch.ones(4, 8)])
+def test_a_mask_that_leaves_nothing_or_is_several_is_refused(mask):
+    with pytest.raises(MediaError, match="mask"):
+        types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, mask)
+
+
 def test_frames_count_from_either_end():
     def at(frame: int) -> int:
         return types.frame_of(types.Picture(torch.zeros(2, 2, 3), frame, 1.0), latents().shape)
@@ -120,26 +136,38 @@ class Nested:
         return self.streams
 
 
+def parts(made: AVLatents | None = None) -> tuple[dict, dict, dict]:
+    return types.to_latents(made or latents(), lambda streams: Nested(*streams))
+
+
 def test_latents_come_back_as_they_went():
     made = latents()
-    video, audio = types.to_latents(made)
+    video, audio, joint = parts(made)
     assert audio["type"] == "audio"
-    for back in (types.from_video_latent(video), types.from_audio_latent(audio)):
+    for source in (video, joint):
+        back = types.from_video_latent(source)
         assert torch.equal(back.video, made.video)
+        assert (back.shape, back.model_id) == (made.shape, made.model_id)
+    for source in (audio, joint):
+        back = types.from_audio_latent(source)
         assert torch.equal(back.audio, made.audio)
         assert (back.shape, back.model_id) == (made.shape, made.model_id)
+    both = types.from_joint_latent(joint)
+    assert torch.equal(both.video, made.video)
+    assert torch.equal(both.audio, made.audio)
 
 
-def test_a_joint_latent_decodes_too():
+def test_latents_joined_and_separated_by_other_nodes_still_decode():
     made = latents()
-    video, audio = types.to_latents(made)
+    video, audio, _ = parts(made)
     joint = video | audio | {"samples": Nested(made.video + 1, made.audio + 1)}
     assert torch.equal(types.from_video_latent(joint).video, made.video + 1)
-    assert torch.equal(types.from_audio_latent(joint).audio, made.audio + 1)
+    apart = joint | {"samples": joint["samples"].unbind()[1]}
+    assert torch.equal(types.from_audio_latent(apart).audio, made.audio + 1)
 
 
 def test_a_cropped_or_enlarged_latent_has_its_own_size():
-    video, _ = types.to_latents(latents())
+    video, _, _ = parts()
     video = video | {"samples": torch.zeros(1, 8, 5, 8, 2, dtype=torch.float16)}
     back = types.from_video_latent(video)
     assert (back.shape.frames, back.shape.height, back.shape.width, back.shape.fps) == (17, 128, 32, 12.0)
@@ -149,23 +177,145 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
 @pytest.mark.parametrize(
     ("stream", "change", "error", "sentence"),
     [
-        (0, {"lockstep": None}, WorkflowError, "not made by a Lockstep Sampler"),
-        (0, {"samples": torch.zeros(2, 8, 3, 4, 6)}, ShapeError, "holds 2 clips"),
-        (0, {"samples": torch.zeros(1, 4, 3, 4, 6)}, ShapeError, "video output, not audio"),
+        (0, {"lockstep": None}, WorkflowError, "video was not made by a Lockstep node"),
+        (0, {"samples": torch.zeros(2, 8, 3, 4, 6)}, ShapeError, "video holds 2 clips"),
+        (0, {"samples": torch.zeros(1, 4, 3, 4, 6)}, ShapeError, "connect a latent of this model"),
+        (0, {"samples": torch.zeros(1, 8, 3)}, ShapeError, "connect a latent of this model"),
         (0, {"samples": torch.zeros(1, 2, 19, 5)}, ShapeError, "video output, not audio"),
         (1, {"samples": torch.zeros(1, 8, 3, 4, 6)}, ShapeError, "audio output, not video"),
         (1, {"samples": torch.zeros(1, 2, 9, 5)}, ShapeError, "the sampler made 19"),
+        (1, {"samples": torch.zeros(1, 2, 19, 4)}, ShapeError, "connect a latent of this model"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
     convert = (types.from_video_latent, types.from_audio_latent)[stream]
     with pytest.raises(error, match=sentence):
-        convert(types.to_latents(latents())[stream] | change)
+        convert(parts()[stream] | change)
 
 
-def test_a_latent_of_another_sampler_is_refused():
-    with pytest.raises(LockstepError):
-        types.from_video_latent({"samples": torch.zeros(1, 8, 3, 4, 6)})
+# What the sampler is given
+
+
+def test_a_latent_without_a_mask_sets_the_size_alone():
+    streams = types.given_streams(parts()[2], None, "tiny/1")
+    assert {name: stream.mask for name, stream in streams.items()} == {"video": None, "audio": None}
+    assert streams["video"].shape == latents().shape
+    assert types.given_streams(None, None, "tiny/1") == {}
+
+
+def test_encoded_clips_stay_as_they_are():
+    made = latents()
+    streams = types.given_streams(types.to_kept_video(made), types.to_kept_audio(made), "tiny/1")
+    assert torch.equal(streams["video"].samples, made.video)
+    assert torch.equal(streams["audio"].samples, made.audio)
+    assert streams["video"].mask.shape == (1, 1, 3, 4, 6)
+    assert streams["audio"].mask.shape == (1, 1, 19, 1)
+    assert not streams["video"].mask.any()
+    assert not streams["audio"].mask.any()
+
+
+def test_masks_of_every_layout_fit_the_latents():
+    def mask_of(noise_mask: torch.Tensor) -> torch.Tensor | None:
+        return types.given_streams(parts()[0] | {"noise_mask": noise_mask}, None, "tiny/1")["video"].mask
+
+    left = torch.zeros(64, 96)
+    left[:, :48] = 1
+    for mask in (left[None], left[None, None], left[None, None, None]):
+        assert mask_of(mask)[0, 0, 2, 1].tolist() == [1, 1, 1, 0, 0, 0]
+    pictures = torch.zeros(
+        9, 1, 64, 96
+    )  # one for each, the first latent stands for one picture, the others for four
+    pictures[1] = 1
+    assert mask_of(pictures)[0, 0, :, 0, 0].tolist() == [0, 1, 0]
+    frames = torch.tensor([0.0, 0.5, 1.0]).reshape(1, 1, 3, 1, 1)
+    assert mask_of(frames)[0, 0, :, 3, 5].tolist() == [0, 0.5, 1]
+    assert mask_of(torch.ones(1, 1, 8, 8)) is None  # all of it is made anew
+
+
+def test_masks_of_a_joint_latent_belong_to_their_streams():
+    sound = torch.zeros(1, 1, 19, 1)
+    sound[:, :, 10:] = 1
+    joint = parts()[2] | {"noise_mask": Nested(torch.ones(1, 1, 3, 1, 1), sound)}
+    streams = types.given_streams(joint, None, "tiny/1")
+    assert streams["video"].mask is None
+    assert streams["audio"].mask[0, 0, :, 0].tolist() == [0] * 10 + [1] * 9
+    alone = types.given_streams(parts()[2] | {"noise_mask": torch.zeros(1, 1, 8, 8)}, None, "tiny/1")
+    assert alone["audio"].mask is None
+    assert not alone["video"].mask.any()
+
+
+def test_given_latents_that_do_not_fit_are_refused():
+    video, audio, joint = parts()
+    with pytest.raises(WorkflowError, match=r"latent was made by tiny/1, the sampler runs other/2"):
+        types.given_streams(joint, None, "other/2")
+    with pytest.raises(ShapeError, match="audio_latent holds a video and no sound"):
+        types.given_streams(None, video, "tiny/1")
+    with pytest.raises(WorkflowError, match="audio_latent was not made by a Lockstep node"):
+        types.given_streams(None, {"samples": audio["samples"]}, "tiny/1")
+
+
+def test_a_given_sound_is_cut_to_the_clip_and_may_not_be_shorter():
+    sound = types.given_streams(None, types.to_kept_audio(latents()), "tiny/1")["audio"]
+    shorter = types.replace(latents().shape, frames=5)
+    cut = types.fit_sound_to(sound, shorter)
+    assert cut.samples.shape[2] == cut.mask.shape[2] == shorter.audio_latents < 19
+    with pytest.raises(ShapeError, match=r"has 19 latents, a clip of 1\.08333 s needs 27"):
+        types.fit_sound_to(sound, types.replace(latents().shape, frames=13))
+
+
+# Clips from outside
+
+
+def shape_of(size, seconds, fps) -> ClipShape:
+    """As Engine.shape, for a model of 12 frames per second without limits."""
+    width, height = (64, 64) if size is None else map(int, size.split("x"))
+    frames = 25 if seconds is None else round((seconds * (fps or 12.0) - 1) / 4) * 4 + 1
+    return ClipShape(frames, height, width, fps or 12.0, Compression(4, 16))
+
+
+def test_pictures_become_pixels_and_measures():
+    images = torch.rand(9, 32, 48, 3)
+    pixels, shape = types.to_pixels(images, 0.0, shape_of)
+    assert torch.equal(pixels[0, :, 4].permute(1, 2, 0), images[4] * 2 - 1)
+    assert (shape.frames, shape.height, shape.width, shape.fps) == (9, 32, 48, 12.0)
+    assert types.to_pixels(images, 24.0, shape_of)[1].fps == 24.0
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "sentence"),
+    [
+        ((8, 32, 48, 3), ShapeError, "images: frames must be 4k.1, got 8: use 5 or 9"),
+        ((9, 30, 48, 3), ShapeError, "images: height must be a multiple of 16 pixels, got 30: use 16 or 32"),
+        ((9, 32, 48, 4), MediaError, "images have the shape"),
+        ((0, 32, 48, 3), MediaError, "images have the shape"),
+    ],
+)
+def test_pictures_that_the_codec_cannot_hold_are_refused(size, error, sentence):
+    with pytest.raises(error, match=sentence):
+        types.to_pixels(torch.zeros(size), 0.0, shape_of)
+
+
+def test_sound_comes_with_its_rate():
+    waveform, rate = types.from_audio({"waveform": torch.ones(1, 2, 5), "sample_rate": 44100})
+    assert (tuple(waveform.shape), rate) == ((2, 5), 44100)
+
+
+@pytest.mark.parametrize(
+    "waveform",
+    [
+        torch.zeros(2, 1, 5),
+        torch.zeros(1, 0, 5),
+        torch.zeros(1, 1, 0),
+        torch.zeros(5),
+        torch.full((1, 1, 5), torch.nan),
+    ],
+)
+def test_anything_but_one_sound_is_refused(waveform):
+    with pytest.raises(MediaError, match="audio"):
+        types.from_audio({"waveform": waveform, "sample_rate": 16000})
+
+
+# What comes out
 
 
 def test_sound_gets_a_batch_and_its_rate():
@@ -271,6 +421,7 @@ def test_a_workflow_is_small_explained_and_of_core_and_our_nodes(path):
     assert {"last_node_id", "last_link_id", "nodes", "links"} <= set(workflow)
     kinds = [node["type"] for node in workflow["nodes"]]
     assert len(kinds) <= 12
+    assert path.with_suffix(".jpg").is_file()
     assert "MarkdownNote" in kinds
     assert set(kinds) - {"MarkdownNote"} <= set(SCHEMA)
     for node in workflow["nodes"]:
@@ -285,20 +436,20 @@ def test_a_workflow_is_small_explained_and_of_core_and_our_nodes(path):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_says_what_its_twin_says(path):
     workflow = json.loads(path.read_text(encoding="utf-8"))
-    twin = json.loads((ROOT / "tests/host" / path.name).read_text(encoding="utf-8"))
+    twin = json.loads((ROOT / "tests/host/api" / path.name).read_text(encoding="utf-8"))
     assert to_api(workflow) == twin
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_s_values_are_within_the_inputs_ranges(path):
-    twin = json.loads((ROOT / "tests/host" / path.name).read_text(encoding="utf-8"))
+    twin = json.loads((ROOT / "tests/host/api" / path.name).read_text(encoding="utf-8"))
     for node in twin.values():
         for name, (kind, *rest) in inputs_of(node["class_type"]).items():
             value, options = node["inputs"].get(name), rest[0] if rest else {}
             if isinstance(value, list):
                 continue
             choices = options.get("options") if kind == "COMBO" else kind if isinstance(kind, list) else None
-            assert choices is None or value in choices, name
+            assert not choices or value in choices, name
             if kind in ("INT", "FLOAT"):
                 assert options["min"] <= value <= options["max"], name
 
@@ -313,12 +464,14 @@ def to_api(workflow: dict) -> dict:
         values, inputs = list(node["widgets_values"]), {}
         links = {slot["name"]: slot["link"] for slot in node["inputs"]}
         for name, (kind, *rest) in inputs_of(node["type"]).items():
-            if kind in ("INT", "FLOAT", "STRING", "COMBO") or isinstance(kind, list):
+            if kind in ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN") or isinstance(kind, list):
                 inputs[name] = values.pop(0)
                 if rest and rest[0].get("control_after_generate"):
                     assert values.pop(0) in AFTER_A_SEED
             if links.get(name) is not None:
                 inputs[name] = sources[links[name]]
-        assert values in ([], ["image"]), "LoadImage alone keeps one value more, for its upload button"
+        # loaders of files keep values of the page's own behind, for their buttons
+        assert values in ([], ["image"], ["", ""])
+        assert not values or node["type"].startswith("Load")
         graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return graph

@@ -34,45 +34,61 @@ class Layout:
 
 
 def lay_out_video(
-    shape: ClipShape, channels: int, guides: Sequence[Guide], given: Tensor | None = None
+    shape: ClipShape,
+    channels: int,
+    guides: Sequence[Guide],
+    given: Tensor | None = None,
+    given_mask: Tensor | None = None,
 ) -> Layout:
     """Tokens of a clip with its guides: a guide at frame 0 takes the first latents' place, others are appended.
 
-    given: (1, C, F, H, W), the whole video stream when it is to stay as it is.
+    given: (1, C, F, H, W), a video stream that stays as it is. given_mask: (1, 1, F, H, W), where it is made anew, 1 wholly.
     Raises WorkflowError for two guides in one place or one that reaches beyond the clip, ShapeError for another size.
     """
     grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
     clean, mask = torch.zeros(1, channels, *grid), torch.ones(1, 1, *grid)
     if given is not None:
         _check_latent("given video", given, (1, channels, *grid))
-        if guides:
+        clean = given.float().clone()
+        mask = torch.zeros(1, 1, *grid) if given_mask is None else _checked_mask("video", given_mask, mask)
+        if guides and not mask.any():
             raise WorkflowError("a given video leaves nothing to guide: drop the guides or the video")
-        clean, mask = given.float(), torch.zeros(1, 1, *grid)
     appended = [guide for guide in guides if guide.frame]
     for guide in _at_start(guides, shape):
         _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
         clean[:, :, : guide.latent.shape[2]] = guide.latent
-        mask[:, :, : guide.latent.shape[2]] = 1 - guide.strength
+        mask[:, :, : guide.latent.shape[2]] = _freedom(guide)
     cleans, masks, positions = [video_to_tokens(clean)], [video_to_tokens(mask)], [video_positions(shape)]
     for guide in appended:
         _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
         tokens = video_to_tokens(guide.latent.float())
         cleans.append(tokens)
-        masks.append(torch.full_like(tokens[..., :1], 1 - guide.strength))
+        masks.append(video_to_tokens(_freedom(guide)))
         positions.append(frame_positions(shape, guide.frame, guide.latent.shape[2]))
     total = sum(tokens.shape[1] for tokens in cleans)
     marked = torch.arange(total) < shape.latent_height * shape.latent_width
     return _layout(cleans, masks, positions, shape.video_tokens, marked.unsqueeze(0))
 
 
-def lay_out_audio(shape: ClipShape, channels: int, bins: int, given: Tensor | None = None) -> Layout:
-    """Tokens of a clip's sound; given: (1, C, L, M), the whole audio stream when it is to stay as it is."""
+def lay_out_audio(
+    shape: ClipShape,
+    channels: int,
+    bins: int,
+    given: Tensor | None = None,
+    given_mask: Tensor | None = None,
+) -> Layout:
+    """Tokens of a clip's sound.
+
+    given: (1, C, L, M), a sound that stays as it is. given_mask: (1, 1, L, 1), where it is made anew, 1 wholly.
+    """
     size = (1, channels, shape.audio_latents, bins)
     if given is not None:
         _check_latent("given audio", given, size)
     clean = torch.zeros(size) if given is None else given.float()
     tokens = audio_to_tokens(clean)
     mask = torch.full_like(tokens[..., :1], 1.0 if given is None else 0.0)
+    if given is not None and given_mask is not None:
+        mask = _checked_mask("audio", given_mask, torch.ones(1, 1, shape.audio_latents, 1))[:, 0]
     marked = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     return _layout(
         [tokens], [mask], [audio_positions(shape.audio_latents, shape.audio_rate)], tokens.shape[1], marked
@@ -108,6 +124,22 @@ def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
     if twice:
         raise WorkflowError(f"two guides at frame {twice[0]}: keep one of them")
     return [guide for guide in guides if guide.frame == 0]
+
+
+def _freedom(guide: Guide) -> Tensor:
+    """How far each latent of a guide may change: (1, 1, f, H, W), 1 wholly."""
+    held = torch.ones_like(guide.latent[:, :1], dtype=torch.float32)
+    if guide.mask is not None:
+        held = 1 - _checked_mask("guide", guide.mask, held)
+    return 1 - guide.strength * held
+
+
+def _checked_mask(name: str, mask: Tensor, like: Tensor) -> Tensor:
+    if mask.shape != like.shape or not ((mask >= 0) & (mask <= 1)).all():
+        raise ShapeError(
+            f"{name} mask of shape {tuple(mask.shape)} needs the shape {tuple(like.shape)} and values of 0 to 1"
+        )
+    return mask.float().clone()
 
 
 def _check_latent(name: str, latent: Tensor, needed: tuple[int, ...]) -> None:

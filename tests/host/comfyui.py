@@ -171,10 +171,18 @@ class ComfyUI:
     def run(self, graph: dict) -> "Result":
         return self.result(self.queue(graph))
 
+    def files_of(self, result: "Result") -> list[Path]:
+        """All files that a run saved."""
+        kinds = ("images", "audio", "latents")
+        saved = [
+            file for output in result.outputs.values() for kind in kinds for file in output.get(kind, [])
+        ]
+        return [self.base / file["type"] / file["subfolder"] / file["filename"] for file in saved]
+
     def clip_of(self, result: "Result") -> Path:
         """The one clip that a run saved."""
-        (saved,) = [file for output in result.outputs.values() for file in output["images"]]
-        return self.base / "output" / saved["subfolder"] / saved["filename"]
+        (clip,) = self.files_of(result)
+        return clip
 
 
 class Result:

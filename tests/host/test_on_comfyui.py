@@ -3,39 +3,96 @@
 import io
 import json
 import os
+import shutil
 import time
+import wave
 from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
+import torch
 from comfyui import PACK, ROOT, ComfyUI, Listener, SetupError, serve, set_up
 from PIL import Image
 from random_model import write_random_model
 
 from lockstep.model.embedded import WEIGHTS
+from lockstep.model.engine import Engine
+from lockstep.model.latents.file import read_latents
+from lockstep.model.media import read_clip, write_clip
+from lockstep.model.values import Clip
 
 pytestmark = pytest.mark.host
 
 HERE = Path(__file__).parent
 SCHEMA = HERE / "object_info.json"
-CORE = ("CreateVideo", "LoadImage", "SaveVideo")  # those that the workflows use
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+# core nodes that the workflows use, and their inputs whose choices are files
+CORE = {
+    "CreateVideo": None,
+    "GetVideoComponents": None,
+    "ImageFromBatch": None,
+    "ImageScale": None,
+    "ImageScaleBy": None,
+    "LoadAudio": ("audio", "sound.wav"),
+    "LoadImage": ("image", "example.png"),
+    "LoadVideo": ("file", "clip.mp4"),
+    "SaveAnimatedWEBP": None,
+    "SaveAudio": None,
+    "SaveVideo": None,
+}
 STEPS = 2
+# writes what the repository keeps of a run: what ComfyUI shows of the nodes, and thumbnails of the workflows
+FREEZE = bool(os.environ.get("LOCKSTEP_FREEZE"))
+# of the old kind, and with modules of the same names as ours
+ANOTHER_PACK = """
+import sys, types
+for name in ("model", "model.engine", "sockets", "lockstep_types"):
+    sys.modules.setdefault(name, types.ModuleType(name))
+
+class Shout:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"text": ("STRING", {"default": "a"})}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("STRING",), "shout", "another"
+
+    def shout(self, text):
+        return (text.upper(),)
+
+NODE_CLASS_MAPPINGS = {"AnotherShout": Shout}
+"""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
-    checkpoints = base / "models" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    write_random_model(checkpoints / "random.safetensors")
-    (checkpoints / "damaged.safetensors").write_bytes(b"no weights at all")
+    furnish(base)
     try:
-        with serve(set_up(), base) as running:
+        with serve(
+            set_up(), base, "--extra-model-paths-config", str(base / "extra_model_paths.yaml")
+        ) as running:
             yield running
     except SetupError as error:
         pytest.fail(str(error), pytrace=False)
+
+
+def furnish(base: Path) -> None:
+    """Models, pictures, a clip, a sound and another pack, as a user has them."""
+    checkpoints, elsewhere = base / "models" / "checkpoints", base / "elsewhere"
+    for folder in (checkpoints, elsewhere / "ltx", base / "input", base / "custom_nodes" / "another-pack"):
+        folder.mkdir(parents=True)
+    write_random_model(checkpoints / "random.safetensors")
+    shutil.copy(checkpoints / "random.safetensors", elsewhere / "ltx" / "other.safetensors")
+    (checkpoints / "damaged.safetensors").write_bytes(b"no weights at all")
+    extra = f"mine:\n  base_path: {elsewhere}\n  diffusion_models: .\n"
+    (base / "extra_model_paths.yaml").write_text(extra, encoding="utf-8")
+    frames = torch.linspace(0, 1, 30 * 48 * 80 * 3).reshape(30, 48, 80, 3)
+    tone = torch.sin(torch.arange(40000) * 0.2)[None] * 0.5
+    write_clip(base / "input" / "clip.mp4", Clip(frames, tone, 12.0, 16000))
+    with wave.open(str(base / "input" / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 22050, 0, "NONE", ""))
+        file.writeframes((torch.sin(torch.arange(55000) * 0.1) * 9000).short().numpy().tobytes())
+    (base / "custom_nodes" / "another-pack" / "__init__.py").write_text(ANOTHER_PACK, encoding="utf-8")
 
 
 @pytest.fixture
@@ -45,13 +102,17 @@ def graph() -> dict:
 
 
 def twin(name: str) -> dict:
-    made = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    made = json.loads((HERE / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in made.values():
         if node["class_type"] == "LockstepLoader" and not WEIGHTS.exists():
             node["inputs"]["model"] = "random.safetensors"
-        if node["class_type"] == "LockstepSampler":
+        if node["class_type"] == "LockstepSampler" and not FREEZE:
             node["inputs"] |= {"steps": STEPS, "seconds": 1.0}
     return made
+
+
+def nodes_of(graph: dict, kind: str) -> list[str]:
+    return [number for number, node in graph.items() if node["class_type"] == kind]
 
 
 def with_seed(graph: dict, seed: int) -> dict:
@@ -78,9 +139,16 @@ def test_nodes_are_what_they_were(server: ComfyUI):
     shown = server.get("/object_info")
     seen = {name: shown[name] for name in sorted(shown) if name.startswith("Lockstep") or name in CORE}
     seen["LockstepLoader"]["input"]["required"]["model"][1]["options"] = ["embedded"]
-    seen["LoadImage"]["input"]["required"]["image"][0] = ["example.png"]
+    seen["LockstepLoadAVLatent"]["input"]["required"]["file"][1] |= {"options": [], "default": ""}
+    for node, file in CORE.items():
+        if file:
+            spec = seen[node]["input"]["required"][file[0]]
+            if isinstance(spec[0], list):
+                spec[0] = [file[1]]
+            else:
+                spec[1]["options"] = [file[1]]
     text = json.dumps(seen, indent=1) + "\n"
-    if os.environ.get("LOCKSTEP_FREEZE"):
+    if FREEZE:
         SCHEMA.write_text(text, encoding="utf-8")
     assert json.loads(SCHEMA.read_text(encoding="utf-8")) == seen, "if meant, run once with LOCKSTEP_FREEZE=1"
 
@@ -115,17 +183,64 @@ def test_text_becomes_a_clip_with_sound(server: ComfyUI, graph: dict):
     assert abs(samples / rate - frames / 12) <= 2 * 1024 / rate
 
 
-def test_an_image_becomes_a_clip(server: ComfyUI):
-    clip = server.clip_of(server.run(twin("image_to_clip")))
-    with av.open(str(clip)) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 13
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_workflow_runs_to_a_file(server: ComfyUI, name: str):
+    if name == "file_to_clip" and not (server.base / "output" / "latents").exists():
+        server.run(twin("latents_to_file"))
+    result = server.run(twin(name))
+    assert result.status == "success", result.error
+    files = server.files_of(result)
+    assert files
+    for file in files:
+        check(file)
+    if FREEZE:
+        write_thumbnail(name, next(file for file in files if file.suffix != ".flac"))
+
+
+def write_thumbnail(name: str, file: Path) -> None:
+    """A frame from the middle of what a workflow made, beside it."""
+    if file.suffix == ".latent":
+        frames = Engine("embedded", "cpu").decode_video(read_latents(file))
+    elif file.suffix == ".webp":
+        images = Image.open(file)
+        images.seek(images.n_frames // 2)
+        frames = torch.from_numpy(np.array(images.convert("RGB")))[None] / 255
+    else:
+        frames = read_clip(file).frames
+    still = Image.fromarray((frames[len(frames) // 2] * 255).byte().numpy())
+    still = still.resize((384 * still.width // max(still.size), 384 * still.height // max(still.size)))
+    still.save(ROOT / "workflows" / f"{name}.jpg", quality=85)
+
+
+def check(file: Path) -> None:
+    """What a player finds in a file: every frame, sound as long as the pictures."""
+    if file.suffix == ".webp":
+        assert Image.open(file).n_frames == (25 if FREEZE else 13)
+    elif file.suffix == ".latent":
+        assert read_latents(file).video.std() > 0.1
+    elif file.suffix == ".flac":
+        with av.open(str(file)) as container:
+            assert sum(frame.samples for frame in container.decode(audio=0)) in (
+                round(13 / 12 * 16000),
+                round(25 / 12 * 16000),
+            )
+    else:
+        clip = read_clip(file)
+        assert file.suffix == ".mp4"
+        assert clip.frames.std() > 0.01
+        assert clip.waveform is not None
+        with av.open(str(file)) as container:
+            samples = sum(frame.samples for frame in container.decode(audio=0))
+            rate = container.streams.audio[0].rate
+        # AAC comes in blocks of 1024 samples and may begin with one of its own
+        assert abs(samples / rate - len(clip.frames) / clip.fps) <= 2 * 1024 / rate
 
 
 def test_first_and_last_image_and_another_aspect(server: ComfyUI):
     graph = twin("image_to_clip")
     graph["10"] = {
         "class_type": "LockstepImageEncode",
-        "inputs": {"conditioning": ["4", 0], "image": ["3", 0], "frame": -1, "strength": 0.8},
+        "inputs": {"conditioning": ["4", 0], "image": ["2", 0], "frame": -1, "strength": 0.8},
     }
     graph["5"]["inputs"] |= {"conditioning": ["10", 0], "aspect": "16:9", "fps": 16.0}
     clip = server.clip_of(server.run(graph))
@@ -148,12 +263,86 @@ def test_a_new_seed_reads_no_weights_and_a_new_name_samples_nothing(server: Comf
 
 
 def test_a_seed_means_the_same_twice(server: ComfyUI, graph: dict):
-    def pictures(seed: int) -> bytes:
-        with av.open(str(server.clip_of(server.run(with_seed(graph, seed))))) as container:
-            return b"".join(frame.to_ndarray().tobytes() for frame in container.decode(video=0))
+    """Latents and frames are; ComfyUI's H.264 encoder is not: the same frames may come out one level off."""
+    graph["7"] = {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "frame"}}
+    graph["8"] = {
+        "class_type": "LockstepSaveAVLatent",
+        "inputs": {"latent": ["3", 2], "filename_prefix": "latents/same"},
+    }
 
-    first, other = pictures(21), pictures(22)
-    assert pictures(21) == first != other
+    def made(seed: int) -> list[np.ndarray]:
+        files = server.files_of(server.run(with_seed(graph, seed)))
+        latents = [read_latents(file) for file in files if file.suffix == ".latent"]
+        pictures = [np.asarray(Image.open(file)) for file in files if file.suffix == ".png"]
+        return [latents[0].video.numpy(), latents[0].audio.numpy(), np.stack(pictures)]
+
+    first, other, again = made(21), made(22), made(21)
+    for one, two, different in zip(first, again, other, strict=True):
+        assert np.array_equal(one, two)
+        assert not np.array_equal(one, different)
+
+
+def test_both_streams_travel_in_one_latent(server: ComfyUI, graph: dict):
+    graph["4"]["inputs"]["video"] = graph["5"]["inputs"]["audio"] = ["3", 2]
+    check(server.clip_of(server.run(with_seed(graph, 61))))
+
+
+def test_only_the_masked_part_of_a_clip_is_made_anew(server: ComfyUI):
+    graph = twin("clip_to_sound")
+    (encoder,), (sampler,) = nodes_of(graph, "LockstepVideoEncode"), nodes_of(graph, "LockstepSampler")
+    size = {"width": 64, "height": 64}
+    graph |= {
+        "zero": {"class_type": "SolidMask", "inputs": {"value": 0.0, **size}},
+        "one": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 32, "height": 64}},
+        "mask": {
+            "class_type": "MaskComposite",
+            "inputs": {"destination": ["zero", 0], "source": ["one", 0], "x": 32, "y": 0, "operation": "add"},
+        },
+        "masked": {
+            "class_type": "SetLatentNoiseMask",
+            "inputs": {"samples": [encoder, 0], "mask": ["mask", 0]},
+        },
+        "kept": {
+            "class_type": "LockstepSaveAVLatent",
+            "inputs": {"latent": [sampler, 2], "filename_prefix": "kept"},
+        },
+    }
+    latents = []
+    for given in ("masked", encoder):
+        graph[sampler]["inputs"]["latent"] = [given, 0]
+        files = server.files_of(server.run(graph))
+        latents += [read_latents(file).video for file in files if file.suffix == ".latent"]
+    anew, kept = latents
+    assert torch.equal(anew[..., :2], kept[..., :2])
+    assert not torch.isclose(anew[..., 2:], kept[..., 2:]).all(dim=(0, 1, 2)).any()
+
+
+@pytest.mark.parametrize(
+    "choice", [{"precision": "bfloat16"}, {"precision": "float16"}, {"offload": "always"}]
+)
+def test_every_way_to_run_makes_a_clip(server: ComfyUI, graph: dict, choice: dict):
+    graph["1"]["inputs"] |= choice
+    check(server.clip_of(server.run(with_seed(graph, 62))))
+    requested = server.log.count("Requested to load AVTransformer")
+    server.run(with_seed(graph, 63))
+    moved = server.log.count("Requested to load AVTransformer") - requested
+    assert (moved > 0) == ("offload" in choice)
+
+
+def test_models_of_every_configured_folder_are_offered(server: ComfyUI, graph: dict):
+    offered = server.get("/object_info/LockstepLoader")["LockstepLoader"]["input"]["required"]["model"][1][
+        "options"
+    ]
+    assert offered[0] == "embedded"
+    assert {"random.safetensors", "damaged.safetensors", "ltx/other.safetensors"} <= set(offered)
+    graph["1"]["inputs"]["model"] = "ltx/other.safetensors"
+    assert server.run(graph).status == "success"
+
+
+def test_another_pack_beside_it_lives_too(server: ComfyUI):
+    shown = server.get("/object_info")
+    assert "AnotherShout" in shown
+    assert "LockstepSampler" in shown
 
 
 def test_progress_and_previews_arrive(server: ComfyUI, graph: dict):
@@ -163,8 +352,19 @@ def test_progress_and_previews_arrive(server: ComfyUI, graph: dict):
         assert any("took" in text for text in listener.texts)
     steps = {(data["value"], data["max"]) for name, data in listener.events if name == "progress"}
     assert {(step + 1, STEPS) for step in range(STEPS)} <= steps
-    assert listener.previews
     assert Image.open(io.BytesIO(listener.previews[0])).size == (512, 512)  # the host enlarges what it sends
+
+
+def test_the_preview_moves(server: ComfyUI, graph: dict):
+    graph["3"]["inputs"]["steps"] = 60
+    with Listener(server, "viewer") as listener:
+        server.result(server.queue(with_seed(graph, 32), "viewer"))
+        listener.wait_for("execution_success")
+        received = len(listener.previews)
+        time.sleep(0.5)
+        assert len(listener.previews) == received  # nothing goes on behind the run
+    assert len(set(listener.previews)) > 5
+    assert any("s left" in text for text in listener.texts)
 
 
 def test_unknown_words_are_named_on_the_node(server: ComfyUI, graph: dict):
@@ -193,15 +393,26 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("1", {"model": "no-such.safetensors"}, "no model file 'no-such.safetensors'"),
         ("1", {"model": "damaged.safetensors"}, "damaged.safetensors"),
         ("1", {"device": "abacus"}, "use auto or cpu"),
+        ("1", {"precision": "float8"}, "use auto or float32"),
+        ("1", {"offload": "never"}, "use auto or always"),
         ("2", {"prompt": "  "}, "prompt is empty"),
         ("3", {"aspect": "1:7"}, "use model default"),
         ("3", {"sampler": "magic"}, "use euler"),
         ("3", {"steps": -1}, "steps"),
         ("3", {"conditioning": ["1", 0]}, "CONDITIONING"),
+        ("3", {"stg": -2.0}, "stg"),
+        ("3", {"latent": ["4", 0]}, "LATENT"),
         ("4", {"video": ["2", 0]}, "LATENT"),
+        ("late", {"strength": 1.5}, "strength"),
+        ("late", {"image": ["2", 0]}, "IMAGE"),
+        ("late", {"mask": ["one", 0]}, "MASK"),
+        ("file", {"file": "no-such.latent"}, "no latent file 'no-such.latent'"),
+        ("file", {"file": "../../models/checkpoints/random.safetensors"}, "no latent file"),
     ],
 )
 def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, node, wrong, sentence):
+    graph |= spare_nodes()
+    graph["3"]["inputs"] |= {"conditioning": ["late", 0], "latent": ["file", 0]}
     graph[node]["inputs"] |= wrong
     status, answer = server.post("/prompt", {"prompt": graph})
     assert status == 400
@@ -215,7 +426,24 @@ def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, n
         ("3", {"seconds": 90.0}, "use 4.2"),
         ("3", {"fps": 5.0}, "use 12"),
         ("3", {"aspect": "custom", "width": 80, "height": 1024}, "use 112"),
-        ("4", {"video": ["empty", 0]}, "not made by a Lockstep Sampler"),
+        ("3", {"stg": 1.0, "stg_block": 99}, "stg_block 99 is none of this model's blocks"),
+        ("3", {"latent": ["short", 0]}, "images: frames must be 4k+1, got 14: use 13 or 17"),
+        ("3", {"latent": ["odd", 0]}, "width must be a multiple of 16 pixels, got 70: use 64 or 80"),
+        ("3", {"latent": ["mute", 0]}, "use 1"),
+        ("3", {"latent": ["empty", 0]}, "latent was not made by a Lockstep node"),
+        ("3", {"latent": ["theirs", 0]}, "latent was made by"),
+        ("3", {"audio_latent": ["clip", 0]}, "audio_latent holds a video and no sound"),
+        (
+            "3",
+            {"latent": ["long", 0], "audio_latent": ["sound", 0]},
+            "encode it with the clip's seconds and fps",
+        ),
+        ("3", {"model": ["other", 0]}, "this conditioning was encoded by"),
+        ("4", {"model": ["other", 0]}, "these latents were sampled by"),
+        ("4", {"video": ["sound", 0]}, "connect the sampler's video output"),
+        ("7", {"filename_prefix": "../outside"}, "utside the output folder"),
+        ("late", {"mask": ["white", 0]}, "mask frees the whole image"),
+        ("4", {"video": ["empty", 0]}, "video was not made by a Lockstep node"),
         ("4", {"video": ["3", 1]}, "connect the sampler's video output"),
         ("5", {"audio": ["3", 0]}, "connect the sampler's audio output"),
         ("3", {"conditioning": ["zeroed", 0]}, "changed by a node in between"),
@@ -230,6 +458,10 @@ def test_what_shows_only_in_the_run_is_told_in_one_sentence(
 ):
     graph |= spare_nodes()  # only those that the saved clip depends on are run
     graph[node]["inputs"] |= wrong
+    if node == "late":
+        graph["3"]["inputs"]["conditioning"] = ["late", 0]
+    if node == "7":
+        graph["7"] = {"class_type": "LockstepSaveAVLatent", "inputs": {"latent": ["3", 2], **wrong}}
     result = server.run(graph)
     assert result.status == "error"
     assert sentence in result.error
@@ -241,10 +473,26 @@ def spare_nodes() -> dict:
         inputs = {"conditioning": [text, 0], "image": [image, 0], "frame": frame, "strength": 1.0}
         return {"class_type": "LockstepImageEncode", "inputs": inputs}
 
-    def empty_image(batch: int) -> dict:
+    def empty_image(batch: int, width: int = 64) -> dict:
+        inputs = {"width": width, "height": 64, "batch_size": batch, "color": 0}
+        return {"class_type": "EmptyImage", "inputs": inputs}
+
+    def video_encode(pictures: str) -> dict:
+        inputs = {"model": ["1", 0], "images": [pictures, 0], "fps": 0.0}
+        return {"class_type": "LockstepVideoEncode", "inputs": inputs}
+
+    def audio_encode(sound: str) -> dict:
+        inputs = {"model": ["1", 0], "audio": [sound, 0], "seconds": 0.0, "fps": 0.0}
+        return {"class_type": "LockstepAudioEncode", "inputs": inputs}
+
+    def empty_latent(model: str, seconds: float) -> dict:
+        inputs = {"aspect": "1:1", "width": 64, "height": 64, "seconds": seconds, "fps": 0.0}
+        return {"class_type": "LockstepEmptyAVLatent", "inputs": {"model": [model, 0], **inputs}}
+
+    def silence(seconds: float) -> dict:
         return {
-            "class_type": "EmptyImage",
-            "inputs": {"width": 64, "height": 64, "batch_size": batch, "color": 0},
+            "class_type": "EmptyAudio",
+            "inputs": {"duration": seconds, "sample_rate": 44100, "channels": 2},
         }
 
     both = {"conditioning_1": ["2", 0], "conditioning_2": ["2", 0]}
@@ -255,6 +503,24 @@ def spare_nodes() -> dict:
         "both": {"class_type": "ConditioningCombine", "inputs": both},
         "one": empty_image(1),
         "two": empty_image(2),
+        "white": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 64}},
+        "fourteen": empty_image(14),
+        "thirteen": empty_image(13),
+        "seventy": empty_image(13, 70),
+        "short": video_encode("fourteen"),
+        "odd": video_encode("seventy"),
+        "clip": video_encode("thirteen"),
+        "half": silence(0.5),
+        "second": silence(1.0),
+        "mute": audio_encode("half"),
+        "sound": audio_encode("second"),
+        "other": {
+            "class_type": "LockstepLoader",
+            "inputs": {"model": "random.safetensors", "device": "auto"},
+        },
+        "theirs": empty_latent("other", 1.0),
+        "long": empty_latent("1", 3.0),
+        "file": {"class_type": "LockstepLoadAVLatent", "inputs": {"file": "no-such.latent"}},
         "batch": image_encode("2", "two", 0),
         "late": image_encode("2", "one", 25),
         "start": image_encode("2", "one", 0),

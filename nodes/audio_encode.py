@@ -1,0 +1,57 @@
+"""Lockstep Audio Encode: a real sound to an audio latent that the sampler leaves as it is."""
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..model.engine import Engine
+from . import host
+from .sockets import CATEGORY, LockstepModel
+from .types import from_audio, to_kept_audio
+
+
+class LockstepAudioEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LockstepAudioEncode",
+            display_name="Lockstep Audio Encode",
+            category=CATEGORY,
+            description="Turns a real sound into an audio latent. The sampler leaves it as it is and makes pictures to it.",
+            inputs=[
+                LockstepModel.Input("model", tooltip="The model that will sample."),
+                io.Audio.Input("audio", tooltip="One sound of any rate, mono or stereo."),
+                io.Float.Input(
+                    "seconds",
+                    default=0.0,
+                    min=0.0,
+                    max=120.0,
+                    step=0.1,
+                    tooltip="How long the clip will be: the sound is cut, or followed by silence. 0: as long as the sound.",
+                ),
+                io.Float.Input(
+                    "fps",
+                    default=0.0,
+                    min=0.0,
+                    max=120.0,
+                    step=1.0,
+                    tooltip="Frames per second of the clip. 0: the model's own.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="For the latent or audio_latent input of Lockstep Sampler, or for Lockstep Audio Decode.",
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Engine, audio: dict, seconds: float, fps: float) -> io.NodeOutput:
+        waveform_CS, rate_hz = from_audio(audio)
+        shape = model.shape(None, seconds or waveform_CS.shape[1] / rate_hz, fps or None)
+        with host.Reporter(cls.hidden.unique_id, f"encoding {shape.seconds:.1f} s of sound") as report:
+            sound = model.encode_sound(waveform_CS, rate_hz, shape, report)
+        return io.NodeOutput(to_kept_audio(replace(model.empty_latents(shape), audio=sound)))

@@ -1,0 +1,37 @@
+"""Lockstep Save AV Latent: a sampled clip's latents to a file, to be decoded later or elsewhere."""
+
+from comfy_api.latest import io
+
+from ..model.latents.file import write_latents
+from . import host
+from .sockets import CATEGORY
+from .types import from_joint_latent
+
+
+class LockstepSaveAVLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LockstepSaveAVLatent",
+            display_name="Lockstep Save AV Latent",
+            category=CATEGORY,
+            description="Writes the latents of picture and sound to the output folder, with the workflow that made them.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="The av_latent output of Lockstep Sampler."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="latents/lockstep",
+                    tooltip="Folder and beginning of the file's name, below ComfyUI's output folder.",
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, latent: dict, filename_prefix: str) -> io.NodeOutput:
+        latents = from_joint_latent(latent)
+        path, shown = host.new_latent_path(filename_prefix)
+        write_latents(path, latents, host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo))
+        return io.NodeOutput(ui={"latents": [shown]})
