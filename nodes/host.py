@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..model.embedded import WEIGHTS
 from ..model.engine import Engine
-from ..model.errors import CheckpointError, MediaError
+from ..model.errors import CheckpointError, MediaError, MemoryShortError
+from ..model.residency import out_of_memory
 from ..model.values import Progress
 from .types import to_still
 
@@ -203,7 +204,7 @@ class Reporter:
 
     def __exit__(self, _kind: type | None, error: BaseException | None, _trace: object) -> None:
         self._film.stop()
-        if error is not None and _is_out_of_memory(error):
+        if error is not None and (out_of_memory(error) or isinstance(error, MemoryShortError)):
             # the host knows it by its type: it unloads all models, and the server stays usable
             raise torch.OutOfMemoryError(
                 f"out of memory while {self._task}: make the clip smaller or shorter, or choose offload "
@@ -231,11 +232,6 @@ class Reporter:
         left = passed / progress.step * (progress.steps - progress.step)
         text = f"{progress.step} of {progress.steps}, {left:.0f} s left" if left else f"took {passed:.1f} s"
         tell(self._node_id, text)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # the CPU's allocator says so in words alone
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 class _Film:
