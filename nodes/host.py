@@ -215,7 +215,7 @@ class Reporter:
         memory.throw_exception_if_processing_interrupted()
         self._show(progress)
         comfy.utils.ProgressBar(progress.steps, node_id=self._node_id).update_absolute(progress.step)
-        if progress.steps > 2:
+        if progress.steps > 2 and progress.step:
             self._tell_time_left(progress)
 
     def _show(self, progress: Progress) -> None:

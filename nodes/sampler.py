@@ -7,9 +7,8 @@ from functools import partial
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..model.engine import SAMPLER_NAMES, Engine, SampleSettings
+from ..model.engine import SAMPLER_NAMES, Engine, Guidance, SampleSettings
 from ..model.errors import WorkflowError
-from ..model.sampler.guidance import Guidance
 from ..model.shapes import ClipShape
 from ..model.values import Guide
 from . import host

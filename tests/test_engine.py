@@ -59,6 +59,13 @@ def test_progress_tells_every_step_of_every_stage(engine):
     assert all(t.step == t.steps for t in (ticks[-1], [t for t in ticks if t.stage == "video"][-1]))
 
 
+def test_a_decode_can_be_stopped_before_its_first_frame(engine):
+    latents = engine.empty_latents(engine.shape(seconds=1.0))
+    ticks: list[Progress] = []
+    engine.decode_video(latents, ticks.append)
+    assert sum(tick.step == 0 for tick in ticks) >= 5  # the decoder's layers
+
+
 @pytest.mark.parametrize("stage", ["text", "sample", "video", "audio"])
 def test_a_callback_that_raises_stops_the_run_and_harms_nothing(engine, stage):
     def stop(progress: Progress) -> None:

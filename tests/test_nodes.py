@@ -400,7 +400,9 @@ def test_the_socket_has_its_colour():
 @pytest.mark.parametrize("node", OURS)
 def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(node):
     page = (ROOT / "web/docs" / f"{node}.md").read_text(encoding="utf-8")
-    assert page.startswith(f"# {SCHEMA[node]['display_name']}\n")
+    title = SCHEMA[node]["display_name"]
+    assert page.startswith(f"# {title}\n\n![{title}]({node}.jpg)\n")
+    assert (ROOT / "web/docs" / f"{node}.jpg").is_file()
     for name in inputs_of(node):
         assert name in page, name
     for name in SCHEMA[node]["output_name"]:
@@ -408,7 +410,7 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(node):
 
 
 def test_help_pages_are_those_of_nodes():
-    assert sorted(page.stem for page in (ROOT / "web/docs").iterdir()) == OURS
+    assert sorted(page.stem for page in (ROOT / "web/docs").glob("*.md")) == OURS
 
 
 # Workflows

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     | {"checkpoint", "embedded", "residency", "media", "measure", "denoiser", "recipes", "two_stage"},
     "cli": BASE | {"engine", "checkpoint", "media", "measure", "recipes"},
 }
-NODES_MAY_IMPORT = {"engine", "embedded", "errors", "measure", "shapes", "values"}
+NODES_MAY_IMPORT = {"engine", "embedded", "errors", "latents", "measure", "residency", "shapes", "values"}
 THIRD_PARTY = {"torch", "numpy", "safetensors", "einops", "av", "PIL", "tqdm"}
 
 

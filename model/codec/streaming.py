@@ -6,7 +6,7 @@ B batch, F frames, H rows, W columns, C channels; p q patch offsets, t h w strid
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -231,9 +231,16 @@ def _space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return rearrange(x, "B (F t) (H h) (W w) C -> B F H W (C t h w)", t=t, h=h, w=w)
 
 
-def _flow(steps: Sequence[_Step], window: list[Tensor], last: bool, window_bytes: int) -> Iterator[Tensor]:
+def _flow(
+    steps: Sequence[_Step],
+    window: list[Tensor],
+    last: bool,
+    window_bytes: int,
+    between: Callable[[], None] = lambda: None,
+) -> Iterator[Tensor]:
     """One window through the remaining steps, cut smaller before each one that makes it larger.
 
+    between: called before every step of every window; what it raises ends the stream.
     The list gives its only tensor away, so that a window lives no longer than the step that reads it.
     """
     if not steps:
@@ -241,10 +248,11 @@ def _flow(steps: Sequence[_Step], window: list[Tensor], last: bool, window_bytes
         return
     pieces = deque(_cut(window.pop(), steps[0].growth, window_bytes))
     while pieces:
+        between()
         piece_last = last and len(pieces) == 1
         made = [steps[0](pieces.popleft(), piece_last)]
         if made[0].shape[1] or piece_last:
-            yield from _flow(steps[1:], made, piece_last, window_bytes)
+            yield from _flow(steps[1:], made, piece_last, window_bytes, between)
 
 
 def _cut(x_BFHWC: Tensor, growth: float, window_bytes: int) -> Sequence[Tensor]:
@@ -287,13 +295,19 @@ def decode_stream(
     """What vae.decode gives, as (B, 3, n, H, W) pieces of consecutive frames, in order.
 
     window_bytes: of one layer's widest tensor; decides memory and speed, never the result beyond the rounding of other
-    kernels. tick: called with (frames done, frames in all). Otherwise and in what it raises as VideoVAE.decode.
+    kernels. tick: called with (frames done, frames in all), before every layer of a window too, so that a run can be
+    ended there. Otherwise and in what it raises as VideoVAE.decode.
     """
     latent_BCFHW, timestep = vae.for_decoder(latent_BCFHW, timestep, generator)
     _check_mirrored(vae.decoder.conv_in, latent_BCFHW)
     patch, frames = vae.config.patch, (latent_BCFHW.shape[2] - 1) * vae.config.compression.time + 1
     window, done = [rearrange(latent_BCFHW, "B C F H W -> B F H W C")], 0
-    for patches in _flow(decoding_steps(vae.decoder, timestep), window, True, window_bytes):
+    steps = decoding_steps(vae.decoder, timestep)
+
+    def between() -> None:
+        tick(done, frames)
+
+    for patches in _flow(steps, window, True, window_bytes, between):
         pixels = rearrange(patches, "B F H W (C q p) -> B C F (H p) (W q)", p=patch, q=patch)
         done += pixels.shape[2]
         tick(done, frames)

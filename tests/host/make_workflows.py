@@ -18,7 +18,7 @@ BUTTONS = {"LoadImage": ["image"], "LoadVideo": ["image"], "LoadAudio": ["", ""]
 COLUMN, GAP, TOP = 40, 50, 120
 WIDTHS = {"LockstepTextEncode": 400, "SaveVideo": 400, "LoadImage": 320, "MarkdownNote": 400}
 HEIGHTS = {"LockstepTextEncode": 220, "SaveVideo": 440, "SaveAnimatedWEBP": 400, "LoadImage": 330, "LoadVideo": 330,
-           "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140}  # fmt: skip
+           "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110}  # fmt: skip
 
 RED_BALL = "a red ball bounces on a gray background"
 Link = tuple[str, int]
@@ -43,14 +43,19 @@ def sampler(conditioning: str = "text", **more: Any) -> Node:
     return "LockstepSampler", inputs | more
 
 
-def clip_out(video: Link = ("sampler", 0), audio: Link = ("sampler", 1)) -> dict[str, Node]:
+def clip_out(video: Link = ("sampler", 0), audio: Link = ("sampler", 1)) -> list[dict[str, Node]]:
     """From latents to a file."""
-    return {
-        "pictures": ("LockstepVAEDecode", {"model": ("loader", 0), "video": video}),
-        "sound": ("LockstepAudioDecode", {"model": ("loader", 0), "audio": audio}),
-        "clip": ("CreateVideo", {"images": ("pictures", 0), "fps": ("pictures", 1), "audio": ("sound", 0)}),
-        "save": save(),
-    }
+    return [
+        {
+            "pictures": ("LockstepVAEDecode", {"model": ("loader", 0), "video": video}),
+            "sound": ("LockstepAudioDecode", {"model": ("loader", 0), "audio": audio}),
+            "clip": (
+                "CreateVideo",
+                {"images": ("pictures", 0), "fps": ("pictures", 1), "audio": ("sound", 0)},
+            ),
+        },
+        {"save": save()},
+    ]
 
 
 def save() -> Node:
@@ -72,7 +77,7 @@ WORKFLOWS: dict[str, tuple[str, list[dict[str, Node]]]] = {
 - **Model**: *embedded* needs no download. Files of `models/checkpoints` are in the same list.
 
 The pictures' rate goes from Lockstep VAE Decode to Create Video, so that picture and sound end together.""",
-        [{"loader": loader()}, {"text": text()}, {"sampler": sampler()}, clip_out()],
+        [{"loader": loader()}, {"text": text()}, {"sampler": sampler()}, *clip_out()],
     ),
     "image_to_clip": (
         """**A clip that begins with your picture.** Choose it in Load Image and press Run.
@@ -85,7 +90,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
             {"loader": loader(), "image": picture()},
             {"text": text(), "first": image_encode("text", "image", 0)},
             {"sampler": sampler("first")},
-            clip_out(),
+            *clip_out(),
         ],
     ),
     "first_and_last_frame": (
@@ -102,7 +107,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
                 "last": image_encode("first", "other", -1),
             },
             {"sampler": sampler("last")},
-            clip_out(),
+            *clip_out(),
         ],
     ),
     "keyframes": (
@@ -119,7 +124,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
                 "late": image_encode("early", "other", -5, 0.9),
             },
             {"sampler": sampler("late")},
-            clip_out(),
+            *clip_out(),
         ],
     ),
     "portrait": (
@@ -131,7 +136,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
             {"loader": loader()},
             {"text": text("a blue star swings on a navy background")},
             {"sampler": sampler(aspect="9:16", seconds=2.0)},
-            clip_out(),
+            *clip_out(),
         ],
     ),
     "landscape": (
@@ -144,7 +149,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
             {"loader": loader()},
             {"text": text("a green square slides on a black background", "rain and wind")},
             {"sampler": sampler(aspect="16:9", fps=16.0, stg=1.0)},
-            clip_out(),
+            *clip_out(),
         ],
     ),
     "image_nodes_before_and_after": (
@@ -289,7 +294,7 @@ Only the model that made them can decode them.""",
                 "loader": loader(),
                 "file": ("LockstepLoadAVLatent", {"file": "latents/lockstep_00001_.latent [output]"}),
             },
-            clip_out(("file", 0), ("file", 0)),
+            *clip_out(("file", 0), ("file", 0)),
         ],
     ),
 }

@@ -3,9 +3,7 @@
 import io
 import json
 import os
-import shutil
 import time
-import wave
 from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
@@ -14,15 +12,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from comfyui import PACK, ROOT, ComfyUI, Listener, SetupError, serve, set_up
+from comfyui import PACK, ROOT, ComfyUI, Listener
 from PIL import Image
-from random_model import write_random_model
 
 from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import Engine
 from lockstep.model.latents.file import read_latents
-from lockstep.model.media import read_clip, write_clip
-from lockstep.model.values import Clip
+from lockstep.model.media import read_clip
 
 pytestmark = pytest.mark.host
 
@@ -46,53 +42,6 @@ CORE = {
 STEPS = 2
 # writes what the repository keeps of a run: what ComfyUI shows of the nodes, and thumbnails of the workflows
 FREEZE = bool(os.environ.get("LOCKSTEP_FREEZE"))
-# of the old kind, and with modules of the same names as ours
-ANOTHER_PACK = """
-import sys, types
-for name in ("model", "model.engine", "sockets", "lockstep_types"):
-    sys.modules.setdefault(name, types.ModuleType(name))
-
-class Shout:
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"text": ("STRING", {"default": "a"})}})
-    RETURN_TYPES, FUNCTION, CATEGORY = ("STRING",), "shout", "another"
-
-    def shout(self, text):
-        return (text.upper(),)
-
-NODE_CLASS_MAPPINGS = {"AnotherShout": Shout}
-"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    furnish(base)
-    try:
-        with serve(
-            set_up(), base, "--extra-model-paths-config", str(base / "extra_model_paths.yaml")
-        ) as running:
-            yield running
-    except SetupError as error:
-        pytest.fail(str(error), pytrace=False)
-
-
-def furnish(base: Path) -> None:
-    """Models, pictures, a clip, a sound and another pack, as a user has them."""
-    checkpoints, elsewhere = base / "models" / "checkpoints", base / "elsewhere"
-    for folder in (checkpoints, elsewhere / "ltx", base / "input", base / "custom_nodes" / "another-pack"):
-        folder.mkdir(parents=True)
-    write_random_model(checkpoints / "random.safetensors")
-    shutil.copy(checkpoints / "random.safetensors", elsewhere / "ltx" / "other.safetensors")
-    (checkpoints / "damaged.safetensors").write_bytes(b"no weights at all")
-    extra = f"mine:\n  base_path: {elsewhere}\n  diffusion_models: .\n"
-    (base / "extra_model_paths.yaml").write_text(extra, encoding="utf-8")
-    frames = torch.linspace(0, 1, 30 * 48 * 80 * 3).reshape(30, 48, 80, 3)
-    tone = torch.sin(torch.arange(40000) * 0.2)[None] * 0.5
-    write_clip(base / "input" / "clip.mp4", Clip(frames, tone, 12.0, 16000))
-    with wave.open(str(base / "input" / "sound.wav"), "wb") as file:
-        file.setparams((1, 2, 22050, 0, "NONE", ""))
-        file.writeframes((torch.sin(torch.arange(55000) * 0.1) * 9000).short().numpy().tobytes())
-    (base / "custom_nodes" / "another-pack" / "__init__.py").write_text(ANOTHER_PACK, encoding="utf-8")
 
 
 @pytest.fixture
@@ -538,6 +487,31 @@ def test_interrupt_stops_within_a_step_and_the_next_run_works(server: ComfyUI, g
         result = server.result(prompt_id, seconds=30)
     assert "execution_interrupted" in result.messages
     assert server.run(with_seed(graph, 42)).status == "success"
+
+
+def test_a_decode_can_be_interrupted(server: ComfyUI, graph: dict):
+    graph["3"]["inputs"] |= {"aspect": "16:9", "seconds": 4.0, "fps": 24.0, "steps": 1}
+    with Listener(server, "stopper") as listener:
+        prompt_id = server.queue(with_seed(graph, 43), "stopper")
+        listener.wait_for("progress", node="4")
+        server.post("/interrupt", {"prompt_id": prompt_id})
+        result = server.result(prompt_id, seconds=60)
+    assert result.messages["execution_interrupted"]["node_id"] == "4"
+    assert server.run(with_seed(graph, 43)).status == "success"
+
+
+@pytest.mark.parametrize(
+    ("node", "task"), [("3", "sampling 13 frames of 64x64"), ("4", "decoding 13 frames")]
+)
+def test_missing_memory_is_told_by_the_node_that_needs_it(server: ComfyUI, graph: dict, node: str, task: str):
+    graph["poor"] = {"class_type": "AnotherNoMemory", "inputs": {"model": ["1", 0]}}
+    graph[node]["inputs"]["model"] = ["poor", 0]
+    result = server.run(with_seed(graph, 44))
+    assert result.messages["execution_error"]["node_id"] == node
+    assert result.error.startswith(f"out of memory while {task}")
+    assert "make the clip smaller or shorter" in result.error
+    graph[node]["inputs"]["model"] = ["1", 0]
+    assert server.run(graph).status == "success"
 
 
 def free(server: ComfyUI, **what: bool) -> None:

@@ -1,0 +1,84 @@
+"""One ComfyUI for all tests of this folder, furnished as a user's."""
+
+import shutil
+import wave
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui import SetupError, serve, set_up
+from random_model import write_random_model
+
+from lockstep.model.media import write_clip
+from lockstep.model.values import Clip
+
+# of the old kind, and with modules of the same names as ours; NoMemory stands for a machine without any left
+ANOTHER_PACK = """
+import sys, types
+import torch
+for name in ("model", "model.engine", "sockets", "lockstep_types"):
+    sys.modules.setdefault(name, types.ModuleType(name))
+
+class Shout:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"text": ("STRING", {"default": "a"})}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("STRING",), "shout", "another"
+
+    def shout(self, text):
+        return (text.upper(),)
+
+class Poor:
+    def __init__(self, engine):
+        self.engine = engine
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def sample(self, *_, **__):
+        return torch.empty(2**50)
+
+    decode_video = sample
+
+class NoMemory:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("LOCKSTEP_MODEL",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LOCKSTEP_MODEL",), "make", "another"
+
+    def make(self, model):
+        return (Poor(model),)
+
+NODE_CLASS_MAPPINGS = {"AnotherShout": Shout, "AnotherNoMemory": NoMemory}
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    furnish(base)
+    try:
+        host = set_up()
+    except SetupError as error:
+        pytest.skip(str(error))
+    with serve(host, base, "--extra-model-paths-config", str(base / "extra_model_paths.yaml")) as running:
+        yield running
+
+
+def furnish(base: Path) -> None:
+    """Models, pictures, a clip, a sound and another pack, as a user has them."""
+    checkpoints, elsewhere = base / "models" / "checkpoints", base / "elsewhere"
+    for folder in (checkpoints, elsewhere / "ltx", base / "input", base / "custom_nodes" / "another-pack"):
+        folder.mkdir(parents=True)
+    write_random_model(checkpoints / "random.safetensors")
+    shutil.copy(checkpoints / "random.safetensors", elsewhere / "ltx" / "other.safetensors")
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    # a page that has been used before: no welcome over it
+    settings.write_text('{"Comfy.TutorialCompleted": true, "Comfy.Minimap.Visible": false}', encoding="utf-8")
+    (checkpoints / "damaged.safetensors").write_bytes(b"no weights at all")
+    extra = f"mine:\n  base_path: {elsewhere}\n  diffusion_models: .\n"
+    (base / "extra_model_paths.yaml").write_text(extra, encoding="utf-8")
+    frames = torch.linspace(0, 1, 30 * 48 * 80 * 3).reshape(30, 48, 80, 3)
+    tone = torch.sin(torch.arange(40000) * 0.2)[None] * 0.5
+    write_clip(base / "input" / "clip.mp4", Clip(frames, tone, 12.0, 16000))
+    with wave.open(str(base / "input" / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 22050, 0, "NONE", ""))
+        file.writeframes((torch.sin(torch.arange(55000) * 0.1) * 9000).short().numpy().tobytes())
+    (base / "custom_nodes" / "another-pack" / "__init__.py").write_text(ANOTHER_PACK, encoding="utf-8")

@@ -1,0 +1,118 @@
+"""The pack in ComfyUI's own page: every workflow opens without complaint and sends what its twin says; one is run.
+
+Needs Chromium and node; playwright-core is fetched from the package index beside the ComfyUI that is tested.
+LOCKSTEP_FREEZE=1 writes the README's screenshot and the pictures of the help pages.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from comfyui import ROOT, SetupError, run, set_up
+from PIL import Image
+
+pytestmark = pytest.mark.host
+
+HERE = Path(__file__).parent
+FREEZE = bool(os.environ.get("LOCKSTEP_FREEZE"))
+PLAYWRIGHT = "playwright-core@1.65.1"
+PLAYERS = ("audioUI", "video-preview")  # of the page's own, sent along with what they play
+SCHEMA = json.loads((HERE / "object_info.json").read_text(encoding="utf-8"))
+OURS = sorted(name for name in SCHEMA if name.startswith("Lockstep"))
+WORKFLOWS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "workflows").glob("*.json")
+}
+
+
+@pytest.fixture(scope="module")
+def seen(server, tmp_path_factory) -> dict:
+    """What the page showed."""
+    folder = tmp_path_factory.mktemp("browser")
+    try:
+        chromium, node, playwright = find_browser()
+    except SetupError as error:
+        pytest.skip(str(error))
+    workflows = [{"name": name, "content": content} for name, content in sorted(WORKFLOWS.items())]
+    task = {
+        "server": f"http://127.0.0.1:{server.port}",
+        "chromium": chromium,
+        "playwright": str(playwright),
+        "workflows": workflows,
+        "run": "text_to_clip",
+        "screenshot": str(ROOT / "web/screenshot.jpg" if FREEZE else folder / "screenshot.jpg"),
+        "nodes": OURS,
+        "pictures": str(ROOT / "web/docs") if FREEZE else None,
+    }
+    (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    done = subprocess.run(
+        [node, HERE / "browser.mjs", folder / "task.json"], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]) | {"screenshot": task["screenshot"]}
+
+
+def find_browser() -> tuple[str, str, Path]:
+    """Chromium, node and the folder in which playwright-core lies. Raises SetupError if one cannot be had."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if not chromium or not node or not npm:
+        raise SetupError("no Chromium or no node here: apt-get install chromium nodejs npm")
+    folder = set_up() / "browser"
+    if not (folder / "node_modules" / "playwright-core").exists():
+        folder.mkdir(exist_ok=True)
+        run(
+            "install playwright-core",
+            npm,
+            "install",
+            "--prefix",
+            folder,
+            "--no-audit",
+            "--no-fund",
+            PLAYWRIGHT,
+        )
+    return chromium, node, folder
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
+def test_a_workflow_opens_without_complaint_and_is_what_its_twin_says(seen: dict, name: str):
+    opened = seen["opened"][name]
+    assert opened["complaints"] == []
+    assert opened["broken"] == []
+    sent = {
+        number: {
+            "class_type": node["class_type"],
+            "inputs": {name: value for name, value in node["inputs"].items() if name not in PLAYERS},
+        }
+        for number, node in opened["output"].items()
+    }
+    assert sent == json.loads((HERE / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_a_press_of_run_makes_a_clip_and_previews_on_the_way(seen: dict):
+    heard = seen["ran"]["heard"]
+    assert heard.get("execution_success") == 1
+    assert heard["progress"] >= 20
+    assert heard["b_preview_with_metadata"] >= 2
+    assert any(output.get("animated") for output in seen["ran"]["outputs"].values())
+    picture = Image.open(seen["screenshot"])
+    assert picture.size == (1600, 900)
+    assert len(set(picture.resize((160, 90)).convert("L").getdata())) > 50  # something was drawn
+
+
+def test_the_model_s_socket_has_its_colour(seen: dict):
+    assert seen["ran"]["color"] == "#e8a33d"
+
+
+def test_the_page_throws_no_error(seen: dict):
+    assert seen["errors"] == []
+
+
+@pytest.mark.parametrize("node", OURS)
+def test_a_help_page_comes_with_its_picture(seen: dict, node: str):
+    assert seen["helped"][node]["title"] == f"# {SCHEMA[node]['display_name']}"
+    assert seen["helped"][node]["widths"]
+    assert all(seen["helped"][node]["widths"])

@@ -1,0 +1,67 @@
+"""The pack as ComfyUI's own tools see it: the registry's check, a shared workflow from the command line, its requirements."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from comfyui import ROOT, SetupError, run, set_up
+
+pytestmark = pytest.mark.host
+
+COMFY_CLI = "comfy-cli==1.23.0"
+
+
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory):
+    """The command `comfy`, with a home of its own."""
+    home = tmp_path_factory.mktemp("home")
+    try:
+        folder = set_up() / "cli"
+        command = folder / "bin" / "comfy"
+        if not command.exists():
+            run("create a virtual environment", set_up() / "bin" / "python", "-m", "venv", folder)
+            run("install comfy-cli", folder / "bin" / "python", "-m", "pip", "install", "--quiet", COMFY_CLI)
+    except SetupError as error:
+        pytest.skip(str(error))
+
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [command, "--skip-prompt", *arguments],
+            cwd=ROOT,
+            env=os.environ | {"HOME": str(home), "DO_NOT_TRACK": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return call
+
+
+def test_the_registry_finds_nothing_to_complain_about(comfy):
+    done = comfy("node", "validate")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "All validation checks passed" in said
+    assert "warning" not in said.lower(), said
+
+
+def test_a_shared_workflow_runs_from_the_command_line(server, comfy):
+    before = set((server.base / "output").rglob("*.mp4"))
+    workflow = ROOT / "workflows/text_to_clip.json"
+    address = ("--host", "127.0.0.1", "--port", str(server.port))
+    done = comfy("--json", "run", "--workflow", workflow, *address, "--wait", "--timeout", "200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(set((server.base / "output").rglob("*.mp4")) - before) == 1
+
+
+def test_installing_the_pack_changes_no_package_of_comfyui():
+    """In a ComfyUI with its own requirements, pip has nothing to do for ours."""
+    try:
+        python = set_up() / "bin" / "python"
+    except SetupError as error:
+        pytest.skip(str(error))
+    pip = ("-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", "-")
+    report = json.loads(run("ask pip", python, *pip, "-r", ROOT / "requirements.txt"))
+    assert report["install"] == []
