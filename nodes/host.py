@@ -37,6 +37,7 @@ DEVICES = ("auto", "cpu")
 OFFLOADS = ("auto", "always")
 LATENT_SUFFIX = ".latent"
 _FOLDERS = ("checkpoints", "diffusion_models")
+_PART_FOLDERS = ("text_encoders", "vae")
 _PREVIEW_PIXELS = 512
 _PREVIEW_FPS = 8.0
 _EVERYTHING = 1e30  # bytes to free: the host's own word for all
@@ -72,7 +73,9 @@ def open_engine(choice: str, device: str = "auto", precision: str = "auto", offl
     with _lock:
         engine = _engines.get(key)
         if engine is None:
-            engine = Engine(_find(choice), where, _Placement(where, offload), precision)
+            engine = Engine(
+                _find(choice), where, _Placement(where, offload), folders=_folders(), precision=precision
+            )
             _engines[key] = engine
         return engine
 
@@ -82,6 +85,11 @@ def file_signature(choice: str) -> tuple[str, int, int]:
     path = _find(choice).resolve()
     facts = path.stat() if path.exists() else None
     return (str(path), facts.st_mtime_ns, facts.st_size) if facts else (str(path), 0, 0)
+
+
+def _folders() -> list[str]:
+    """Where the parts of a model that comes in several files may lie."""
+    return [path for kind in (*_FOLDERS, *_PART_FOLDERS) for path in folder_paths.get_folder_paths(kind)]
 
 
 def _find(choice: str) -> Path:

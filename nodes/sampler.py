@@ -195,14 +195,18 @@ class LockstepSampler(io.ComfyNode):
         task = f"sampling {shape.frames} frames of {shape.width}x{shape.height}"
         look = partial(model.preview, shape=shape)
         with host.Reporter(cls.hidden.unique_id, task, look, shape.fps) as report:
+            kept = kept_parts(given, shape)
             latents = model.sample(
                 script.text,
                 shape,
                 [encode_picture(model, picture, shape, report) for picture in script.pictures],
                 SampleSettings(steps or None, guidance, sampler),
                 seed,
+                given_video=kept.get("given_video"),
+                given_audio=kept.get("given_audio"),
+                video_mask=kept.get("video_mask"),
+                audio_mask=kept.get("audio_mask"),
                 progress=report,
-                **kept_parts(given, shape),
             )
         return io.NodeOutput(*to_latents(latents, host.join_latents))
 
@@ -250,9 +254,9 @@ def encode_picture(model: Engine, picture: Picture, shape: ClipShape, report: ho
     return model.encode_image(picture.image, shape, frame, picture.strength, report, picture.mask)
 
 
-def kept_parts(given: dict[str, Stream], shape: ClipShape) -> dict[str, Tensor | None]:
+def kept_parts(given: dict[str, Stream], shape: ClipShape) -> dict[str, Tensor]:
     """Streams of which at least a part stays, as Engine.sample takes them. Raises ShapeError for sound that is too short."""
-    parts: dict[str, Tensor | None] = {}
+    parts: dict[str, Tensor] = {}
     for name, stream in given.items():
         fitted = fit_sound_to(stream, shape) if name == "audio" else stream
         if fitted.mask is not None:

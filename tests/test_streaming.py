@@ -118,7 +118,8 @@ def test_progress_counts_frames_and_can_stop_the_decode():
     for _ in decode_stream(VAES["2.3"], latent, 2**10, lambda done, total: ticks.append((done, total))):
         pass
     assert ticks[-1] == (17, 17)
-    assert [done for done, _ in ticks] == sorted({done for done, _ in ticks})
+    assert ticks == sorted(ticks)  # layers in between repeat the count
+    assert len(set(ticks)) > 3
 
     def stop(done: int, total: int) -> None:
         raise Cancelled("enough")
