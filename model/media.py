@@ -29,6 +29,11 @@ AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64
 _AAC_FRAME_SAMPLES = 1024
 _LAYOUTS = {1: "mono", 2: "stereo"}
 _MAX_PIXELS = 100_000_000  # a 10000x10000 picture takes 1.2 GB as float32
+_LEAST_FPS, _MOST_FPS = 0.1, 1000
+_FEW_FRAMES, _MOST_REPEATS = (
+    3000,
+    60,
+)  # a picture may be held for long in a slide show, but not in every file for ever
 _BT709 = 1  # the same number names primaries, transfer and matrix (ITU-T H.273)
 _UNSPECIFIED = 2  # matrix not said (ITU-T H.273)
 # Without these flags swscale rounds chroma down and repeats it, which shifts plain colours by up to 4/255.
@@ -71,6 +76,11 @@ def read_clip(path: str | Path) -> Clip:
         raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
     except MediaError as error:
         raise MediaError(f"{path} {error}") from error
+    except MemoryError as error:
+        raise MediaError(f"{path} does not fit into memory: cut it or make it smaller") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # what damaged headers make of sizes, times and formats
+        raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
 
 
 def stream_seconds(path: str | Path) -> tuple[float, float | None]:
@@ -272,6 +282,8 @@ def _decode(container: InputContainer) -> Clip:
     if not container.streams.video:
         raise MediaError("holds no picture")
     video = container.streams.video[0]
+    if video.width * video.height > _MAX_PIXELS:
+        raise MediaError(f"has pictures of {video.width}x{video.height} pixels: 100 million are the most")
     audio = container.streams.audio[0] if container.streams.audio else None
     pictures, sounds = [], []
     for frame in container.decode(*filter(None, (video, audio))):
@@ -279,11 +291,19 @@ def _decode(container: InputContainer) -> Clip:
     rate = video.average_rate or video.guessed_rate
     if not pictures or not rate:
         raise MediaError("holds no picture that can be decoded")
+    if not _LEAST_FPS <= rate <= _MOST_FPS:
+        raise MediaError(
+            f"says that it has {float(rate):g} frames per second: {_LEAST_FPS} to {_MOST_FPS} can be read"
+        )
     start_seconds = pictures[0].time or 0.0
     frames_FHWC = _constant_rate(pictures, float(rate), start_seconds)
-    samples = round(frames_FHWC.shape[0] / rate * audio.rate) if audio else 0
-    waveform_CS = _joined(sounds, samples, start_seconds) if sounds else None
-    return Clip(frames_FHWC, waveform_CS, float(rate), audio.rate if audio else 0)
+    if not sounds:
+        return Clip(frames_FHWC, None, float(rate), audio.rate if audio else 0)
+    sample_rate_hz = sounds[0].sample_rate  # the header's own may be wrong, as in HE-AAC
+    if sample_rate_hz <= 0:
+        raise MediaError(f"says that its sound has {sample_rate_hz} samples per second")
+    samples = round(frames_FHWC.shape[0] / rate * sample_rate_hz)
+    return Clip(frames_FHWC, _joined(sounds, samples, start_seconds), float(rate), sample_rate_hz)
 
 
 def _constant_rate(pictures: list[av.VideoFrame], fps: float, start_seconds: float) -> Tensor:
@@ -292,7 +312,12 @@ def _constant_rate(pictures: list[av.VideoFrame], fps: float, start_seconds: flo
         index if picture.time is None else round((picture.time - start_seconds) * fps)
         for index, picture in enumerate(pictures)
     ]
-    shown = np.searchsorted(places, np.arange(places[-1] + 1), side="right") - 1
+    order = np.argsort(places, kind="stable")
+    places = np.array(places)[order]
+    count = max(1, int(places[-1]) + 1)
+    if count > max(_FEW_FRAMES, _MOST_REPEATS * len(pictures)):
+        raise MediaError(f"has {len(pictures)} pictures with times for {count}: its time stamps are damaged")
+    shown = order[(np.searchsorted(places, np.arange(count), side="right") - 1).clip(0)]
     size = pictures[0].width, pictures[0].height
     pixels = torch.from_numpy(np.stack([_pixels(pictures[index], *size) for index in shown]))
     return pixels.float() / 255

@@ -1,11 +1,37 @@
 """Reads a published config section key by key, and refuses by name whatever was not asked for."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from .errors import UnsupportedModelError
+from .errors import LockstepError, UnsupportedModelError
 
 _REQUIRED = object()
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever fails on a value of the wrong kind inside, which only a file can cause, becomes UnsupportedModelError."""
+    try:
+        yield
+    except LockstepError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        reason = str(error) or type(error).__name__
+        raise UnsupportedModelError(
+            f"the checkpoint's {name} holds a value of the wrong kind: {reason}"
+        ) from error
+
+
+def check_number(name: str, value: Any, least: float, whole: bool = False) -> None:
+    """Raises UnsupportedModelError unless the value is a finite number of at least `least`."""
+    right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not right or not math.isfinite(value) or value < least:
+        kind = "whole number" if whole else "number"
+        raise UnsupportedModelError(
+            f"the checkpoint's {name} should be a {kind} of {least:g} or more, got {value!r:.60}"
+        )
 
 
 class Options:
@@ -16,6 +42,10 @@ class Options:
     """
 
     def __init__(self, section: Mapping[str, Any], name: str):
+        if not isinstance(section, Mapping):
+            raise UnsupportedModelError(
+                f"the checkpoint's {name} config should be a section, found {section!r:.60}"
+            )
         self._left = dict(section)
         self._name = name
 

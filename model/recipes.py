@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import CheckpointError, ShapeError, WorkflowError
-from .options import Options
+from .options import Options, check_number, reading
 from .sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
 from .sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE, Sigmas
 from .shapes import AudioRate, ClipShape, Compression, nearest_frames
@@ -39,8 +39,13 @@ class Recipe:
         """Reads the JSON under the metadata key `recipe` of a checkpoint that this project packed."""
         try:
             section = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise CheckpointError(f"the checkpoint's recipe is no JSON: {error}") from error
+        with reading("recipe"):
+            return cls._from_section(section)
+
+    @classmethod
+    def _from_section(cls, section: Mapping) -> "Recipe":
         options = Options(section, "recipe")
         guidance = options.section("guidance", {})
         names = ("cfg_video", "cfg_audio", "rescale_video", "rescale_audio")
@@ -51,6 +56,19 @@ class Recipe:
         values = {name: options.take(name) for name in plain if name in section}
         values |= {name: tuple(options.take(name)) for name in limits if name in section}
         options.close()
+        for name, value in values.items():
+            for number in value if name in limits else (value,):
+                if number is not None or name != "schedule_tokens":
+                    check_number(
+                        f"recipe {name}",
+                        number,
+                        least=0 if name in limits else 1e-3 if name == "fps" else 1,
+                        whole=name in plain and name != "fps",
+                    )
+            if name in limits and len(value) != 2:
+                raise CheckpointError(
+                    f"the checkpoint's recipe {name} should be the least and the most, got {value!r}"
+                )
         return cls(guidance=Guidance(**weights), **values)
 
     def format_recipe(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..options import reading
 from . import keymap, structure
 from .description import ComponentDescription, ModelDescription
 from .header import Header, read_header
@@ -97,7 +98,8 @@ def component_config(files: Files, component: str) -> dict[str, Any]:
 
     Raises as structure.component_config does.
     """
-    return detect(files).component_config(as_headers(files), component)
+    with reading(f"{component} config"):
+        return detect(files).component_config(as_headers(files), component)
 
 
 def describe(source: str | Path | Files) -> ModelDescription:

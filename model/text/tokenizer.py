@@ -36,8 +36,11 @@ class WordTokenizer:
         """Reads the metadata entry `tokenizer` of an embedded checkpoint: {"words": [...], "content": [...]}."""
         try:
             entry = json.loads(text)
-            return cls(tuple(entry["words"]), frozenset(entry["content"]), longest)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            words, content = tuple(entry["words"]), frozenset(entry["content"])
+            if not all(isinstance(word, str) for word in (*words, *content)):
+                raise TypeError("a word that is no text")
+            return cls(words, content, longest)
+        except (json.JSONDecodeError, KeyError, RecursionError, TypeError) as error:
             raise CheckpointError(f"the checkpoint's tokenizer entry is damaged: {error!r}") from error
 
     def encode(self, prompt: str, required: bool = True) -> Tokens:
