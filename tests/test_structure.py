@@ -1,6 +1,7 @@
 """The walls of the pack: who imports whom, what is shipped, what an installation needs. Source is read, not imported."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,3 +165,11 @@ def test_readme_commands_install_the_extras_that_exist() -> None:
     assert 'pip install ".[standalone]"' in readme
     assert 'pip install -e ".[standalone,test]"' in readme
     assert "python -m pytest" in readme
+
+
+def test_the_table_of_complaints_names_tests_that_exist() -> None:
+    table = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in table.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 26))
+    for file, test in re.findall(r"`([\w/]+\.py)::(\w+)`", table):
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
