@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoint import keymap
 from .checkpoint.build import build, check_numbers, reading_config
+from .checkpoint.config_values import check_values
 from .checkpoint.description import ModelDescription
 from .checkpoint.families import component_config, describe
 from .checkpoint.header import Header, read_header
@@ -642,13 +643,17 @@ class Engine:
         section = component_config(self.headers, self._video_component)
         diffusion = self._video_component == keymap.VIDEO_VAE_DIFFUSION
         with reading_config(self._video_component, self.headers):
-            return (DiffusionVAEConfig if diffusion else VideoVAEConfig).from_published(section)
+            config = (DiffusionVAEConfig if diffusion else VideoVAEConfig).from_published(section)
+        check_values(config, self._video_component)
+        return config
 
     @cached_property
     def _audio_config(self) -> AudioVAEConfig:
         self.require(keymap.AUDIO_VAE)
         with reading_config(keymap.AUDIO_VAE, self.headers):
-            return AudioVAEConfig.from_published(component_config(self.headers, keymap.AUDIO_VAE))
+            config = AudioVAEConfig.from_published(component_config(self.headers, keymap.AUDIO_VAE))
+        check_values(config, keymap.AUDIO_VAE)
+        return config
 
     @property
     def _parameters(self) -> int:

@@ -682,6 +682,23 @@ def test_no_value_of_any_setting_of_the_transformer_is_a_crash(one_block, key):
             build_on_meta("transformer", fake_header(one_block, {"transformer": section}))
 
 
+CANNOT_BE = {
+    "vocoder": [("resblock_dilation_sizes", [[0, 3], [1, 3], [1, 3]]), ("output_sampling_rate", [1]), ("upsample_rates", [6.0, 5, 2, 2, 2])],
+    "audio_vae": [("hop_length", 0), ("hop_length", None), ("hop_length", -160), ("filter_length", True)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("component", "key", "value"), [(c, *case) for c, cases in CANNOT_BE.items() for case in cases]
+)
+def test_numbers_that_cannot_be_are_refused_as_they_are_read(component, key, value):
+    config = json.loads(json.dumps(published_config("2.0")))
+    section = config[component]["preprocessing"]["stft"] if component == "audio_vae" else config[component]
+    section[key] = value
+    with pytest.raises((CheckpointError, UnsupportedModelError)):
+        build_on_meta(component, fake_header(golden_keys("ltx-2.0"), config))
+
+
 def test_a_part_kept_in_another_file_is_asked_for():
     with pytest.raises(
         CheckpointError, match=r"4 missing: .*; text_embedding_projection must come from another file"

@@ -5,6 +5,7 @@ The reference models are written by `transformers` itself, as their folders are 
 
 import importlib
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,19 @@ def test_contexts_are_the_reference_s_padded_and_true_to_length(version, referen
             assert_near(stream, want, TOLERANCE * max(1.0, float(want.abs().max())))
 
 
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "language_model.", "language_model.model.", "model.language_model."]
+)
+def test_every_spelling_of_a_folder_is_the_same_model(prefix, tmp_path):
+    own = {name.removeprefix("model."): tensor for name, tensor in gemma_state("2.3").items()}
+    head = "language_model.lm_head.weight" if prefix.startswith("language") else "lm_head.weight"
+    extra = {head: torch.zeros(2, 2), "vision_tower.x": torch.zeros(1)}
+    save_file({prefix + name: tensor for name, tensor in own.items()} | extra, tmp_path / "gemma.safetensors")
+    header = read_header(tmp_path / "gemma.safetensors")
+    assert build_on_meta("language_model", header).state_dict().keys() == gemma_state("2.3").keys()
+    assert describe(header).unexpected == ()
+
+
 def test_the_built_model_is_the_folder_s_to_the_bit(reference, encoder):
     theirs = reference.model.language_model.state_dict()
     ours = encoder.model.state_dict()
@@ -189,6 +203,8 @@ def test_the_published_sizes_follow_from_their_tensors_and_fit_their_transformer
             json.dumps({"text_config": {"model_type": "llama"}}),
             "config is for 'llama', the tensors are gemma3_text",
         ),
+        (json.dumps({"query_pre_attn_scalar": -1}), "query_pre_attn_scalar=-1, which cannot be"),
+        (json.dumps({"rms_norm_eps": math.nan}), "rms_norm_eps=nan, which cannot be"),
         (json.dumps({"hidden_size": 23}), "hidden_size=23, the tensors show 24"),
     ],
 )
@@ -264,8 +280,11 @@ def test_a_prompt_is_stripped_begins_with_bos_and_is_cut_at_the_end():
 def test_a_tokenizer_that_is_damaged_or_another_model_s_is_refused():
     with pytest.raises(CheckpointError, match="the tokenizer's JSON is damaged"):
         GemmaTokenizer.from_json("{", 4)
+    other = json.loads(tokenizer_json().replace("<bos>", "<cls>"))
+    assert GemmaTokenizer.from_json(json.dumps(other), 4).encode("red").ids[0] == WORDS.index("<bos>")
+    other["post_processor"] = None
     with pytest.raises(CheckpointError, match="knows no <bos>"):
-        GemmaTokenizer.from_json(tokenizer_json().replace("<bos>", "<cls>"), 4)
+        GemmaTokenizer.from_json(json.dumps(other), 4)
 
 
 def test_absent_packages_of_the_tokenizer_are_one_sentence(library):

@@ -5,6 +5,7 @@ Source: spec sections 3 and 3.3; the loading rules are the house style's.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from io import BufferedReader
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, LockstepError, UnsupportedModelError
 from . import keymap
+from .config_values import check_values
 from .families import Family, Files, as_headers, detect, file_names
 from .gates import fold_gates, gated_linears
 from .header import Header, TensorInfo
@@ -64,7 +66,10 @@ def build_on_meta(component: str, files: Files, family: Family | None = None) ->
         )
     section = family.component_config(headers, component)
     with torch.device("meta"), reading_config(component, headers):
-        return family.modules[component](section)
+        module = family.modules[component](section)
+    if is_dataclass(config := getattr(module, "config", None)):
+        check_values(config, component)
+    return module
 
 
 @contextmanager

@@ -38,6 +38,10 @@ ALIASES: tuple[tuple[str, str, str], ...] = (
     ("first_stage_model.", VIDEO_VAE, ""),
     ("model.language_model.", LANGUAGE_MODEL, "model."),
     ("language_model.model.", LANGUAGE_MODEL, "model."),
+    ("language_model.", LANGUAGE_MODEL, "model."),
+    ("embed_tokens.", LANGUAGE_MODEL, "model.embed_tokens."),
+    ("layers.", LANGUAGE_MODEL, "model.layers."),
+    ("norm.weight", LANGUAGE_MODEL, "model.norm.weight"),
 )
 # Names without a component prefix: (first part, component).
 BARE: tuple[tuple[str, str], ...] = (
@@ -65,6 +69,7 @@ _UNUSED_STATISTICS = tuple(
 )
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     TRANSFORMER: ("scaled_fp8",),
+    LANGUAGE_MODEL: ("model.lm_head.*",),
     VIDEO_VAE: _UNUSED_STATISTICS,
     VIDEO_VAE_DIFFUSION: (*_UNUSED_STATISTICS, "decoder.type_emb", "coarse_*", "*.coarse_*"),
     "": (

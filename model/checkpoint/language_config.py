@@ -5,6 +5,7 @@ Source: spec section 1.2.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def language_config(headers: Sequence[Header], shapes: Shapes) -> dict[str, Any]
         return {"model_type": kind, **PUBLISHED[kind], **seen}
     if stated.get("model_type", kind) not in (kind, *_ALSO.get(kind, ())):
         raise CheckpointError(f"{path}: the config is for {stated['model_type']!r}, the tensors are {kind}")
+    for key, value in stated.items():
+        if type(value) in (int, float) and not key.endswith(("_id", "_index")) and not 0 <= value < math.inf:
+            raise CheckpointError(f"{path}: the language model's config says {key}={value}, which cannot be")
     for key, value in seen.items():
         if stated.get(key, value) != value:
             raise CheckpointError(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import keymap
+from .config_values import check_values
 
 Section = Mapping[str, Any]
 
@@ -50,13 +51,17 @@ def _audio_vae(section: Section) -> nn.Module:
 def _vocoder(section: Section) -> nn.Module:
     from ..codec.vocoder import VocoderConfig, build_vocoder
 
-    return build_vocoder(VocoderConfig.from_published(section))
+    config = VocoderConfig.from_published(section)
+    check_values(config, keymap.VOCODER)  # a single stage keeps only its own part
+    return build_vocoder(config)
 
 
 def _duration_head(section: Section) -> nn.Module:
     from ..text.duration_head import DurationHead, DurationHeadConfig
 
-    return DurationHead(DurationHeadConfig.from_published(section))
+    config = DurationHeadConfig.from_published(section)
+    check_values(config, keymap.DURATION_HEAD)
+    return DurationHead(config)
 
 
 def _upsampler(section: Section) -> nn.Module:

@@ -166,7 +166,7 @@ def _default_section(headers: Sequence[Header], component: str, shapes: Componen
     # each by its own tensors, since a split file may hold it alone; two share the transformer's section
     voters = {component, keymap.TRANSFORMER} if SECTIONS[component] == "transformer" else {component}
     version = structure_version({name: own for name, own in shapes.items() if name in voters})
-    config = published_config(version)
+    whole, config = structure_version(shapes), published_config(version)
     # what shares the key of its section with another component stands under its own name
     section = config.get(component, config.get(SECTIONS[component] or component))
     names = ", ".join(header.path.name for header in headers)
@@ -174,7 +174,11 @@ def _default_section(headers: Sequence[Header], component: str, shapes: Componen
         raise UnsupportedModelError(
             f"{names}: no config for {component} in the metadata, and none is published for it"
         )
-    say_once(names, component, version)
+    # where one structure serves several versions, that of the whole file is told
+    same = published_config(whole).get(SECTIONS[component] or component) == config.get(
+        SECTIONS[component] or component
+    )
+    say_once(names, component, whole if same else version)
     return dict(section)
 
 

@@ -110,6 +110,8 @@ class GemmaTokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         bos = tokenizer.token_to_id(_BOS)
+        if bos is None:  # under another name it shows in front of nothing
+            bos = next(iter(tokenizer.encode("", add_special_tokens=True).ids), None)
         if bos is None:
             raise CheckpointError(f"the tokenizer knows no {_BOS}: it does not belong to a Gemma model")
         return cls(lambda prompt: tokenizer.encode(prompt, add_special_tokens=False).ids, bos, longest)
