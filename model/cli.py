@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer", metavar="PATH", type=Path, help="tokenizer.json of the text encoder, or its folder")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--memory", choices=("resident", "offload", "stream"), help="where weights stay; default: what fits")
     add("--idle-seconds", metavar="S", type=_positive, help="rest first, to tell net from gross joules")
     add("--grams-per-kwh", metavar="G", type=_not_negative, help="CO2e of your electricity, for the report")
     add("--price-per-kwh", metavar="P", type=_not_negative, help="price of your electricity, for the report")
@@ -169,6 +170,7 @@ def _generate(parsed: argparse.Namespace) -> None:
         files=parsed.files,
         folders=_folders(parsed.folders),
         tokenizer=parsed.tokenizer,
+        memory=parsed.memory,
     )
     meter = EnergyMeter()
     if parsed.idle_seconds and meter.sources:

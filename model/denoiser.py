@@ -146,7 +146,8 @@ class JointDenoiser:
             if not self._texts_last:
                 self._texts.clear()
         reused = text == "positive" and len(set(self.passes) - {"cond", "uncond"}) > 0
-        keeps = self._text_bytes(text) <= self.text_memory_bytes and (self._texts_last or reused)
+        texts = len({name == "uncond" for name in self.passes}) if self._texts_last else 1
+        keeps = texts * self._text_bytes <= self.text_memory_bytes and (self._texts_last or reused)
         memory = self._texts.setdefault(text, SharedText()) if keeps else None
         if len(self.passes) == 1 and memory is None:
             return None
@@ -157,11 +158,17 @@ class JointDenoiser:
         """Whether keys and values of the texts are those of every level."""
         return not self.transformer.config.prompt_timestep
 
-    def _text_bytes(self, text: str) -> int:
-        config, texts = self.transformer.config, len({p == "uncond" for p in self.passes})
+    @property
+    def kept_text_bytes(self) -> int:
+        """Keys and values of the texts that are kept now, once every block has made its own."""
+        return len(self._texts) * self._text_bytes
+
+    @property
+    def _text_bytes(self) -> int:
+        """Of one text in all blocks."""
+        config, context = self.transformer.config, self._streams[0].contexts["positive"]
         widths = config.video.width + config.audio.width
-        context = self._streams[0].contexts[text]
-        return 2 * config.layers * context.shape[1] * widths * context.element_size() * texts
+        return 2 * config.layers * context.shape[1] * widths * context.element_size()
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,13 +49,14 @@ from .errors import (
     UnsupportedModelError,
     WorkflowError,
 )
+from .forecast import Forecast
 from .latents.noise import seeded_generator
 from .latents.patchify import tokens_to_audio, tokens_to_video
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
 from .media import fit_image, fit_sound
 from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
-from .residency import stepping_down
+from .residency import Plan, Residence, StageNeed, free_bytes, stepping_down
 from .sampler.guidance import UNGUIDED, Guidance
 from .sampler.loop import denoise
 from .sampler.schedule import shifted_schedule
@@ -64,6 +65,7 @@ from .shapes import AudioRate, ClipShape, Compression
 from .text.duration_head import DurationHead, frames_for
 from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
+from .transformer.compiled import compile_blocks
 from .transformer.model import AVTransformer
 from .two_stage import Upscale, carried_audio, first_fps, first_size
 from .values import (
@@ -81,6 +83,7 @@ from .values import (
 )
 
 _logger = logging.getLogger("lockstep")
+_plan_logger = logging.getLogger("lockstep.memory")
 _DIGESTED_BYTES = 1_000_000_000
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
@@ -113,11 +116,13 @@ class Engine:
     """One checkpoint on one device.
 
     model: "embedded" or a path to a safetensors file. device: "auto", "cpu", "cuda" or a torch.device.
-    place: a host's memory manager, which owns where modules are from then on; None keeps them all on the device.
+    place: a host's memory manager, which owns where modules are from then on.
     precision: of the transformer, its text side and the video codec, a name in PRECISIONS.
     files: of further components (text encoder, codecs, duration head), which replace those of the checkpoint; each a
     file or a folder of shards. folders: searched for whatever component is still missing. tokenizer: a tokenizer.json
     or a folder with one, where the text encoder has none of its own.
+    memory: a policy of residency.POLICIES; None chooses before each clip that `generate` makes, and keeps all weights on
+    the device for single stages. compiled: whether the transformer's blocks are compiled at their first use.
     Raises CheckpointError or UnsupportedModelError before any weight is read; a component that is nowhere is told
     when it is needed.
     """
@@ -131,6 +136,8 @@ class Engine:
         folders: Sequence[str | Path] = (),
         tokenizer: str | Path | None = None,
         precision: str = "auto",
+        memory: str | None = None,
+        compiled: bool = False,
     ):
         if precision not in PRECISIONS:
             raise UnsupportedModelError(f"unknown precision {precision!r}: use {', '.join(PRECISIONS)}")
@@ -147,6 +154,9 @@ class Engine:
         self._modules: dict[str, nn.Module] = {}
         self._loras = LoraStack(self._places)
         self._upscalers: dict[Path, tuple[Header, LatentUpsampler | None]] = {}
+        self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
+        self._residence = Residence(self.device, memory)
+        self._compiled = compiled
         self._lock = threading.RLock()
 
     # -- what the checkpoint is ------------------------------------------------------------------------------------
@@ -539,7 +549,7 @@ class Engine:
 
     def preview(self, tokens_BTC: Tensor, shape: ClipShape) -> Tensor | None:
         """Frames (F, H, W, 3) of a clip in the making, from Progress.preview; None if that would cost too much."""
-        if self._parameters >= _SMALL_PARAMETERS:
+        if self._parameters >= _SMALL_PARAMETERS or self._residence.policy != "resident":
             return None
         grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         video = tokens_to_video(tokens_BTC[:, : shape.video_tokens].cpu(), *grid)
@@ -569,6 +579,7 @@ class Engine:
             *self._loras.read((*request.loras, *request.refine_loras)),
             *self._stage_warnings(request, recipe),
         )
+        self._say_plan(shape, request, recipe)
         with clock.stage("load"):
             self.load()
         with clock.stage("text"):
@@ -600,29 +611,48 @@ class Engine:
         )
 
     def load(self) -> None:
-        """Reads every component that a clip needs, once. Raises CheckpointError before that if one is nowhere."""
-        needed = (self._text_component, keymap.CONNECTORS, keymap.TRANSFORMER, self._video_component)
-        needed += (keymap.AUDIO_VAE, keymap.VOCODER)
-        self.require(*needed)
-        for component in needed:
-            self._module(component)
+        """Reads every component that a clip needs, once; only what is used at a time where memory is short.
+
+        Raises CheckpointError before that if one is nowhere.
+        """
+        self.require(*self._needed)
+        if self._residence.policy == "resident":
+            for component in self._needed:
+                self._module(component)
+
+    def plan(self, shape: ClipShape, guidance: Guidance | None = None) -> Plan:
+        """The memory that a clip will need, from shapes alone; its policy, if none was given, rules from now on.
+
+        Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
+        """
+        guidance = guidance or self.recipe.guidance
+        key = (shape, guidance.passes)
+        if key not in self._forecasts:
+            forecast = Forecast(self.headers, self._needed, self._dtype, self.recipe.text_length)
+            self._forecasts[key] = forecast.needs(shape, guidance.passes, "perturbed" in guidance.passes)
+        budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
+        return self._residence.follow(self._forecasts[key], budget)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _module(self, component: str) -> nn.Module:
         with self._lock:
-            if component not in self._modules:
+            fresh = component not in self._modules
+            if fresh:
                 self.require(component)
-                module = build(component, self.headers, self._dtype(component))
-                self._modules[component] = module if self._place else module.to(self.device)
-                if self.device.type == "cuda" and not self._place:
-                    check_numbers(
-                        module, component, headers_of(self._places[component])
-                    )  # cheap where it is now
+                self._modules[component] = build(component, self.headers, self._dtype(component))
                 names = ", ".join(header.path.name for header in headers_of(self._places[component]))
                 _logger.info("loaded %s of %s", component, names)
+                if self._compiled and component == keymap.TRANSFORMER:
+                    compile_blocks(cast(AVTransformer, self._modules[component]))
             if self._place:
                 self._place(self._modules[component])
+            else:
+                self._residence.use(component, self._modules[component])
+                if fresh and self.device.type == "cuda":
+                    # cheap where it is now
+                    headers = headers_of(self._places[component])
+                    check_numbers(self._modules[component], component, headers)
             return self._modules[component]
 
     @property
@@ -636,6 +666,20 @@ class Engine:
     @property
     def _text_component(self) -> str:
         return keymap.TEXT_ENCODER if keymap.TEXT_ENCODER in self._places else keymap.LANGUAGE_MODEL
+
+    def _say_plan(self, shape: ClipShape, request: GenerateRequest, recipe: Recipe) -> None:
+        """The plan of a request before its run; on a CPU, where weights are mapped files, only for those who listen."""
+        if self.device.type == "cpu" and not _plan_logger.isEnabledFor(logging.INFO):
+            return
+        for path in request.upscalers:
+            shape = self.upscaler(path).grown(shape)
+        _plan_logger.info("%s", self.plan(shape, recipe.guidance).sentence())
+
+    @property
+    def _needed(self) -> tuple[str, ...]:
+        """The components that a clip goes through."""
+        text = (self._text_component, keymap.CONNECTORS)
+        return *text, keymap.TRANSFORMER, self._video_component, keymap.AUDIO_VAE, keymap.VOCODER
 
     @cached_property
     def _video_config(self) -> VideoVAEConfig | DiffusionVAEConfig:

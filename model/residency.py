@@ -1,13 +1,19 @@
-"""Memory: what a stage will need, and what to do when there is less."""
+"""Memory: what every stage will need, which weights are where while it runs, and what to do when there is less."""
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .errors import MemoryShortError
+from .errors import MemoryShortError, WorkflowError
 
 _logger = logging.getLogger("lockstep")
 _STEP_DOWN = 8
@@ -61,3 +67,294 @@ def free_cached() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+# Plans
+
+Policy = Literal["resident", "offload", "stream"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+_KEPT_FREE = 0.05  # of the budget, for what allocators round up
+
+
+@dataclass(frozen=True, slots=True)
+class StageNeed:
+    """What one stage holds on the device; bytes."""
+
+    name: str
+    weights: int
+    working: int
+    block: int = 0  # of these weights, those of one streamed block; 0: they cannot be streamed
+    fixed: int = 0  # of these weights, those outside of streamed blocks
+
+    @property
+    def whole(self) -> int:
+        return self.weights + self.working
+
+    @property
+    def streamed(self) -> int:
+        """With the block that runs, and the next one on its way."""
+        return self.fixed + 2 * self.block + self.working if self.block else self.whole
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which policy runs, and the memory it will need at its peak."""
+
+    policy: Policy
+    needs: tuple[StageNeed, ...]
+    budget: int | None  # bytes free for this model; None: unknown
+
+    @property
+    def peak(self) -> int:
+        return peak_of(self.policy, self.needs)
+
+    @property
+    def widest(self) -> StageNeed:
+        return max(self.needs, key=lambda need: need.streamed if self.policy == "stream" else need.whole)
+
+    def sentence(self) -> str:
+        """One line for people, before the run."""
+        how = {
+            "resident": "all weights stay on the device",
+            "offload": "one stage's weights at a time",
+            "stream": "the transformer's blocks come one by one",
+        }[self.policy]
+        free = "" if self.budget is None else f" of {_gigabytes(self.budget)} free"
+        return f"memory: {_gigabytes(self.peak)}{free} at the peak ({self.widest.name}); {how}"
+
+
+def peak_of(policy: Policy, needs: Sequence[StageNeed]) -> int:
+    """Bytes at the widest moment of a run under this policy."""
+    if policy == "resident":
+        return sum(need.weights for need in needs) + max(need.working for need in needs)
+    return max(need.streamed if policy == "stream" else need.whole for need in needs)
+
+
+def make_plan(needs: Sequence[StageNeed], budget: int | None, policy: str | None = None) -> Plan:
+    """The first policy that fits, from the fastest on; `policy` overrides.
+
+    budget: free bytes of the device; None, where they are unknown, keeps all resident.
+    Raises MemoryShortError if not even streaming fits, or the policy asked for does not.
+    """
+    given = check_policy(policy)
+    room = None if budget is None else budget * (1 - _KEPT_FREE)
+    for choice in POLICIES if given is None else (given,):
+        if room is None or peak_of(choice, needs) <= room:
+            return Plan(choice, tuple(needs), budget)
+    least = given or POLICIES[-1]
+    plan = Plan(least, tuple(needs), budget)
+    raise MemoryShortError(
+        f"{plan.widest.name} needs {_gigabytes(plan.peak)} even with policy {least!r}, {_gigabytes(budget or 0)} are free: "
+        "make the clip smaller or shorter, or free memory"
+    )
+
+
+def check_policy(policy: str | None) -> Policy | None:
+    """The policy itself; Raises WorkflowError for one that does not exist."""
+    if policy is not None and policy not in POLICIES:
+        raise WorkflowError(f"unknown memory policy {policy!r}: use {', '.join(POLICIES)}")
+    return cast(Policy | None, policy)
+
+
+def free_bytes(device: torch.device, held: int) -> int | None:
+    """What a run may use of a GPU, `held` bytes of this model included; None on a CPU, whose weights are mapped files."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached + held
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GB"
+
+
+class MemoryCount(TorchDispatchMode):
+    """Bytes of all tensors that operations make, while they are alive; on any device, meta included.
+
+    Run on meta it says what shapes alone will cost. What libraries take for themselves is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+        self._users: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return made
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self._users[key] += 1
+        if self._users[key] == 1:
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+        weakref.finalize(tensor, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self.alive -= size
+
+
+# Where weights are
+
+
+class HostWeights:
+    """A module's weights on the host, from which it is brought to a device and let go again without a copy back."""
+
+    def __init__(self, module: nn.Module, pin: bool = False, skip: Collection[int] = ()):
+        tensors = (*module.parameters(), *module.buffers())
+        self._tensors = [tensor for tensor in tensors if id(tensor) not in skip]
+        self._host = [_pinned(tensor.data) if pin else tensor.data for tensor in self._tensors]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._host)
+
+    def bring(self, device: torch.device, non_blocking: bool = False) -> None:
+        """Copies to the device; weights that are there already, as a CPU's are, stay as they are."""
+        for tensor, host in zip(self._tensors, self._host, strict=True):
+            tensor.data = host.to(device, non_blocking=non_blocking)
+
+    def let_go(self) -> None:
+        """Back to the host's own tensors: the device's copies are freed."""
+        for tensor, host in zip(self._tensors, self._host, strict=True):
+            tensor.data = host
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+
+
+class BlockStream:
+    """Brings a stack's blocks to the device one ahead of their use, and lets each go after it.
+
+    The first block stays, since what several passes share begins there. On a GPU copies run beside the computation, in
+    a stream of their own.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], device: torch.device, rest: HostWeights | None = None):
+        self._device, self._blocks, self._rest = device, list(blocks), rest
+        if rest is not None:
+            rest.bring(device)
+        pin = device.type == "cuda"
+        self._weights = [HostWeights(block, pin) for block in self._blocks]
+        self._copies = torch.cuda.Stream(device) if pin else None
+        self._here: dict[int, object] = {}  # index -> the event behind its copy
+        self._weights[0].bring(device)
+        self._hooks = []
+        for index, block in enumerate(self._blocks[1:], start=1):
+            self._hooks.append(block.register_forward_pre_hook(lambda *_, index=index: self._before(index)))
+            self._hooks.append(block.register_forward_hook(lambda *_, index=index: self._after(index)))
+
+    @classmethod
+    def of(cls, transformer: nn.Module, device: torch.device) -> "BlockStream":
+        """A transformer's `transformer_blocks` as a stream, everything else of it on the device."""
+        blocks = list(transformer.get_submodule("transformer_blocks").children())
+        inside = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
+        return cls(blocks, device, HostWeights(transformer, skip=inside))
+
+    @property
+    def blocks_here(self) -> int:
+        """Blocks whose weights are on the device now."""
+        return 1 + len(self._here)
+
+    @property
+    def bytes(self) -> int:
+        """Weights on the device now."""
+        rest = 0 if self._rest is None else self._rest.bytes
+        return rest + self._weights[0].bytes + sum(self._weights[index].bytes for index in self._here)
+
+    def let_go(self) -> None:
+        """Everything back on the host, hooks gone."""
+        for hook in self._hooks:
+            hook.remove()
+        for weights in (*self._weights, *([self._rest] if self._rest else [])):
+            weights.let_go()
+        self._here.clear()
+
+    def _before(self, index: int) -> None:
+        self._fetch(index)
+        event = self._here[index]
+        if isinstance(event, torch.cuda.Event):
+            torch.cuda.current_stream(self._device).wait_event(event)
+        following = index + 1 if index + 1 < len(self._blocks) else 1
+        if following != index:
+            self._fetch(following)
+
+    def _fetch(self, index: int) -> None:
+        if index in self._here:
+            return
+        # one block runs, one is on its way: whatever else a broken-off pass left here goes
+        for other in [i for i in self._here if i not in (index, index - 1)]:
+            self._after(other)
+        if self._copies is None:
+            self._weights[index].bring(self._device)
+            self._here[index] = None
+            return
+        # memory that the computation has just given back may be written only after it
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            self._weights[index].bring(self._device, non_blocking=True)
+            self._here[index] = self._copies.record_event()
+
+    def _after(self, index: int) -> None:
+        if self._here.pop(index, False) is not False:
+            self._weights[index].let_go()
+
+
+# components whose weights one stage uses together
+_TOGETHER = (
+    {"text_encoder", "language_model", "connectors"},
+    {"transformer"},
+    {"video_vae", "video_vae_diffusion"},
+    {"audio_vae", "vocoder"},
+)
+
+
+class Residence:
+    """Where one model's components are, under one policy; None: resident until a plan says otherwise."""
+
+    def __init__(self, device: torch.device, policy: str | None = None):
+        self._device, self._given = device, check_policy(policy)
+        self.policy: Policy = self._given or "resident"  # rules now
+        self._here: dict[str, HostWeights | BlockStream] = {}
+
+    @property
+    def bytes_here(self) -> int:
+        """Weights on the device now."""
+        return sum(weights.bytes for weights in self._here.values())
+
+    def follow(self, needs: Sequence[StageNeed], budget: int | None) -> Plan:
+        """The plan for these needs; from now on its policy rules, if none was given."""
+        plan = make_plan(needs, budget, self._given)
+        if plan.policy != self.policy:
+            self.leave()
+            self.policy = plan.policy
+        return plan
+
+    def use(self, component: str, module: nn.Module) -> None:
+        """Brings a component's weights to the device; under another policy than resident, others go first."""
+        if component in self._here:
+            return
+        if self.policy != "resident":
+            together = next((group for group in _TOGETHER if component in group), {component})
+            self.leave(except_for=together)
+        if self.policy == "stream" and component == "transformer":
+            self._here[component] = BlockStream.of(module, self._device)
+            return
+        weights = HostWeights(module)
+        weights.bring(self._device)
+        self._here[component] = weights
+
+    def leave(self, except_for: Collection[str] = ()) -> None:
+        """Frees what components hold on the device; their weights stay on the host."""
+        for component in [name for name in self._here if name not in except_for]:
+            self._here.pop(component).let_go()
+        free_cached()

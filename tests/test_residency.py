@@ -4,10 +4,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from test_audio_codec import assert_near
+from test_sharing import PASSES, make, tokens
 from torch import Tensor
 
-from lockstep.model.errors import MemoryShortError
-from lockstep.model.residency import stepping_down
+from lockstep.model.engine import Engine, SampleSettings
+from lockstep.model.errors import MemoryShortError, WorkflowError
+from lockstep.model.residency import (
+    BlockStream,
+    HostWeights,
+    MemoryCount,
+    Residence,
+    StageNeed,
+    make_plan,
+    stepping_down,
+)
 
 
 def test_a_stream_goes_on_with_smaller_windows_where_memory_ended():
@@ -40,3 +51,116 @@ def test_other_errors_pass_through():
 
     with pytest.raises(RuntimeError, match="something else"):
         list(stepping_down(stream, 2**24))
+
+
+def test_streamed_blocks_give_the_same_and_at_most_two_stand_beside_the_first():
+    denoiser = make("2.3", (2,), PASSES)
+    given = tokens(denoiser, 1)
+    whole = {name: denoiser(*given, 0.7, name) for name in PASSES}
+    stream, here = BlockStream.of(denoiser.transformer, torch.device("cpu")), []
+    for block in denoiser.transformer.transformer_blocks:
+        block.register_forward_hook(lambda *_: here.append(stream.blocks_here))
+    again = tokens(denoiser, 1)  # other tensors are another step
+    for name in PASSES:
+        for made, wanted in zip(denoiser(*again, 0.7, name), whole[name], strict=True):
+            assert_near(made, wanted, 1e-6)
+    assert max(here) <= 3
+    stream.let_go()
+
+
+def needs(*weights: int, working: int = 10) -> list[StageNeed]:
+    return [StageNeed(f"stage {index}", size, working) for index, size in enumerate(weights)]
+
+
+def test_the_fastest_policy_that_fits_is_chosen():
+    stages = [*needs(100, 200), StageNeed("sample", 1000, 50, block=100, fixed=50)]
+    assert make_plan(stages, None).policy == "resident"
+    assert make_plan(stages, 2000).policy == "resident"
+    assert make_plan(stages, 1200).policy == "offload"
+    assert make_plan(stages, 400).policy == "stream"
+    assert make_plan(stages, 2000, "offload").policy == "offload"
+
+
+def test_a_plan_says_its_peak_and_where_it_is():
+    stages = [*needs(2**30, 2**31), StageNeed("sample", 2**33, 2**30, block=2**28, fixed=2**28)]
+    plan = make_plan(stages, 6 * 2**30)
+    assert plan.peak == 2**31 + 10
+    assert plan.sentence() == (
+        "memory: 2.00 GB of 6.00 GB free at the peak (stage 1); the transformer's blocks come one by one"
+    )
+
+
+def test_what_fits_in_no_way_is_said_in_one_sentence():
+    with pytest.raises(MemoryShortError, match=r"stage 0 needs .* even with policy 'stream'"):
+        make_plan(needs(1000), 100)
+    with pytest.raises(WorkflowError, match="use resident, offload, stream"):
+        make_plan(needs(1), None, "magic")  # type: ignore[arg-type]
+
+
+def test_the_text_encoder_is_gone_before_the_transformer_comes():
+    residence = Residence(torch.device("cpu"), "offload")
+    modules = {name: torch.nn.Linear(4, 4) for name in ("text_encoder", "connectors", "transformer")}
+    for name in ("text_encoder", "connectors"):
+        residence.use(name, modules[name])
+    assert residence.bytes_here == 2 * 20 * 4
+    residence.use("transformer", modules["transformer"])
+    assert residence.bytes_here == 20 * 4
+
+
+def test_resident_weights_are_brought_once(monkeypatch):
+    brought = []
+    monkeypatch.setattr(HostWeights, "bring", lambda self, device, non_blocking=False: brought.append(self))
+    residence, module = Residence(torch.device("cpu")), torch.nn.Linear(4, 4)
+    for _ in range(3):
+        residence.use("transformer", module)
+    assert len(brought) == 1
+
+
+def test_bytes_are_counted_while_they_live():
+    with MemoryCount() as count:
+        a = torch.zeros(1000)
+        b = a[:10]
+        del a
+        held = count.alive
+        del b
+        torch.zeros(500)
+    assert (held, count.peak, count.alive) == (4000, 4000, 0)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("embedded", "cpu")
+
+
+@pytest.mark.parametrize("seconds", [1, 3])
+def test_a_forecast_meets_what_the_stages_really_hold(engine, seconds):
+    shape = engine.shape(seconds=seconds)
+    forecast = {need.name: need.working for need in engine.plan(shape).needs}
+    engine.load()
+
+    def measured(run):
+        with MemoryCount() as count:
+            made = run()
+        return count.peak, made
+
+    found = {}
+    found["text"], conditioning = measured(lambda: engine.encode_text("a red ball bounces"))
+    settings = SampleSettings(steps=2)
+    found["sample"], latents = measured(lambda: engine.sample(conditioning, shape, settings=settings))
+    found["video"], _ = measured(lambda: [len(piece) for piece in engine.video_frames(latents)])
+    found["audio"], _ = measured(lambda: engine.decode_audio(latents))
+    for stage, wanted in found.items():
+        assert forecast[stage] == pytest.approx(wanted, rel=0.15), stage
+
+
+def test_policies_make_the_same_clip(engine):
+    shape = engine.shape(seconds=1)
+    clips = []
+    for policy in (None, "offload", "stream"):
+        other = Engine("embedded", "cpu", memory=policy)
+        latents = other.sample(
+            other.encode_text("a red ball bounces"), shape, settings=SampleSettings(steps=2), seed=1
+        )
+        clips.append(other.decode_video(latents))
+    assert torch.equal(clips[0], clips[1])
+    assert torch.equal(clips[0], clips[2])

@@ -34,11 +34,22 @@ MAY_IMPORT = {
     "embedded": BASE | STAGES | {"checkpoint", "media", "measure"},
     "denoiser": BASE
     | {"conditioning", "latents", "sampler", "transformer"},  # where the sampler's function meets the model
+    "forecast": BASE | STAGES | {"checkpoint", "denoiser", "residency"},
     "recipes": BASE | {"sampler"},
     "two_stage": BASE,
     "engine": BASE
     | STAGES
-    | {"checkpoint", "embedded", "residency", "media", "measure", "denoiser", "recipes", "two_stage"},
+    | {
+        "checkpoint",
+        "embedded",
+        "residency",
+        "media",
+        "measure",
+        "denoiser",
+        "recipes",
+        "two_stage",
+        "forecast",
+    },
     "cli": BASE | {"engine", "checkpoint", "media", "measure", "recipes"},
 }
 NODES_MAY_IMPORT = {"engine", "embedded", "errors", "latents", "measure", "residency", "shapes", "values"}

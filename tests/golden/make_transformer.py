@@ -5,6 +5,7 @@ Run: python tests/golden/make_transformer.py (needs diffusers 0.42.1, Apache-2.0
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -56,6 +57,13 @@ def stream_options(stream: StreamConfig, prefix: str) -> dict:
 
 def reference_transformer(name: str) -> LTX2VideoTransformer3DModel:
     config = TransformerConfig.from_published(TRANSFORMERS[name])
+    return reference_of(config, seeded_state(AVTransformer(config)))
+
+
+def reference_of(
+    config: TransformerConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> LTX2VideoTransformer3DModel:
+    """Theirs with the weights of an AVTransformer of this structure."""
     model = LTX2VideoTransformer3DModel(
         **stream_options(config.video, ""),
         **stream_options(config.audio, "audio_"),
@@ -71,7 +79,8 @@ def reference_transformer(name: str) -> LTX2VideoTransformer3DModel:
         perturbed_attn=True,
         rope_type="split",
     )
-    model.load_state_dict({renamed(k): v for k, v in seeded_state(AVTransformer(config)).items()})
+    model = model.to(dtype)
+    model.load_state_dict({renamed(k): v for k, v in state.items()})
     return model.eval()
 
 

@@ -1,0 +1,141 @@
+"""The memory that each stage of a clip will need, before any weight is read: the stages themselves run on meta tensors.
+
+So a forecast follows every change of the code, and holds for each checkpoint. What libraries take beside tensors
+(workspaces of convolutions, fragmentation) is not in it, nor what a language model or the diffusion decoder hold beside
+their weights; packed weights count as unpacked ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from .checkpoint import keymap
+from .checkpoint.build import build_on_meta
+from .codec.audio_vae import AudioVAE
+from .codec.streaming import WINDOW_BYTES, decode_stream
+from .codec.video_vae import VideoVAE
+from .codec.vocoder import ExtendedVocoder, Generator
+from .codec.windows import WINDOW_LATENTS, WINDOW_MELS, decode_audio_stream, vocode_stream
+from .conditioning.layout import lay_out_audio, lay_out_video
+from .denoiser import JointDenoiser
+from .residency import MemoryCount, StageNeed
+from .shapes import ClipShape
+from .transformer.model import AVTransformer
+from .values import Conditioning, Context
+
+_BLOCKS = 4  # as many tell what a whole stack needs
+_LATENTS = 24  # longer clips need no more memory to decode
+
+
+class Forecast:
+    """Needs of one checkpoint's stages; dtype_of: a component's name to the dtype of its weights."""
+
+    def __init__(
+        self,
+        files: Files,
+        components: Sequence[str],
+        dtype_of: Callable[[str], torch.dtype],
+        text_length: int,
+    ):
+        self._files, self._components, self._dtype_of = files, components, dtype_of
+        self._text_length = text_length
+
+    def needs(
+        self,
+        shape: ClipShape,
+        passes: tuple[str, ...] = ("cond",),
+        perturbed: bool = False,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> tuple[StageNeed, ...]:
+        """Text, sampling, video and audio of one clip; perturbed: whether one of the passes is STG's."""
+        with torch.inference_mode():
+            return (
+                self._text(),
+                self._sample(shape, passes, perturbed),
+                self._video(shape, window_bytes),
+                self._audio(shape),
+            )
+
+    def _module(self, component: str) -> nn.Module | None:
+        if component not in self._components:
+            return None
+        return build_on_meta(component, self._files).to(self._dtype_of(component))
+
+    def _text(self) -> StageNeed:
+        encoder, connectors = (self._module(name) for name in (keymap.TEXT_ENCODER, keymap.CONNECTORS))
+        if encoder is None or connectors is None:
+            language_model = self._module(keymap.LANGUAGE_MODEL)
+            return StageNeed("text", _bytes(encoder, language_model, connectors), 0)
+        ids = torch.zeros(1, self._text_length, dtype=torch.int64, device="meta")
+        mask = torch.zeros(1, self._text_length, device="meta")
+        with MemoryCount() as count:
+            connectors(encoder(ids, mask), mask, self._text_length)
+        return StageNeed("text", _bytes(encoder, connectors), count.peak)
+
+    def _sample(self, shape: ClipShape, passes: tuple[str, ...], perturbed: bool) -> StageNeed:
+        transformer = cast(AVTransformer, self._module(keymap.TRANSFORMER))
+        config, layers = transformer.config, len(transformer.transformer_blocks)
+        weights, block = _bytes(transformer), _bytes(transformer.transformer_blocks[0])
+        transformer.transformer_blocks = transformer.transformer_blocks[:_BLOCKS]
+        dtype = next(transformer.parameters()).dtype
+        video = lay_out_video(shape, config.video.channels_in, ())
+        audio = lay_out_audio(shape, 1, config.audio.channels_in)
+        widths = [config.caption_width or stream.context_width for stream in (config.video, config.audio)]
+        with torch.device("meta"):
+            context = Context(*(torch.empty(1, self._text_length, w, dtype=dtype) for w in widths))
+            video, audio = (
+                replace(stream, positions=stream.positions.to("meta"), clean=stream.clean.to("meta"))
+                for stream in (video, audio)
+            )
+            with MemoryCount() as count:
+                denoiser = JointDenoiser(
+                    transformer,
+                    video,
+                    audio,
+                    Conditioning(context, context, model_id=""),
+                    (min(_BLOCKS, layers) // 2,) if perturbed else (),
+                    passes,
+                )
+                latents = torch.empty(video.clean.shape), torch.empty(audio.clean.shape)
+                # what a sampler holds: free and held parts beside the tokens, one estimate per pass
+                state = [torch.empty_like(x) for x in (*latents, *latents)]
+                made = [denoiser(*latents, 0.5, name) for name in passes]
+                peak = count.peak
+                del state, made
+        unseen = denoiser.kept_text_bytes * (layers - min(layers, _BLOCKS)) // max(1, layers)
+        return StageNeed("sample", weights, peak + unseen, block, weights - (layers - 1) * block)
+
+    def _video(self, shape: ClipShape, window_bytes: int) -> StageNeed:
+        vae = self._module(keymap.VIDEO_VAE) or self._module(keymap.VIDEO_VAE_DIFFUSION)
+        if not isinstance(vae, VideoVAE):
+            return StageNeed("video", _bytes(vae), 0)
+        grid = (min(shape.latent_frames, _LATENTS), shape.latent_height, shape.latent_width)
+        latent = torch.empty(
+            1, vae.config.latent_channels, *grid, device="meta", dtype=next(vae.parameters()).dtype
+        )
+        with MemoryCount() as count:
+            for _ in decode_stream(vae, latent, window_bytes):
+                pass
+        return StageNeed("video", _bytes(vae), count.peak)
+
+    def _audio(self, shape: ClipShape) -> StageNeed:
+        vae, vocoder = self._module(keymap.AUDIO_VAE), self._module(keymap.VOCODER)
+        if not isinstance(vae, AudioVAE) or not isinstance(vocoder, Generator | ExtendedVocoder):
+            return StageNeed("audio", _bytes(vae, vocoder), 0)
+        with MemoryCount() as count:
+            latents = min(shape.audio_latents, 2 * WINDOW_LATENTS)
+            latent = torch.empty(
+                1, vae.config.latent_channels, latents, vae.config.latent_bins, device="meta"
+            )
+            mel = torch.cat(list(decode_audio_stream(vae, latent.to(next(vae.parameters())))), dim=2)
+            for _ in vocode_stream(vocoder, mel.float()[:, :, : 3 * WINDOW_MELS]):
+                pass
+        return StageNeed("audio", _bytes(vae, vocoder), count.peak)
+
+
+def _bytes(*modules: nn.Module | None) -> int:
+    tensors = (t for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

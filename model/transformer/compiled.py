@@ -1,0 +1,96 @@
+"""torch.compile of the transformer's blocks, as an option that says what it cost and what it saved.
+
+All blocks are alike, so one compilation serves the stack; another number of tokens compiles once more.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from .model import AVTransformer
+
+_logger = logging.getLogger("lockstep")
+Forward = Callable[..., tuple[Tensor, Tensor]]
+
+
+_TIMED_CALLS = 4  # after these nothing waits for the device any more
+
+
+@dataclass(slots=True)
+class CompileReport:
+    """What compilation cost and brings, from one eager call and the first compiled ones of a block; seconds."""
+
+    compile_seconds: float = 0.0
+    eager_seconds: float = 0.0
+    fast_seconds: list[float] = field(default_factory=list)
+    calls: int = 0  # of compiled blocks, those that compiled left out
+
+    @property
+    def saved_seconds(self) -> float:
+        """What the calls so far were faster in all; negative if they were slower."""
+        return self.calls * (self.eager_seconds - min(self.fast_seconds, default=self.eager_seconds))
+
+    def sentence(self) -> str:
+        return (
+            f"torch.compile took {self.compile_seconds:.1f} s and saved {self.saved_seconds:.1f} s "
+            f"in {self.calls} calls of a block"
+        )
+
+
+def compile_blocks(transformer: AVTransformer) -> CompileReport:
+    """From now on the blocks run compiled; the report fills while they do.
+
+    The first block's parts that guidance passes share run as they are.
+    Raises UnsupportedModelError at the first call where torch cannot compile.
+    """
+    report, compiled = CompileReport(), set()
+    for block in transformer.transformer_blocks:
+        block.forward = _reported(
+            block.forward, torch.compile(block.forward, dynamic=False), report, compiled
+        )
+    return report
+
+
+def _reported(eager: Forward, fast: Forward, report: CompileReport, compiled: set[tuple]) -> Forward:
+    def forward(video_BTD: Tensor, audio_BSD: Tensor, *state) -> tuple[Tensor, Tensor]:
+        if not report.eager_seconds:
+            eager(video_BTD, audio_BSD, *state)  # warms up
+            report.eager_seconds = _seconds(eager, video_BTD, audio_BSD, *state)[0]
+        key = (video_BTD.shape, audio_BSD.shape, video_BTD.dtype, state[2:4])
+        if key in compiled:
+            report.calls += 1
+            if len(report.fast_seconds) >= _TIMED_CALLS:
+                return fast(video_BTD, audio_BSD, *state)
+            seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
+            report.fast_seconds.append(seconds)
+            return made
+        try:
+            seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"torch.compile does not work here ({str(error).splitlines()[0]}): run without it"
+            ) from error
+        compiled.add(key)
+        report.compile_seconds += seconds
+        _logger.info("compiled the block for %s video tokens in %.1f s", video_BTD.shape[1], seconds)
+        return made
+
+    return forward
+
+
+def _seconds(run: Forward, *arguments) -> tuple[float, tuple[Tensor, Tensor]]:
+    _wait()
+    started = time.perf_counter()
+    made = run(*arguments)
+    _wait()
+    return time.perf_counter() - started, made
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
