@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something given is wrong (one sentence on stderr, no file)
 
 import argparse
 import json
+import logging
 import math
 import os
 import random
@@ -99,7 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer", metavar="PATH", type=Path, help="tokenizer.json of the text encoder, or its folder")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--memory", choices=("resident", "offload", "stream"), help="where weights stay; default: what fits")
+    add(
+        "--memory",
+        choices=("resident", "offload", "stream"),
+        help="where weights stay, told with the memory needed; default: what fits",
+    )
     add("--idle-seconds", metavar="S", type=_positive, help="rest first, to tell net from gross joules")
     add("--grams-per-kwh", metavar="G", type=_not_negative, help="CO2e of your electricity, for the report")
     add("--price-per-kwh", metavar="P", type=_not_negative, help="price of your electricity, for the report")
@@ -172,6 +177,7 @@ def _generate(parsed: argparse.Namespace) -> None:
         tokenizer=parsed.tokenizer,
         memory=parsed.memory,
     )
+    _show_plan()
     meter = EnergyMeter()
     if parsed.idle_seconds and meter.sources:
         meter.rest(parsed.idle_seconds)
@@ -205,6 +211,14 @@ def _measure(parsed: argparse.Namespace) -> None:
     print(report.to_text(), flush=True)
     if parsed.json:
         print(json.dumps({"file": str(parsed.file), **report.to_dict()}), flush=True)
+
+
+def _show_plan() -> None:
+    """Lets the engine's plan of memory through to stderr."""
+    logger = logging.getLogger("lockstep.memory")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def _inspect(parsed: argparse.Namespace) -> None:

@@ -668,8 +668,8 @@ class Engine:
         return keymap.TEXT_ENCODER if keymap.TEXT_ENCODER in self._places else keymap.LANGUAGE_MODEL
 
     def _say_plan(self, shape: ClipShape, request: GenerateRequest, recipe: Recipe) -> None:
-        """The plan of a request before its run; on a CPU, where weights are mapped files, only for those who listen."""
-        if self.device.type == "cpu" and not _plan_logger.isEnabledFor(logging.INFO):
+        """The plan of a request before its run; on a CPU, whose memory is seldom short, only if a policy was given."""
+        if self.device.type == "cpu" and self._residence.given is None:
             return
         for path in request.upscalers:
             shape = self.upscaler(path).grown(shape)

@@ -14,6 +14,7 @@ from torch import nn
 
 from .checkpoint import keymap
 from .checkpoint.build import build_on_meta
+from .checkpoint.families import Files
 from .codec.audio_vae import AudioVAE
 from .codec.streaming import WINDOW_BYTES, decode_stream
 from .codec.video_vae import VideoVAE

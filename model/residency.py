@@ -322,8 +322,8 @@ class Residence:
     """Where one model's components are, under one policy; None: resident until a plan says otherwise."""
 
     def __init__(self, device: torch.device, policy: str | None = None):
-        self._device, self._given = device, check_policy(policy)
-        self.policy: Policy = self._given or "resident"  # rules now
+        self._device, self.given = device, check_policy(policy)
+        self.policy: Policy = self.given or "resident"  # rules now
         self._here: dict[str, HostWeights | BlockStream] = {}
 
     @property
@@ -333,7 +333,7 @@ class Residence:
 
     def follow(self, needs: Sequence[StageNeed], budget: int | None) -> Plan:
         """The plan for these needs; from now on its policy rules, if none was given."""
-        plan = make_plan(needs, budget, self._given)
+        plan = make_plan(needs, budget, self.given)
         if plan.policy != self.policy:
             self.leave()
             self.policy = plan.policy

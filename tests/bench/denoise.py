@@ -222,9 +222,6 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=0, help="0: 256, or 1024 for a published model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument(
-        "--weights", default="", choices=["", "fp8"], help="ours alone; see model/precision.py"
-    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="also a whole run of so many steps, ours alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
