@@ -127,6 +127,20 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
             *clip_out(),
         ],
     ),
+    "ltx_one_stage": (
+        """**A published LTX-2.x checkpoint** in place of the embedded model, in one stage.
+
+- Put the file into `models/checkpoints` (or `models/diffusion_models`), press R and choose it in Lockstep Loader. Its text encoder, a Gemma folder or file, belongs into `models/text_encoders`; parts that come in files of their own are found in `models/vae`.
+- **Aspect, steps, cfg, stg** at their defaults take the recipe of the checkpoint.
+- **Offload** *always* keeps only the part in use on the GPU.
+- Read the terms of these weights before you use them. No published weight was run for this workflow.""",
+        [
+            {"loader": loader("ltx-2.3-22b-dev.safetensors")},
+            {"text": text("a red ball bounces on a wooden table, a dull thud at every bounce")},
+            {"sampler": sampler()},
+            *clip_out(),
+        ],
+    ),
     "portrait": (
         """**An upright clip.** *Aspect* 9:16 keeps the model's own short side and makes the clip tall.
 

@@ -53,7 +53,10 @@ def graph() -> dict:
 def twin(name: str) -> dict:
     made = json.loads((HERE / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in made.values():
-        if node["class_type"] == "LockstepLoader" and not WEIGHTS.exists():
+        # published weights are too large to test with: random ones of the same layout stand for them
+        if node["class_type"] == "LockstepLoader" and (
+            node["inputs"]["model"] != "embedded" or not WEIGHTS.exists()
+        ):
             node["inputs"]["model"] = "random.safetensors"
         if node["class_type"] == "LockstepSampler" and not FREEZE:
             node["inputs"] |= {"steps": STEPS, "seconds": 1.0}
@@ -142,7 +145,7 @@ def test_every_workflow_runs_to_a_file(server: ComfyUI, name: str):
     assert files
     for file in files:
         check(file)
-    if FREEZE:
+    if FREEZE and not name.startswith("ltx"):
         write_thumbnail(name, next(file for file in files if file.suffix != ".flac"))
 
 
