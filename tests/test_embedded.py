@@ -13,9 +13,17 @@ from torch import nn
 from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import read_header
 from lockstep.model.embedded import WEIGHTS, language, world
+from lockstep.model.embedded.pack import pack, unpack
 from lockstep.model.embedded.sound import synthesize
 from lockstep.model.embedded.train_transformer import tokenizer
-from lockstep.model.embedded.training import Run, TrainSettings, is_hidden_matrix, orthogonal
+from lockstep.model.embedded.training import (
+    Run,
+    TrainSettings,
+    averaged_state,
+    is_hidden_matrix,
+    orthogonal,
+    save_start,
+)
 from lockstep.model.errors import PromptError
 
 
@@ -170,7 +178,27 @@ def test_the_shipped_file_is_small_whole_and_says_what_it_is():
     assert description.missing == description.unexpected == ()
     assert sum(entry.parameters for entry in description.components) < 16_500_000
     metadata = read_header(WEIGHTS).metadata
-    assert set(json.loads(metadata["training"])) == {"video", "decoder", "audio", "vocoder", "transformer"}
+    assert set(json.loads(metadata["training"])) == {"video", "decoder", "audio", "transformer"}
     assert json.loads(metadata["tokenizer"])["words"] == language.vocabulary()
     with safe_open(WEIGHTS, "pt") as file:
         assert all(torch.isfinite(file.get_tensor(name).float()).all() for name in list(file.keys()))
+
+
+def test_training_goes_on_from_the_shipped_file(tmp_path):
+    states, record = unpack(WEIGHTS)
+    packed = tmp_path / "again.safetensors"
+    pack(
+        {
+            "video": states["video"],
+            "audio": states["audio"],
+            "generator": states["transformer"],
+        },
+        record,
+        packed,
+    )
+    with safe_open(WEIGHTS, "pt") as shipped, safe_open(packed, "pt") as again:
+        assert set(shipped.keys()) == set(again.keys())
+        for name in list(shipped.keys()):
+            assert torch.equal(shipped.get_tensor(name), again.get_tensor(name)), name
+    save_start(tmp_path / "run", {"inner.weight": torch.ones(6, 6)}, {"step": 7, "loss": 1.0})
+    assert torch.equal(averaged_state(tmp_path / "run")["inner.weight"], torch.ones(6, 6))

@@ -49,8 +49,13 @@ def _audio_vae(section: Section) -> nn.Module:
 
 
 def _vocoder(section: Section) -> nn.Module:
+    from ..codec.griffin_lim import GriffinLim, GriffinLimConfig
     from ..codec.vocoder import VocoderConfig, build_vocoder
 
+    if section.get("_class_name") == "GriffinLim":
+        search = GriffinLimConfig.from_published(section)
+        check_values(search, keymap.VOCODER)
+        return GriffinLim(search)
     config = VocoderConfig.from_published(section)
     check_values(config, keymap.VOCODER)  # a single stage keeps only its own part
     return build_vocoder(config)

@@ -57,6 +57,7 @@ MARKS: tuple[tuple[str, str, int], ...] = (
     (keymap.AUDIO_VAE, "per_channel_statistics.std-of-means", 1),
     (keymap.VOCODER, "conv_pre.weight", 3),
     (keymap.VOCODER, "vocoder.conv_pre.weight", 3),
+    (keymap.VOCODER, "mel_basis", 2),
     (keymap.DURATION_HEAD, "attention_pooler.query_tokens", 2),
     (keymap.UPSAMPLER, "post_upsample_res_blocks.0.conv1.weight", 5),
     (keymap.LANGUAGE_MODEL, "model.layers.0.pre_feedforward_layernorm.weight", 1),

@@ -62,15 +62,12 @@ AUDIO_VAE = {
     },
 }
 
+# no network: one small enough could not hold the phases of tones without buzzing
 VOCODER = {
-    "resblock": "1",
-    "stereo": False,
-    "upsample_initial_channel": 128,
-    # few and wide stages: deeper ones need far longer to find a phase
-    "upsample_rates": [16, 10],
-    "upsample_kernel_sizes": [24, 20],
-    "resblock_kernel_sizes": [3],
-    "resblock_dilation_sizes": [[1, 3]],
+    "_class_name": "GriffinLim",
+    "num_mels": 64,
+    "n_fft": 1024,
+    "hop_length": 160,
     "output_sampling_rate": SAMPLE_RATE_HZ,
 }
 

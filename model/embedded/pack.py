@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import keymap
+from ..codec.audio_vae import AudioVAEConfig
+from ..codec.mel import slaney_filterbank
 from ..text.tokenizer import FIRST_ID
 from . import config, language
 
@@ -18,18 +21,22 @@ _GENERATOR = (
     (keymap.TRANSFORMER, "transformer."),
 )
 # a few hundred numbers that scale everything: bf16 would shift colours and levels
-_EXACT = ("per_channel_statistics.",)
+_EXACT = ("per_channel_statistics.", "mel_basis")
 
 
 def pack(states: dict[str, dict[str, Tensor]], record: dict, path: Path) -> None:
     """Writes the shipped file.
 
-    states: EMA weights by stage: "video", "audio", "vocoder", "generator"; record: how they came about (steps, losses).
+    states: EMA weights by stage: "video", "audio", "generator"; record: how they came about (steps, losses).
     """
     components = {
         keymap.VIDEO_VAE: states["video"],
         keymap.AUDIO_VAE: states["audio"],
-        keymap.VOCODER: states["vocoder"],
+        keymap.VOCODER: {
+            "mel_basis": torch.from_numpy(
+                slaney_filterbank(AudioVAEConfig.from_published(config.AUDIO_VAE).mel)
+            ).T
+        },
     }
     for component, prefix in _GENERATOR:
         generator = states["generator"]
@@ -45,6 +52,24 @@ def pack(states: dict[str, dict[str, Tensor]], record: dict, path: Path) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, partial, metadata(record))
     os.replace(partial, path)
+
+
+def unpack(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """The inverse of pack: float32 states by stage ("transformer" for "generator"), and the training record."""
+    stages = {
+        keymap.VIDEO_VAE: ("video", ""),
+        keymap.AUDIO_VAE: ("audio", ""),
+        **{component: ("transformer", prefix) for component, prefix in _GENERATOR},
+    }
+    states: dict[str, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        names: list[str] = list(file.keys())
+        for published in names:
+            component, name = keymap.split(published)
+            if component in stages:
+                stage, prefix = stages[component]
+                states.setdefault(stage, {})[prefix + name] = file.get_tensor(published).float()
+        return states, json.loads(file.metadata()["training"])
 
 
 def metadata(record: dict) -> dict[str, str]:

@@ -1,14 +1,9 @@
 """The sound of a scene: impacts, beeps, whooshes and hums locked to the motion, and the weather (16 kHz mono).
 
 S samples. Levels: events peak near 0.5, silence is exactly zero unless the scene has weather.
-
-Played on the grid, the same sound has every partial at the nearest multiple of 100 Hz and in phase with the mel frames. A
-convolutional vocoder repeats itself every frame (10 ms) while its input stands still, so these are the steady tones that
-it can make; it is taught to answer the mel of the free sound with the sound on the grid.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +19,6 @@ _TIMBRES = {
 }
 _BEEPS_HZ = {"ball": 330.0, "square": 440.0, "triangle": 660.0, "star": 990.0}
 _HUMS_HZ = {"ball": 110.0, "square": 165.0, "triangle": 220.0, "star": 330.0}
-GRID_HZ = 100.0  # mel frames per second
 
 
 def synthesize(
@@ -33,78 +27,59 @@ def synthesize(
     width: float,
     height: float,
     sample_rate_hz: int = 16000,
-    on_grid: bool = False,
 ) -> Tensor:
-    """The scene's sound: (1, S) float32, peak at most 0.8; width and height of the picture in short sides.
-
-    on_grid: see above; the two versions of a scene share all noise and all envelopes.
-    """
+    """The scene's sound: (1, S) float32, peak at most 0.8; width and height of the picture in short sides."""
     generator = torch.Generator().manual_seed(scene.noise_seed)
     times = torch.arange(samples, dtype=torch.float32) / sample_rate_hz
     wave = _weather(scene.ambience, samples, sample_rate_hz, generator)
     if scene.motion in ("bounces", "slides"):
         noise = torch.randn(int(0.7 * sample_rate_hz), generator=generator)
-        wave += _struck(
-            scene,
-            samples,
-            sample_rate_hz,
-            lambda start: _impact(scene.shape, sample_rate_hz, noise, start),
-            on_grid,
-        )
+        wave += _at_events(scene, samples, sample_rate_hz, _impact(scene.shape, sample_rate_hz, noise))
     elif scene.motion == "pulses":
-        wave += _struck(
-            scene, samples, sample_rate_hz, lambda start: _beep(scene.shape, sample_rate_hz, start), on_grid
-        )
+        wave += _at_events(scene, samples, sample_rate_hz, _beep(scene.shape, sample_rate_hz))
     elif scene.motion == "swings":
         speed = pose(scene, times, width, height).speed
         wave += _whoosh(scene.shape, speed, sample_rate_hz, generator)
     elif scene.motion == "orbits":
-        wave += _hum(scene.shape, 1 - pose(scene, times, width, height).y / height, sample_rate_hz, on_grid)
+        wave += _hum(scene.shape, 1 - pose(scene, times, width, height).y / height, sample_rate_hz)
     peak = wave.abs().max().clamp(min=0.8)
     return (wave * 0.8 / peak).unsqueeze(0)
 
 
-def _struck(
-    scene: Scene, samples: int, rate: int, sound: Callable[[int | None], Tensor], on_grid: bool
-) -> Tensor:
+def _at_events(scene: Scene, samples: int, rate: int, sound: Tensor) -> Tensor:
     """One sound at every event, and the tail of an event just before the clip."""
     wave = torch.zeros(samples)
     before = (math.ceil(scene.phase) - 1 - scene.phase) * scene.period
     for time in [before, *event_times(scene, samples / rate)]:
         start = round(time * rate)
-        skip, room = max(0, -start), samples - max(0, start)
-        piece = sound(start if on_grid else None)[skip : skip + room]
+        piece = sound[max(0, -start) : max(0, -start) + samples - max(0, start)]
         wave[max(0, start) : max(0, start) + len(piece)] += piece
     return wave
 
 
-def _partial(hz: float, t: Tensor, rate: int, start: int | None) -> Tensor:
-    """A sine from phase 0 at t = 0, or on the grid: the sample `start` of the clip is that of t = 0."""
-    if start is None:
-        return torch.sin(2 * math.pi * hz * t)
-    hz = max(1, round(hz / GRID_HZ)) * GRID_HZ
-    return torch.sin(2 * math.pi * hz * (t + start / rate))
+def _partial(hz: float, t: Tensor) -> Tensor:
+    return torch.sin(2 * math.pi * hz * t)
 
 
-def _impact(shape: str, rate: int, noise: Tensor, start: int | None) -> Tensor:
+def _impact(shape: str, rate: int, noise: Tensor) -> Tensor:
     base, partials, click = _TIMBRES[shape]
     t = torch.arange(len(noise)) / rate
     wave = torch.zeros_like(t)
     for ratio, level, decay in partials:
-        wave += level * _partial(ratio * base, t, rate, start) * torch.exp(-t / decay)
+        wave += level * _partial(ratio * base, t) * torch.exp(-t / decay)
     # a struck thing starts slightly sharp; the thud most
     if shape == "ball":
-        wave += 0.5 * _partial(1.6 * base, t, rate, start) * torch.exp(-t / 0.02)
+        wave += 0.5 * _partial(1.6 * base, t) * torch.exp(-t / 0.02)
     wave += click * 3 * noise * torch.exp(-t / 0.004)
     attack = (t / 0.002).clamp(max=1.0)
     return 0.5 * attack * wave / wave.abs().max()
 
 
-def _beep(shape: str, rate: int, start: int | None) -> Tensor:
+def _beep(shape: str, rate: int) -> Tensor:
     t = torch.arange(int(0.3 * rate)) / rate
     envelope = (t / 0.004).clamp(max=1.0) * ((0.16 - t) / 0.05).clamp(0, 1)
     hz = _BEEPS_HZ[shape]
-    return 0.4 * envelope * (_partial(hz, t, rate, start) + 0.3 * _partial(2 * hz, t, rate, start))
+    return 0.4 * envelope * (_partial(hz, t) + 0.3 * _partial(2 * hz, t))
 
 
 def _band_noise(samples: int, rate: int, low_hz: float, high_hz: float, generator: torch.Generator) -> Tensor:
@@ -121,7 +96,7 @@ def _whoosh(shape: str, speed: Tensor, rate: int, generator: torch.Generator) ->
     return 0.16 * speed.square() * _band_noise(len(speed), rate, low, 2.2 * low, generator)
 
 
-def _hum(shape: str, height: Tensor, rate: int, on_grid: bool) -> Tensor:
+def _hum(shape: str, height: Tensor, rate: int) -> Tensor:
     hz = _HUMS_HZ[shape] * 2**height
     harmonics = {
         "ball": (1.0, 0.2),
@@ -131,22 +106,8 @@ def _hum(shape: str, height: Tensor, rate: int, on_grid: bool) -> Tensor:
     }
     wave = torch.zeros_like(hz)
     for number, level in enumerate(harmonics[shape], start=1):
-        wave += level * (_gliding_on_grid(number * hz, rate) if on_grid else _gliding(number * hz, rate))
+        wave += level * torch.sin(2 * math.pi * torch.cumsum(number * hz, 0) / rate)
     return 0.22 * wave
-
-
-def _gliding(hz: Tensor, rate: int) -> Tensor:
-    return torch.sin(2 * math.pi * torch.cumsum(hz, 0) / rate)
-
-
-def _gliding_on_grid(hz: Tensor, rate: int) -> Tensor:
-    """The two neighbours of a gliding tone on the grid, faded into each other at constant power."""
-    t = torch.arange(len(hz)) / rate
-    below = (hz / GRID_HZ).floor().clamp(min=1)
-    share = (hz / GRID_HZ - below).clamp(0, 1)
-    low = torch.sin(2 * math.pi * below * GRID_HZ * t)
-    high = torch.sin(2 * math.pi * (below + 1) * GRID_HZ * t)
-    return (1 - share).sqrt() * low + share.sqrt() * high
 
 
 def _weather(ambience: str, samples: int, rate: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 python -m lockstep.model.embedded.train video       RUNS --steps 2400
 python -m lockstep.model.embedded.train audio       RUNS --steps 500
-python -m lockstep.model.embedded.train vocoder     RUNS --steps 1500
 python -m lockstep.model.embedded.train shards      RUNS --steps 130
 python -m lockstep.model.embedded.train transformer RUNS --steps 2500
 python -m lockstep.model.embedded.train pack        RUNS
@@ -11,21 +10,18 @@ python -m lockstep.model.embedded.train pack        RUNS
 import argparse
 import json
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.video_vae import VideoVAE, VideoVAEConfig
-from ..codec.vocoder import Generator as Vocoder
-from ..codec.vocoder import VocoderConfig, build_vocoder
 from . import WEIGHTS, config
 from .dataset import encode_shards
-from .pack import pack
-from .train_audio import initialise_audio_vae, measure_audio_statistics, train_audio_vae, train_vocoder
+from .pack import pack, unpack
+from .train_audio import initialise_audio_vae, measure_audio_statistics, train_audio_vae
 from .train_transformer import Generator, initialise_generator, train_transformer
 from .train_video_vae import initialise, measure_statistics, train_video_decoder, train_video_vae
-from .training import Run, TrainSettings, averaged_state
+from .training import Run, TrainSettings, averaged_state, save_start
 
 
 def main() -> None:
@@ -38,6 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--first", type=int, default=0, help="first shard to encode")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's usual step")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -68,14 +65,6 @@ def _audio(given: argparse.Namespace) -> None:
     train_audio_vae(Run(given.runs / "audio", vae.to(given.device), settings), given.device)
 
 
-def _vocoder(given: argparse.Namespace) -> None:
-    torch.manual_seed(0)
-    vocoder = build_vocoder(VocoderConfig.from_published(config.VOCODER))
-    settings = TrainSettings(given.steps, learning_rate=3e-3, matrix_rate=0, warmup_steps=20, ema_decay=0.99)
-    run = Run(given.runs / "vocoder", cast(Vocoder, vocoder).to(given.device), settings)
-    train_vocoder(run, given.device, finished_audio_vae(given.runs).to(given.device))
-
-
 def _shards(given: argparse.Namespace) -> None:
     shards = range(given.first, given.first + given.steps)
     encode_shards(
@@ -87,23 +76,29 @@ def _transformer(given: argparse.Namespace) -> None:
     model = Generator()
     initialise_generator(model, seed=0)
     settings = TrainSettings(
-        given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.99
+        given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.998
     )
     run = Run(given.runs / "transformer", model.to(given.device), settings)
     video_vae, audio_vae = finished_video_vae(given.runs), finished_audio_vae(given.runs)
-    train_transformer(run, given.runs / "shards", video_vae, audio_vae, given.device)
+    shards = given.runs / "shards"
+    train_transformer(run, shards, video_vae, audio_vae, given.device, compiled=given.compile)
 
 
 def _pack(given: argparse.Namespace) -> None:
     states = {
         "video": finished_video_vae(given.runs).state_dict(),
         "audio": finished_audio_vae(given.runs).state_dict(),
-        "vocoder": averaged_state(given.runs / "vocoder"),
         "generator": averaged_state(given.runs / "transformer"),
     }
     record = {stage: _last_line(given.runs / stage) for stage in _TRAINED}
     pack(states, record, WEIGHTS)
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB")
+
+
+def _unpack(given: argparse.Namespace) -> None:
+    states, record = unpack(WEIGHTS)
+    for stage, state in states.items():
+        save_start(given.runs / stage, state, record[stage])
 
 
 def finished_video_vae(runs: Path) -> VideoVAE:
@@ -131,15 +126,15 @@ def _last_line(run: Path) -> dict:
     return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
 
 
-_TRAINED = ("video", "decoder", "audio", "vocoder", "transformer")
+_TRAINED = ("video", "decoder", "audio", "transformer")
 _STAGES = {
     "video": _video,
     "decoder": _decoder,
     "audio": _audio,
-    "vocoder": _vocoder,
     "shards": _shards,
     "transformer": _transformer,
     "pack": _pack,
+    "unpack": _unpack,
 }
 
 if __name__ == "__main__":

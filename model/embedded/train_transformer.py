@@ -4,8 +4,8 @@ Per-token noise levels and clean tokens during training give image, keyframe, au
 B batch, T video tokens, S audio tokens.
 """
 
-import math
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,14 @@ from ..transformer.config import TransformerConfig
 from ..transformer.model import AVTransformer, StreamInput
 from ..values import Guide
 from . import config, language
-from .dataset import Batch, format_of, load_shard
+from .dataset import FORMATS, Batch, format_of, load_shard
 from .training import Run
 
 _DROP_PROMPT = 0.1
+# six steps in ten are the usual format with nothing given: it teaches the words fastest, and one layout can be compiled
+_USUAL_SHARE = 0.6
+_USUAL_FORMAT = FORMATS[0]
+_TENSORS = ("video", "audio", "guide")
 # what is given in a step, and how often
 _MODES = {
     "nothing": 0.62,
@@ -130,57 +134,84 @@ def _error(velocity: Tensor, wanted: Tensor, layout: Layout) -> Tensor:
 
 
 def flow_loss(
-    model: Generator, batch: Batch, ids: Tensor, mask: Tensor, mode: str
+    model: Generator, batch: Batch, ids: Tensor, mask: Tensor, mode: str, network: Callable | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Squared error of both velocities over the tokens that are noised."""
+    """Squared error of both velocities over the tokens that are noised; network: the transformer, compiled."""
     video_layout, audio_layout = _layouts(batch, mode)
     device = batch.video.device
     sigma = draw_sigma(len(batch.scenes), batch.shape.video_tokens).to(device)
     clean_video = video_to_tokens(batch.video)
     if "guide" in mode:
         clean_video = torch.cat([clean_video, video_to_tokens(batch.guide)], dim=1)
+    forward = model.transformer if network is None else network
     with torch.autocast(device.type, torch.bfloat16):
         video_context, audio_context = model.contexts(ids, mask)
         video, video_wanted = _stream(video_layout, clean_video, sigma, video_context)
         audio, audio_wanted = _stream(audio_layout, audio_to_tokens(batch.audio), sigma, audio_context)
         rope = model.transformer.rope_tables(video_layout.positions, audio_layout.positions).to(device)
-        video_velocity, audio_velocity = model.transformer(video, audio, rope)
+        video_velocity, audio_velocity = forward(video, audio, rope)
     video_loss = _error(video_velocity, video_wanted, video_layout)
     audio_loss = _error(audio_velocity, audio_wanted, audio_layout)
     return video_loss + audio_loss, {"video": video_loss.item(), "audio": audio_loss.item()}
 
 
-def _part(batch: Batch, rows: list[int], device: str) -> Batch:
-    """Some clips of a shard, on the device."""
-    chosen = {name: getattr(batch, name)[rows].to(device) for name in ("video", "audio", "guide")}
+def _part(batch: Batch, rows: list[int]) -> Batch:
+    """Some clips of a batch."""
+    chosen = {name: getattr(batch, name)[rows] for name in _TENSORS}
     return replace(batch, scenes=[batch.scenes[row] for row in rows], **chosen)
 
 
-def _choose_shard(paths: list[Path], rng: random.Random, progress: float) -> Path:
-    """Only short square clips in the first third of the run, where they teach the words fastest; half of them after."""
-    if progress < 1 / 3 or rng.random() < 0.5:
-        paths = [path for path in paths if math.prod(format_of(path)[:3]) <= 64 * 64 * 25]
-    return rng.choice(paths)
+def _to(batch: Batch, device: str) -> Batch:
+    return replace(batch, **{name: getattr(batch, name).to(device) for name in _TENSORS})
+
+
+def _draw_clips(
+    paths: list[Path], rng: random.Random, count: int, mode: str, video_vae: VideoVAE, audio_vae: AudioVAE
+) -> Batch:
+    """Clips of one format from two shards, or from one if a guide is given: it stands at one frame for all."""
+    first = rng.choice(paths)
+    alike = [path for path in paths if format_of(path) == format_of(first)]
+    chosen = [first] if "guide" in mode else [first, rng.choice(alike)]
+    parts = []
+    for path in chosen:
+        shard = load_shard(path, video_vae, audio_vae)
+        parts.append(_part(shard, rng.sample(range(len(shard.scenes)), count // len(chosen))))
+    scenes = [scene for part in parts for scene in part.scenes]
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
+    return replace(parts[0], scenes=scenes, **joined)
 
 
 def train_transformer(
-    run: Run[Generator], folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, device: str, batch: int = 24
+    run: Run[Generator],
+    folder: Path,
+    video_vae: VideoVAE,
+    audio_vae: AudioVAE,
+    device: str,
+    batch: int = 48,
+    compiled: bool = False,
 ) -> None:
-    """Trains until the run's last step on the shards in `folder`; run.model is a Generator."""
-    words, paths = tokenizer(), sorted(folder.glob("*.safetensors"))
+    """Trains until the run's last step on the shards in `folder`; run.model is a Generator.
+
+    compiled: the usual steps run through torch.compile, which needs a C++ compiler on CPUs and takes minutes at first.
+    """
+    words = tokenizer()
+    fast = torch.compile(run.model.transformer, dynamic=False) if compiled else None
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"{run.settings.seed}/flow/{step}")
-        shard = load_shard(_choose_shard(paths, rng, step / run.settings.steps), video_vae, audio_vae)
-        (mode,) = rng.choices(list(_MODES), weights=list(_MODES.values()))
-        # all processes share the shard and the mode, so that none waits for another; each has clips of its own
-        rows = rng.sample(range(len(shard.scenes)), batch * run.processes)[run.rank :: run.processes]
+        paths = sorted(folder.glob("*.safetensors"))
+        usual = rng.random() < _USUAL_SHARE
+        mode = "nothing" if usual else rng.choices(list(_MODES), weights=list(_MODES.values()))[0]
+        chosen = [path for path in paths if format_of(path) == _USUAL_FORMAT] if usual else paths
+        # all processes share the format and the mode, so that none waits for another; each has clips of its own
+        clips = _draw_clips(chosen, rng, batch * run.processes, mode, video_vae, audio_vae)
+        clips = _to(_part(clips, list(range(len(clips.scenes)))[run.rank :: run.processes]), device)
         rng = random.Random(f"{run.settings.seed}/flow/{step}/{run.rank}")
         torch.manual_seed(rng.randrange(2**31))
-        clips = _part(shard, rows, device)
         ids, mask = encode_prompts(clips, rng, words)
+        network = fast if usual else None
         # on CPUs the fused attention's backward takes longer than that of plain products, at these sizes twice as long
         with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
-            return flow_loss(run.model, clips, ids.to(device), mask.to(device), mode)
+            return flow_loss(run.model, clips, ids.to(device), mask.to(device), mode, network)
 
     run.train(loss_of_step)

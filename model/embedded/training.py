@@ -190,7 +190,8 @@ class Run(Generic[Model]):
             self.step = int(file.metadata()["step"])
             self.model.load_state_dict(_below(file, "model."))
             for name, value in _below(file, "ema.").items():
-                self.ema[name].copy_(value)
+                if name in self.ema:  # a finished state holds buffers, too
+                    self.ema[name].copy_(value)
             for key, value in _below(file, "optimizer.").items():
                 entry, name = key.split(".", 1)
                 self._restore(entry, self.weights[name], value)
@@ -220,6 +221,15 @@ def averaged_state(folder: Path) -> dict[str, Tensor]:
     """The newest EMA weights (and buffers) of the run in `folder`."""
     with safe_open(folder / "state.safetensors", "pt") as file:
         return _below(file, "model.") | _below(file, "ema.")
+
+
+def save_start(folder: Path, state: dict[str, Tensor], last_line: dict) -> None:
+    """Makes a run's folder that goes on from finished weights, with a fresh optimizer; last_line: of their log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{prefix}.{k}": v.clone() for prefix in ("model", "ema") for k, v in state.items()}
+    save_file(tensors, folder / "state.partial", {"step": str(last_line["step"])})
+    (folder / "log.jsonl").write_text(json.dumps(last_line) + "\n")
+    os.replace(folder / "state.partial", folder / "state.safetensors")
 
 
 def draw_curve(log: Path, picture: Path, width: int = 640, height: int = 320) -> None:

@@ -1,0 +1,118 @@
+"""Log-mel spectrograms to waveforms without a trained network: Griffin-Lim, for models too small to hold phases.
+
+The mel bands are first unmixed into Fourier bands that are not negative, then phases are sought that such a spectrogram can
+have. Sources: Griffin and Lim 1984; the accelerated form, Perraudin et al. 2013; multiplicative updates, Lee and Seung 2001.
+B batch, C channels, T mel frames, M mel bins, K Fourier bands, S samples.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ShapeError, UnsupportedModelError
+from ..options import Options
+from .mel import FLOOR
+
+_MOMENTUM = 0.99
+_TINY = 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class GriffinLimConfig:
+    """The short-time transform that the mels came from, in samples, and how long to search."""
+
+    sample_rate_hz: int
+    mel_bins: int = 64
+    n_fft: int = 1024
+    hop_samples: int = 160
+    unmixing_rounds: int = 80
+    phase_rounds: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hop_samples <= self.n_fft // 2:
+            raise UnsupportedModelError(
+                f"a hop of {self.hop_samples} samples does not fit windows of {self.n_fft}: use 1 to {self.n_fft // 2}"
+            )
+
+    @classmethod
+    def from_published(cls, section: Mapping) -> "GriffinLimConfig":
+        """Reads a `vocoder` section of class GriffinLim; Raises UnsupportedModelError for unknown options."""
+        options = Options(section, "vocoder")
+        options.expect("_class_name", "GriffinLim")
+        config = cls(
+            sample_rate_hz=options.take("output_sampling_rate"),
+            mel_bins=options.take("num_mels", 64),
+            n_fft=options.take("n_fft", 1024),
+            hop_samples=options.take("hop_length", 160),
+            unmixing_rounds=options.take("unmixing_rounds", 80),
+            phase_rounds=options.take("phase_rounds", 32),
+        )
+        options.close()
+        return config
+
+
+class GriffinLim(nn.Module):
+    """Log-mel (B, C, T, M) to a waveform (B, C, T * hop_samples) in [-1, 1]; the same mel gives the same waveform.
+
+    mel_basis: (M, K), the filters that made the mels, kept in the checkpoint as those of the published vocoders are.
+    """
+
+    def __init__(self, config: GriffinLimConfig):
+        super().__init__()
+        self.config, self.sample_rate_hz = config, config.sample_rate_hz
+        self.register_buffer("mel_basis", torch.zeros(config.mel_bins, config.n_fft // 2 + 1))
+
+    def forward(self, mel_BCTM: Tensor) -> Tensor:
+        """Raises ShapeError for another number of mel bins."""
+        if mel_BCTM.ndim != 4 or mel_BCTM.shape[3] != self.config.mel_bins:
+            raise ShapeError(
+                f"mel must be (batch, channels, frames, {self.config.mel_bins}), got {tuple(mel_BCTM.shape)}"
+            )
+        # one frame more: the last hop of samples lies after the last frame's middle
+        mel_BCTM = functional.pad(mel_BCTM.float(), (0, 0, 0, 1), mode="replicate")
+        # what stands at the floor is silence, not a tone of that level
+        bands_NMT = rearrange((mel_BCTM.exp() - FLOOR).clamp(min=0), "B C T M -> (B C) M T")
+        waveform_NS = self._find_phases(self._unmix(bands_NMT))
+        return rearrange(waveform_NS, "(B C) S -> B C S", B=len(mel_BCTM)).clamp(-1, 1)
+
+    def _unmix(self, bands_NMT: Tensor) -> Tensor:
+        """Magnitudes (N, K, T), not negative, whose mels are nearest to the given ones."""
+        basis_MK = self.get_buffer("mel_basis").float()
+        wanted_NKT = basis_MK.T @ bands_NMT
+        overlap_K1 = (basis_MK.T @ basis_MK).sum(1, keepdim=True)
+        magnitude_NKT = wanted_NKT / overlap_K1.clamp(min=_TINY) + _TINY
+        for _ in range(self.config.unmixing_rounds):
+            given_NKT = basis_MK.T @ (basis_MK @ magnitude_NKT)
+            magnitude_NKT = magnitude_NKT * wanted_NKT / (given_NKT + _TINY)
+        return magnitude_NKT
+
+    def _find_phases(self, magnitude_NKT: Tensor) -> Tensor:
+        """A waveform (N, S) whose spectrogram has these magnitudes, nearly."""
+        config = self.config
+        window = torch.hann_window(config.n_fft, device=magnitude_NKT.device)
+        samples = (magnitude_NKT.shape[2] - 1) * config.hop_samples
+
+        def to_waveform(spectrum_NKT: Tensor) -> Tensor:
+            return torch.istft(spectrum_NKT, config.n_fft, config.hop_samples, window=window, length=samples)
+
+        def to_spectrum(waveform_NS: Tensor) -> Tensor:
+            return torch.stft(
+                waveform_NS, config.n_fft, config.hop_samples, window=window,
+                pad_mode="constant", return_complex=True,
+            )  # fmt: skip
+
+        # drawn on the CPU from a fixed seed: phases to start from, no choice of the user's
+        start = torch.rand(magnitude_NKT.shape, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
+        direction_NKT = torch.polar(torch.ones_like(start), start).to(magnitude_NKT.device)
+        before_NKT = torch.zeros_like(direction_NKT)
+        for _ in range(config.phase_rounds):
+            rebuilt_NKT = to_spectrum(to_waveform(magnitude_NKT * direction_NKT))
+            ahead_NKT = rebuilt_NKT - _MOMENTUM / (1 + _MOMENTUM) * before_NKT
+            direction_NKT = ahead_NKT / (ahead_NKT.abs() + _TINY)
+            before_NKT = rebuilt_NKT
+        return to_waveform(magnitude_NKT * direction_NKT)

@@ -1,0 +1,72 @@
+"""The mel decoder without a network: tones, silence, onsets and refusals."""
+
+import math
+
+import pytest
+import torch
+from bench.judge import count_clicks, find_onsets
+
+from lockstep.model.codec.griffin_lim import GriffinLim, GriffinLimConfig
+from lockstep.model.codec.mel import LogMel, MelConfig, slaney_filterbank
+from lockstep.model.errors import ShapeError, UnsupportedModelError
+
+RATE_HZ = 16000
+SECTION = {"_class_name": "GriffinLim", "output_sampling_rate": RATE_HZ}
+
+
+@pytest.fixture(scope="module")
+def vocoder() -> GriffinLim:
+    module = GriffinLim(GriffinLimConfig.from_published(SECTION))
+    module.get_buffer("mel_basis").copy_(torch.from_numpy(slaney_filterbank(MelConfig())).T)
+    return module
+
+
+def through(vocoder: GriffinLim, waveform_S: torch.Tensor) -> torch.Tensor:
+    return vocoder(LogMel(MelConfig())(waveform_S[None, None]))[0, 0, : len(waveform_S)]
+
+
+def tone(hz: float, seconds: float = 1.0) -> torch.Tensor:
+    return 0.4 * torch.sin(2 * math.pi * hz * torch.arange(int(seconds * RATE_HZ)) / RATE_HZ)
+
+
+@pytest.mark.parametrize("hz", [120.0, 437.0, 1760.0, 4100.0])
+def test_a_tone_keeps_its_pitch_and_its_level(vocoder, hz):
+    made = through(vocoder, tone(hz))[2000:-2000]
+    spectrum = torch.fft.rfft(made * torch.hann_window(len(made))).abs()
+    found = spectrum.argmax() * RATE_HZ / len(made)
+    # mel bands are 46 Hz wide below 1 kHz, 7 % above: a tone cannot come back finer than half of that, and comes back as a
+    # narrow band, whose sum of magnitudes is kept: up to 3.5 dB of its power are lost
+    assert abs(found - hz) <= max(25.0, 0.04 * hz)
+    assert -3.5 < 20 * math.log10(made.square().mean().sqrt() / (0.4 / math.sqrt(2))) < 1
+
+
+def test_silence_stays_silent(vocoder):
+    assert through(vocoder, torch.zeros(RATE_HZ)).abs().max() < 1e-3  # -60 dBFS
+
+
+def test_an_impact_keeps_its_time_and_does_not_click(vocoder):
+    wave = torch.zeros(RATE_HZ)
+    decay = torch.exp(-torch.arange(RATE_HZ // 2) / (0.07 * RATE_HZ))
+    wave[RATE_HZ // 2 :] = tone(430, 0.5) * decay
+    made = through(vocoder, wave).double().numpy()
+    (onset,) = find_onsets(made, RATE_HZ)
+    assert onset == pytest.approx(0.5, abs=0.025)  # windows are 64 ms long
+    assert count_clicks(made, RATE_HZ) == 0
+
+
+def test_the_same_mel_gives_the_same_waveform(vocoder):
+    assert torch.equal(through(vocoder, tone(300)), through(vocoder, tone(300)))
+
+
+def test_every_mel_frame_gives_one_hop_of_samples_for_each_channel(vocoder):
+    assert vocoder(torch.full((2, 3, 7, 64), -5.0)).shape == (2, 3, 7 * 160)
+    assert vocoder(torch.full((1, 1, 1, 64), -5.0)).shape == (1, 1, 160)
+
+
+def test_other_mels_and_options_are_refused_by_name(vocoder):
+    with pytest.raises(ShapeError, match="frames, 64"):
+        vocoder(torch.zeros(1, 1, 5, 80))
+    with pytest.raises(UnsupportedModelError, match="unheard_of=1"):
+        GriffinLimConfig.from_published(SECTION | {"unheard_of": 1})
+    with pytest.raises(UnsupportedModelError, match=r"hop of 900 .* use 1 to 512"):
+        GriffinLimConfig.from_published(SECTION | {"hop_length": 900})
