@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .audio_vae import AudioVAE, AudioVAEConfig
+from .griffin_lim import GriffinLim
 from .vocoder import ExtendedVocoder, Generator, GeneratorConfig, VocoderConfig
 
 WINDOW_LATENTS = 256  # about ten seconds
@@ -93,9 +94,12 @@ def encode_audio_stream(vae: AudioVAE, mel_BCTM: Tensor, window_latents: int = W
 
 @torch.inference_mode()
 def vocode_stream(
-    vocoder: Generator | ExtendedVocoder, mel_BCTM: Tensor, window_mels: int = WINDOW_MELS
+    vocoder: Generator | ExtendedVocoder | GriffinLim, mel_BCTM: Tensor, window_mels: int = WINDOW_MELS
 ) -> Iterator[Tensor]:
     """What vocoder(mel) gives, as (B, C, s) pieces of consecutive samples; errors as the vocoder's."""
+    if isinstance(vocoder, GriffinLim):  # a search over the whole clip: one piece
+        yield vocoder(mel_BCTM)
+        return
     config = vocoder.config
     if isinstance(config, VocoderConfig):
         reach, per_frame = vocoder_reach(config), config.generator.samples_per_frame * config.ratio

@@ -36,12 +36,13 @@ _USUAL_FORMAT = FORMATS[0]
 _TENSORS = ("video", "audio", "guide")
 # what is given in a step, and how often
 _MODES = {
-    "nothing": 0.62,
-    "first": 0.14,
+    "nothing": 0.5,
+    "first": 0.16,
     "guide": 0.06,
     "first and guide": 0.08,
-    "audio": 0.05,
-    "video": 0.05,
+    "audio": 0.06,
+    "video": 0.06,
+    "beginning": 0.08,  # of both streams: a clip that goes on
 }
 
 
@@ -102,14 +103,22 @@ def draw_sigma(count: int, tokens: int) -> Tensor:
     return torch.where(torch.rand(count) < 0.1, torch.rand(count), sigma).clamp(1e-3, 1.0)
 
 
-def _layouts(batch: Batch, mode: str) -> tuple[Layout, Layout]:
+def _layouts(batch: Batch, mode: str, rng: random.Random) -> tuple[Layout, Layout]:
     """Where tokens stand in this mode; values come later, so a single clip stands for all."""
-    channels, (_, z, _, bins) = batch.video.shape[1], batch.audio.shape
+    shape, channels, (_, z, _, bins) = batch.shape, batch.video.shape[1], batch.audio.shape
     first = Guide(batch.video[:1, :, :1], 0, 1.0)
     other = Guide(batch.guide[:1], batch.guide_frame, 1.0)
     guides = {"first": [first], "guide": [other], "first and guide": [first, other]}.get(mode, [])
-    video = lay_out_video(batch.shape, channels, guides, batch.video[:1] if mode == "video" else None)
-    return video, lay_out_audio(batch.shape, z, bins, batch.audio[:1] if mode == "audio" else None)
+    given_video = batch.video[:1] if mode == "video" else None
+    given_audio, audio_mask = batch.audio[:1] if mode == "audio" else None, None
+    if mode == "beginning":
+        latents = rng.randrange(1, shape.latent_frames - 1)
+        guides = [Guide(batch.video[:1, :, :latents], 0, 1.0)]
+        seconds = (shape.compression.time * (latents - 1) + 1) / shape.fps
+        given_audio, audio_mask = batch.audio[:1], torch.ones(1, 1, shape.audio_latents, 1)
+        audio_mask[:, :, : round(seconds * shape.audio_rate.latents_per_second)] = 0
+    video = lay_out_video(shape, channels, guides, given_video)
+    return video, lay_out_audio(shape, z, bins, given_audio, audio_mask)
 
 
 def _stream(layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor) -> tuple[StreamInput, Tensor]:
@@ -134,10 +143,16 @@ def _error(velocity: Tensor, wanted: Tensor, layout: Layout) -> Tensor:
 
 
 def flow_loss(
-    model: Generator, batch: Batch, ids: Tensor, mask: Tensor, mode: str, network: Callable | None = None
+    model: Generator,
+    batch: Batch,
+    ids: Tensor,
+    mask: Tensor,
+    mode: str,
+    rng: random.Random,
+    network: Callable | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Squared error of both velocities over the tokens that are noised; network: the transformer, compiled."""
-    video_layout, audio_layout = _layouts(batch, mode)
+    video_layout, audio_layout = _layouts(batch, mode, rng)
     device = batch.video.device
     sigma = draw_sigma(len(batch.scenes), batch.shape.video_tokens).to(device)
     clean_video = video_to_tokens(batch.video)
@@ -203,7 +218,7 @@ def train_transformer(
         usual = rng.random() < _USUAL_SHARE
         mode = "nothing" if usual else rng.choices(list(_MODES), weights=list(_MODES.values()))[0]
         chosen = [path for path in paths if format_of(path) == _USUAL_FORMAT] if usual else paths
-        # all processes share the format and the mode, so that none waits for another; each has clips of its own
+        # all processes share the format, so that none waits for another; each has clips of its own
         clips = _draw_clips(chosen, rng, batch * run.processes, mode, video_vae, audio_vae)
         clips = _to(_part(clips, list(range(len(clips.scenes)))[run.rank :: run.processes]), device)
         rng = random.Random(f"{run.settings.seed}/flow/{step}/{run.rank}")
@@ -212,6 +227,6 @@ def train_transformer(
         network = fast if usual else None
         # on CPUs the fused attention's backward takes longer than that of plain products, at these sizes twice as long
         with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
-            return flow_loss(run.model, clips, ids.to(device), mask.to(device), mode, network)
+            return flow_loss(run.model, clips, ids.to(device), mask.to(device), mode, rng, network)
 
     run.train(loss_of_step)
