@@ -19,6 +19,7 @@ from ..options import Options
 from .mel import FLOOR
 
 _MOMENTUM = 0.99
+_HIGHEST_PEAK = 0.8  # leaves room for what lossy coding adds: true peaks stay below -1 dBFS
 _TINY = 1e-10
 
 
@@ -57,7 +58,7 @@ class GriffinLimConfig:
 
 
 class GriffinLim(nn.Module):
-    """Log-mel (B, C, T, M) to a waveform (B, C, T * hop_samples) in [-1, 1]; the same mel gives the same waveform.
+    """Log-mel (B, C, T, M) to a waveform (B, C, T * hop_samples) within 0.8; the same mel gives the same waveform.
 
     mel_basis: (M, K), the filters that made the mels, kept in the checkpoint as those of the published vocoders are.
     """
@@ -73,12 +74,16 @@ class GriffinLim(nn.Module):
             raise ShapeError(
                 f"mel must be (batch, channels, frames, {self.config.mel_bins}), got {tuple(mel_BCTM.shape)}"
             )
-        # one frame more: the last hop of samples lies after the last frame's middle
-        mel_BCTM = functional.pad(mel_BCTM.float(), (0, 0, 0, 1), mode="replicate")
+        frames, beyond = mel_BCTM.shape[2], self.config.n_fft // (2 * self.config.hop_samples) + 1
+        # what the last windows see beyond the end
+        mel_BCTM = functional.pad(mel_BCTM.float(), (0, 0, 0, beyond), mode="replicate")
         # what stands at the floor is silence, not a tone of that level
         bands_NMT = rearrange((mel_BCTM.exp() - FLOOR).clamp(min=0), "B C T M -> (B C) M T")
-        waveform_NS = self._find_phases(self._unmix(bands_NMT))
-        return rearrange(waveform_NS, "(B C) S -> B C S", B=len(mel_BCTM)).clamp(-1, 1)
+        waveform_NS = self._find_phases(self._unmix(bands_NMT))[:, : frames * self.config.hop_samples]
+        # found phases may add up where the true ones did not: the whole clip gets quieter, no peak is cut
+        loudest_N1 = waveform_NS.abs().amax(1, keepdim=True)
+        waveform_NS = waveform_NS * (_HIGHEST_PEAK / loudest_N1.clamp(min=_HIGHEST_PEAK))
+        return rearrange(waveform_NS, "(B C) S -> B C S", B=len(mel_BCTM))
 
     def _unmix(self, bands_NMT: Tensor) -> Tensor:
         """Magnitudes (N, K, T), not negative, whose mels are nearest to the given ones."""
@@ -103,7 +108,7 @@ class GriffinLim(nn.Module):
         def to_spectrum(waveform_NS: Tensor) -> Tensor:
             return torch.stft(
                 waveform_NS, config.n_fft, config.hop_samples, window=window,
-                pad_mode="constant", return_complex=True,
+                pad_mode="reflect", return_complex=True,
             )  # fmt: skip
 
         # drawn on the CPU from a fixed seed: phases to start from, no choice of the user's
