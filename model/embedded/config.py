@@ -1,7 +1,7 @@
 """The embedded model as a small config of the LTX family, in the published nested form."""
 
 NAME = "Lockstep-Embedded"
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 SAMPLE_RATE_HZ = 16000
 
 VIDEO_VAE = {
@@ -131,7 +131,7 @@ RECIPE = {
     "steps": 20,
     "schedule_tokens": 1024,
     "text_length": TEXT_LENGTH,
-    "guidance": {"cfg_video": 3.0, "cfg_audio": 3.0},
+    "guidance": {"cfg_video": 2.0, "cfg_audio": 2.0},
     "side_limits": [64, 112],
     "seconds_limits": [1.0, 4.2],
     "fps_limits": [12.0, 24.0],
