@@ -16,6 +16,7 @@ from .checkpoint import keymap
 from .checkpoint.build import build_on_meta
 from .checkpoint.families import Files
 from .codec.audio_vae import AudioVAE
+from .codec.griffin_lim import GriffinLim
 from .codec.streaming import WINDOW_BYTES, decode_stream
 from .codec.video_vae import VideoVAE
 from .codec.vocoder import ExtendedVocoder, Generator
@@ -124,7 +125,7 @@ class Forecast:
 
     def _audio(self, shape: ClipShape) -> StageNeed:
         vae, vocoder = self._module(keymap.AUDIO_VAE), self._module(keymap.VOCODER)
-        if not isinstance(vae, AudioVAE) or not isinstance(vocoder, Generator | ExtendedVocoder):
+        if not isinstance(vae, AudioVAE) or not isinstance(vocoder, Generator | ExtendedVocoder | GriffinLim):
             return StageNeed("audio", _bytes(vae, vocoder), 0)
         with MemoryCount() as count:
             latents = min(shape.audio_latents, 2 * WINDOW_LATENTS)
@@ -132,9 +133,14 @@ class Forecast:
                 1, vae.config.latent_channels, latents, vae.config.latent_bins, device="meta"
             )
             mel = torch.cat(list(decode_audio_stream(vae, latent.to(next(vae.parameters())))), dim=2)
-            for _ in vocode_stream(vocoder, mel.float()[:, :, : 3 * WINDOW_MELS]):
-                pass
-        return StageNeed("audio", _bytes(vae, vocoder), count.peak)
+            if not isinstance(vocoder, GriffinLim):
+                for _ in vocode_stream(vocoder, mel.float()[:, :, : 3 * WINDOW_MELS]):
+                    pass
+        peak = count.peak
+        if isinstance(vocoder, GriffinLim):  # a search that looks at values cannot run on meta tensors
+            frames = vae.config.mel_frames(shape.audio_latents)
+            peak = max(peak, vae.config.channels_out * vocoder.working_bytes(frames))
+        return StageNeed("audio", _bytes(vae, vocoder), peak)
 
 
 def _bytes(*modules: nn.Module | None) -> int:

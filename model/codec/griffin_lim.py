@@ -21,6 +21,9 @@ from .mel import FLOOR
 _MOMENTUM = 0.99
 _HIGHEST_PEAK = 0.8  # leaves room for what lossy coding adds: true peaks stay below -1 dBFS
 _TINY = 1e-10
+_SPECTRA_HELD = (
+    7.4  # complex spectrograms alive at once in the search, windows and waveforms counted as such; measured
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +71,23 @@ class GriffinLim(nn.Module):
         self.config, self.sample_rate_hz = config, config.sample_rate_hz
         self.register_buffer("mel_basis", torch.zeros(config.mel_bins, config.n_fft // 2 + 1))
 
+    def working_bytes(self, frames: int) -> int:
+        """Memory beside the weights for one channel of so many mel frames."""
+        return round(_SPECTRA_HELD * 8 * self.get_buffer("mel_basis").shape[1] * (frames + self._beyond))
+
+    @property
+    def _beyond(self) -> int:
+        """Mel frames after the last one whose windows reach into the clip."""
+        return self.config.n_fft // (2 * self.config.hop_samples) + 1
+
     def forward(self, mel_BCTM: Tensor) -> Tensor:
         """Raises ShapeError for another number of mel bins."""
         if mel_BCTM.ndim != 4 or mel_BCTM.shape[3] != self.config.mel_bins:
             raise ShapeError(
                 f"mel must be (batch, channels, frames, {self.config.mel_bins}), got {tuple(mel_BCTM.shape)}"
             )
-        frames, beyond = mel_BCTM.shape[2], self.config.n_fft // (2 * self.config.hop_samples) + 1
-        # what the last windows see beyond the end
-        mel_BCTM = functional.pad(mel_BCTM.float(), (0, 0, 0, beyond), mode="replicate")
+        frames = mel_BCTM.shape[2]
+        mel_BCTM = functional.pad(mel_BCTM.float(), (0, 0, 0, self._beyond), mode="replicate")
         # what stands at the floor is silence, not a tone of that level
         bands_NMT = rearrange((mel_BCTM.exp() - FLOOR).clamp(min=0), "B C T M -> (B C) M T")
         waveform_NS = self._find_phases(self._unmix(bands_NMT))[:, : frames * self.config.hop_samples]
