@@ -4,9 +4,10 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
-from .sampler import ASPECTS, check_choices
+from .clip_inputs import ASPECTS, clip_inputs
+from .sampler import check_choices
 from .sockets import CATEGORY, LockstepModel
-from .types import OWN_ASPECT, size_of, to_latents
+from .types import size_of, to_latents
 
 
 class LockstepEmptyAVLatent(io.ComfyNode):
@@ -20,44 +21,7 @@ class LockstepEmptyAVLatent(io.ComfyNode):
             "Where an input is 0, the model's own value counts.",
             inputs=[
                 LockstepModel.Input("model", tooltip="The model that will sample."),
-                io.Combo.Input(
-                    "aspect",
-                    options=list(ASPECTS),
-                    default=OWN_ASPECT,
-                    tooltip="Width to height, at the model's own short side. custom: width and height below.",
-                ),
-                io.Int.Input(
-                    "width",
-                    default=768,
-                    min=16,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels; counts only where aspect is custom. Published models need multiples of 32.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=512,
-                    min=16,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels; counts only where aspect is custom. Published models need multiples of 32.",
-                ),
-                io.Float.Input(
-                    "seconds",
-                    default=0.0,
-                    min=0.0,
-                    max=120.0,
-                    step=0.1,
-                    tooltip="How long the clip is, to the nearest count of frames that the model holds. 0: the model's own.",
-                ),
-                io.Float.Input(
-                    "fps",
-                    default=0.0,
-                    min=0.0,
-                    max=120.0,
-                    step=1.0,
-                    tooltip="Frames per second. 0: the model's own.",
-                ),
+                *clip_inputs(),
             ],
             outputs=[
                 io.Latent.Output(

@@ -12,10 +12,9 @@ from ..model.errors import WorkflowError
 from ..model.shapes import ClipShape
 from ..model.values import Guide
 from . import host
+from .clip_inputs import ASPECTS, clip_inputs
 from .sockets import CATEGORY, LockstepModel
 from .types import (
-    CUSTOM_ASPECT,
-    OWN_ASPECT,
     Picture,
     Stream,
     fit_sound_to,
@@ -26,7 +25,6 @@ from .types import (
     to_latents,
 )
 
-ASPECTS = (OWN_ASPECT, "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", CUSTOM_ASPECT)
 OWN_STG = -1.0
 
 
@@ -44,44 +42,7 @@ class LockstepSampler(io.ComfyNode):
                     "conditioning",
                     tooltip="From Lockstep Text Encode, with or without pictures of Lockstep Image Encode.",
                 ),
-                io.Combo.Input(
-                    "aspect",
-                    options=list(ASPECTS),
-                    default=OWN_ASPECT,
-                    tooltip="Width to height, at the model's own short side. custom: width and height below.",
-                ),
-                io.Int.Input(
-                    "width",
-                    default=768,
-                    min=16,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels; counts only where aspect is custom. Published models need multiples of 32.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=512,
-                    min=16,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels; counts only where aspect is custom. Published models need multiples of 32.",
-                ),
-                io.Float.Input(
-                    "seconds",
-                    default=0.0,
-                    min=0.0,
-                    max=120.0,
-                    step=0.1,
-                    tooltip="How long the clip is, to the nearest count of frames that the model holds. 0: the model's own.",
-                ),
-                io.Float.Input(
-                    "fps",
-                    default=0.0,
-                    min=0.0,
-                    max=120.0,
-                    step=1.0,
-                    tooltip="Frames per second. 0: the model's own.",
-                ),
+                *clip_inputs(),
                 io.Int.Input(
                     "steps",
                     default=0,

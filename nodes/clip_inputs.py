@@ -1,0 +1,51 @@
+"""The inputs that say how large, how long and how fast a clip is to be: the same on every node that asks."""
+
+from comfy_api.latest import io
+
+from .types import CUSTOM_ASPECT, OWN_ASPECT
+
+ASPECTS = (OWN_ASPECT, "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", CUSTOM_ASPECT)
+
+
+def clip_inputs() -> list:
+    """Aspect, width, height, seconds and fps, in the order in which workflows keep their values."""
+    return [
+        io.Combo.Input(
+            "aspect",
+            options=list(ASPECTS),
+            default=OWN_ASPECT,
+            tooltip="Width to height, at the model's own short side. custom: width and height below.",
+        ),
+        io.Int.Input(
+            "width",
+            default=768,
+            min=16,
+            max=8192,
+            step=16,
+            tooltip="Pixels; counts only where aspect is custom. Published models need multiples of 32.",
+        ),
+        io.Int.Input(
+            "height",
+            default=512,
+            min=16,
+            max=8192,
+            step=16,
+            tooltip="Pixels; counts only where aspect is custom. Published models need multiples of 32.",
+        ),
+        io.Float.Input(
+            "seconds",
+            default=0.0,
+            min=0.0,
+            max=120.0,
+            step=0.1,
+            tooltip="How long the clip is, to the nearest count of frames that the model holds. 0: the model's own.",
+        ),
+        io.Float.Input(
+            "fps",
+            default=0.0,
+            min=0.0,
+            max=120.0,
+            step=1.0,
+            tooltip="Frames per second. 0: the model's own.",
+        ),
+    ]
