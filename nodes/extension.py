@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .audio_decode import LockstepAudioDecode
 from .audio_encode import LockstepAudioEncode
+from .clip_report import LockstepClipReport
 from .empty_av_latent import LockstepEmptyAVLatent
 from .image_encode import LockstepImageEncode
 from .load_av_latent import LockstepLoadAVLatent
@@ -29,4 +30,5 @@ class LockstepExtension(ComfyExtension):
             LockstepEmptyAVLatent,
             LockstepLoadAVLatent,
             LockstepSaveAVLatent,
+            LockstepClipReport,
         ]

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..model.errors import MediaError, ShapeError, WorkflowError
 from ..model.shapes import ClipShape
-from ..model.values import AVLatents, Conditioning
+from ..model.values import AVLatents, Clip, Conditioning
 
 _KEY = "lockstep"
 OWN_ASPECT, CUSTOM_ASPECT = "model default", "custom"
@@ -347,6 +347,25 @@ def to_pixels(
         ) from error
     pixels = rearrange(images_FHWC.float().cpu().clamp(0, 1), "F H W C -> 1 C F H W") * 2 - 1
     return pixels, shape
+
+
+def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Clip:
+    """IMAGE and AUDIO as one clip to be looked at; values that are no numbers stay, so that they can be told.
+
+    Raises MediaError for pictures of other channels, for a batch of sounds, or for one without samples.
+    """
+    if images_FHWC.ndim != 4 or images_FHWC.shape[-1] != 3 or not images_FHWC.shape[0]:
+        raise MediaError(
+            f"images have the shape {tuple(images_FHWC.shape)}, (frames, rows, columns, 3) is needed"
+        )
+    if audio is None:
+        return Clip(images_FHWC.float().cpu(), None, fps, 0)
+    waveform = audio["waveform"]
+    if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.numel():
+        raise MediaError(
+            f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"
+        )
+    return Clip(images_FHWC.float().cpu(), waveform[0].float().cpu(), fps, int(audio["sample_rate"]))
 
 
 def from_audio(audio: Any) -> tuple[Tensor, int]:

@@ -315,6 +315,19 @@ def test_anything_but_one_sound_is_refused(waveform):
         types.from_audio({"waveform": waveform, "sample_rate": 16000})
 
 
+def test_a_clip_to_be_looked_at_keeps_what_is_wrong_with_it():
+    frames = torch.full((5, 4, 6, 3), torch.nan)
+    clip = types.to_clip(frames, 12.0, {"waveform": torch.full((1, 2, 9), torch.inf), "sample_rate": 8000})
+    assert clip.frames.isnan().all()
+    assert clip.waveform is not None
+    assert (tuple(clip.waveform.shape), clip.sample_rate_hz) == ((2, 9), 8000)
+    assert types.to_clip(frames, 12.0, None).waveform is None
+    with pytest.raises(MediaError, match="images have the shape"):
+        types.to_clip(frames[..., :2], 12.0, None)
+    with pytest.raises(MediaError, match="one sound"):
+        types.to_clip(frames, 12.0, {"waveform": torch.zeros(2, 1, 9), "sample_rate": 8000})
+
+
 # What comes out
 
 

@@ -18,7 +18,7 @@ BUTTONS = {"LoadImage": ["image"], "LoadVideo": ["image"], "LoadAudio": ["", ""]
 COLUMN, GAP, TOP = 40, 50, 120
 WIDTHS = {"LockstepTextEncode": 400, "SaveVideo": 400, "LoadImage": 320, "MarkdownNote": 400}
 HEIGHTS = {"LockstepTextEncode": 220, "SaveVideo": 440, "SaveAnimatedWEBP": 400, "LoadImage": 330, "LoadVideo": 330,
-           "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110}  # fmt: skip
+           "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110, "LockstepClipReport": 300}  # fmt: skip
 
 RED_BALL = "a red ball bounces on a gray background"
 Link = tuple[str, int]
@@ -297,6 +297,33 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
                     {"latent": ("sampler", 2), "filename_prefix": "latents/lockstep"},
                 )
             },
+        ],
+    ),
+    "clip_report": (
+        """**What a clip is like**, measured. Press Run, or connect frames and sound of any other clip.
+
+- The picture on Lockstep Clip Report: motion above, sound below; yellow is what is seen to happen, red is what is heard to start.
+- Its **report** and **json** say whether sound fits picture (positive: the sound is late), how loud it is, and what a viewer would notice.
+- Where no clear event is there to judge, no offset is told.""",
+        [
+            {"loader": loader()},
+            {"text": text()},
+            {"sampler": sampler()},
+            {
+                "pictures": ("LockstepVAEDecode", {"model": ("loader", 0), "video": ("sampler", 0)}),
+                "sound": ("LockstepAudioDecode", {"model": ("loader", 0), "audio": ("sampler", 1)}),
+            },
+            {
+                "report": (
+                    "LockstepClipReport",
+                    {"images": ("pictures", 0), "fps": ("pictures", 1), "audio": ("sound", 0)},
+                ),
+                "clip": (
+                    "CreateVideo",
+                    {"images": ("pictures", 0), "fps": ("pictures", 1), "audio": ("sound", 0)},
+                ),
+            },
+            {"save": save()},
         ],
     ),
     "file_to_clip": (

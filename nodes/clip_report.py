@@ -1,0 +1,55 @@
+"""Lockstep Clip Report: what a finished clip is like, ours or not, sound measured against picture."""
+
+import json
+
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..model.measure.report import draw_report, report_clip
+from .sockets import CATEGORY
+from .types import to_clip
+
+
+class LockstepClipReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LockstepClipReport",
+            display_name="Lockstep Clip Report",
+            category=CATEGORY,
+            description="Measures a clip: whether its sound fits its picture, loudness, peaks, clicks, black, frozen and "
+            "flashing frames, motion, seams. Works on any clip and needs no model.",
+            inputs=[
+                io.Image.Input("images", tooltip="All frames of one clip, in order."),
+                io.Float.Input(
+                    "fps",
+                    default=12.0,
+                    min=0.1,
+                    max=240.0,
+                    step=0.1,
+                    tooltip="Frames per second, such as the fps of Lockstep VAE Decode or Get Video Components.",
+                ),
+                io.Audio.Input(
+                    "audio", optional=True, tooltip="The clip's sound; without it the pictures alone."
+                ),
+            ],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="A few lines for people."),
+                io.String.Output("json", display_name="json", tooltip="The same and more, for other nodes."),
+                io.Image.Output(
+                    "picture",
+                    display_name="picture",
+                    tooltip="Motion over the waveform, with seen events and heard onsets marked.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, images: Tensor, fps: float, audio: dict | None = None) -> io.NodeOutput:
+        clip = to_clip(images, fps, audio)
+        report = report_clip(clip)
+        picture = draw_report(report, clip)[None]
+        shown = ui.PreviewImage(picture, cls=cls)
+        return io.NodeOutput(report.to_text(), json.dumps(report.to_dict()), picture, ui=shown)
