@@ -16,11 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .errors import CheckpointError, LockstepError, MediaError, PromptError
+from .errors import CheckpointError, LockstepError, MediaError, PromptError, ProvenanceError
+from .provenance import CERTIFICATE_VARIABLE, COMPOSITE, KEY_VARIABLE, MADE, SOURCE_TYPES
 
 # torch, PyAV and the engine are imported where they are needed: --help and wrong arguments answer at once.
 if TYPE_CHECKING:
     from .measure.energy import Energy
+    from .provenance import Disclosure
     from .values import GenerateRequest, GenerateResult, Lora, Progress
 
 _MAX_SEED = 2**63 - 1
@@ -105,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("resident", "offload", "stream"),
         help="where weights stay, told with the memory needed; default: what fits",
     )
+    add(
+        "--disclosure",
+        choices=(*SOURCE_TYPES, "none"),
+        help=f"digital source type that the file states; default: {MADE}, with pictures of yours {COMPOSITE}",
+    )
+    add("--certificate", metavar="FILE", type=Path, help="PEM chain: signs Content Credentials (C2PA)")
+    add("--private-key", metavar="FILE", type=Path, help="PEM key of the certificate")
     add("--idle-seconds", metavar="S", type=_positive, help="rest first, to tell net from gross joules")
     add("--grams-per-kwh", metavar="G", type=_not_negative, help="CO2e of your electricity, for the report")
     add("--price-per-kwh", metavar="P", type=_not_negative, help="price of your electricity, for the report")
@@ -167,6 +176,7 @@ def _generate(parsed: argparse.Namespace) -> None:
     from .media import write_clip
 
     request = _request(parsed)
+    disclosure, unsigned = _disclosure(parsed)
     if parsed.seed is None:
         print(f"seed {request.seed}", flush=True)
     engine = Engine(
@@ -188,10 +198,15 @@ def _generate(parsed: argparse.Namespace) -> None:
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     started = time.perf_counter()
-    write_clip(parsed.output, result.clip, {"lockstep": json.dumps(_provenance(request, result))})
+    made = _provenance(parsed, request, result)
+    write_clip(parsed.output, result.clip, {"lockstep": json.dumps(made)}, disclosure)
     seconds = {"write": time.perf_counter() - started}
     report = _report(parsed, request, result, seconds) | {
-        "energy": _energy(parsed, result, energy[0], meter.notes)
+        "energy": _energy(parsed, result, energy[0], meter.notes),
+        "provenance": {
+            "digital_source_type": disclosure and disclosure.source_type,
+            "content_credentials": unsigned or "signed",
+        },
     }
     print(json.dumps(report) if parsed.json else _sentence(report), flush=True)
 
@@ -285,11 +300,46 @@ class _Bars:
 # What is said about a clip
 
 
-def _provenance(request: "GenerateRequest", result: "GenerateResult") -> dict:
-    """What makes the same clip again, kept as a tag of the file."""
+def _disclosure(parsed: argparse.Namespace) -> "tuple[Disclosure | None, str | None]":
+    """What the file is to say of its origin, and why it will not be signed; certificates are tried before the run.
+
+    Raises ProvenanceError for files that were named here and cannot sign; those of the environment are only missed.
+    """
+    from .provenance import Disclosure, find_signer
+
+    named = parsed.certificate or parsed.private_key
+    if parsed.disclosure == "none":
+        if named:
+            raise ProvenanceError("a certificate signs what is disclosed: leave out --disclosure none")
+        return None, "not signed: nothing is disclosed"
+    mixed = parsed.image or parsed.last_image
+    source_type = parsed.disclosure or (COMPOSITE if mixed else MADE)
+    try:
+        return Disclosure(source_type, find_signer(parsed.certificate, parsed.private_key)), None
+    except ProvenanceError as error:
+        if named:
+            raise
+        unsigned = f"not signed: {error}"
+        if {CERTIFICATE_VARIABLE, KEY_VARIABLE} & set(os.environ):
+            print(f"warning: {unsigned}", file=sys.stderr)
+        return Disclosure(source_type), unsigned
+
+
+def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: "GenerateResult") -> dict:
+    """What makes the same clip again, kept as a tag of the file; of files their names, folders are nobody's business."""
     said = {"prompt": request.prompt, "negative": request.negative, "seed": result.seed}
-    settings = {name: getattr(request, name) for name in ("seconds", "fps", "size", "steps", "cfg")}
-    return {**said, **settings, "model": _model(result), "latent_sha256": result.latent_sha256}
+    names = ("seconds", "fps", "size", "steps", "cfg", "recipe")
+    settings = {name: getattr(request, name) for name in names}
+    pictures = {
+        name: getattr(parsed, name) and getattr(parsed, name).name for name in ("image", "last_image")
+    }
+    loras = {
+        name: {lora.path.name: lora.strength for lora in getattr(request, name)}
+        for name in ("loras", "refine_loras")
+    }
+    upscalers = {"upscalers": [path.name for path in request.upscalers]}
+    made = {"model": _model(result), "latent_sha256": result.latent_sha256}
+    return {**said, **settings, **pictures, **loras, **upscalers, **made}
 
 
 def _report(

@@ -29,6 +29,10 @@ class WorkflowError(LockstepError):
     """Values that do not belong together: a latent of another model, a guide outside the clip."""
 
 
+class ProvenanceError(LockstepError):
+    """A certificate that is missing or cannot sign, an unknown kind of origin."""
+
+
 class NotFiniteError(LockstepError):
     """Values that are no numbers any more, whatever brought them about."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .errors import MediaError
+from .provenance import Disclosure
 from .values import Clip
 
 AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -41,12 +42,17 @@ _FULL_CHROMA = Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | _FULL_CHROMA
 
 
-def write_clip(path: str | Path, clip: Clip, metadata: Mapping[str, str] | None = None) -> None:
+def write_clip(
+    path: str | Path,
+    clip: Clip,
+    metadata: Mapping[str, str] | None = None,
+    disclosure: Disclosure | None = None,
+) -> None:
     """Writes an mp4 of H.264 pictures and AAC sound of exactly equal duration, or nothing at all.
 
     clip.frames: (F, H, W, 3) with even H and W.  clip.waveform: (1 or 2, S) or None; cut or padded to F / fps.
-    metadata: text kept as tags of the file.  An existing file is replaced only by a complete one.
-    Raises MediaError.
+    metadata: text kept as tags of the file.  disclosure: what the file says of its origin.
+    An existing file is replaced only by a complete one.  Raises MediaError, ProvenanceError.
     """
     target = Path(path)
     _check(clip)
@@ -54,6 +60,8 @@ def write_clip(path: str | Path, clip: Clip, metadata: Mapping[str, str] | None 
     partial = target.with_name(f".{secrets.token_hex(6)}.part")
     try:
         _encode(partial, clip, metadata or {})
+        if disclosure is not None:
+            disclosure.write(partial, target.name)
         os.replace(partial, target)
     except (OSError, FFmpegError) as error:
         raise MediaError(f"cannot write {target}: {_reason(error)}") from error

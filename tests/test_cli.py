@@ -68,7 +68,7 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
     assert list(report) == [
         *("output", "prompt", "seed", "size", "frames", "fps", "sample_rate", "stages", "costs"),
         *("peak_rss_bytes", "latent_sha256", "model", "warnings"),
-        *("sync", "difference_ms", "picture", "sound", "findings", "energy"),
+        *("sync", "difference_ms", "picture", "sound", "findings", "energy", "provenance"),
     ]
     assert (report["output"], report["prompt"]) == (str(tmp_path / "clip.mp4"), "a red ball")
     assert (report["seed"], report["size"], report["frames"]) == (7, "48x32", 9)

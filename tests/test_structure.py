@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "layers": BASE - {"layers"},
     **dict.fromkeys(("text", "transformer", "sampler", "latents"), BASE),
     **dict.fromkeys(("codec", "conditioning"), BASE | {"latents"}),
-    "media": BASE,
+    "provenance": BASE,
+    "media": BASE | {"provenance"},
     "measure": BASE | {"media"},
     "residency": BASE,
     "checkpoint": BASE | STAGES,
@@ -50,9 +51,20 @@ MAY_IMPORT = {
         "two_stage",
         "forecast",
     },
-    "cli": BASE | {"engine", "checkpoint", "media", "measure", "recipes"},
+    "cli": BASE | {"engine", "checkpoint", "media", "measure", "provenance", "recipes"},
 }
-NODES_MAY_IMPORT = {"engine", "embedded", "errors", "latents", "measure", "residency", "shapes", "values"}
+NODES_MAY_IMPORT = {
+    "engine",
+    "embedded",
+    "errors",
+    "latents",
+    "measure",
+    "media",
+    "provenance",
+    "residency",
+    "shapes",
+    "values",
+}
 THIRD_PARTY = {"torch", "numpy", "safetensors", "einops", "av", "PIL", "tqdm"}
 
 
