@@ -1,8 +1,14 @@
 """Everything that a user, a file or a workflow can cause: one family, each message with the nearest thing that works."""
 
+_MOST = 2000  # characters: what was given is repeated in messages, and may be anything
+
 
 class LockstepError(ValueError):
     """Root of all failures caused from outside; a bug is an AssertionError instead."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= _MOST else f"{text[: _MOST // 2]} ... {text[-_MOST // 2 :]}"
 
 
 class ShapeError(LockstepError):

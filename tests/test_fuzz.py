@@ -11,6 +11,8 @@ import json
 import math
 import os
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -560,6 +562,22 @@ def test_the_whole_path(prompt, size, seconds, fps, seed, cfg):
     assert torch.isfinite(clip.frames).all()
     assert clip.waveform is not None
     assert clip.waveform.shape[1] == round(len(clip.frames) / clip.fps * clip.sample_rate_hz)
+
+
+def test_what_was_given_is_not_repeated_without_end():
+    with pytest.raises(ShapeError) as failure:
+        engine().shape("9" * 100_000)
+    check_told(failure.value)
+    assert str(failure.value).startswith("size '999")
+
+
+def test_fuzzing_led_by_coverage_finds_nothing():
+    """A few seconds of what `python tests/fuzz_coverage.py` does for as long as one likes."""
+    pytest.importorskip("atheris", reason="fuzzing led by coverage needs atheris, which is not installed")
+    script = Path(__file__).with_name("fuzz_coverage.py")
+    command = [sys.executable, str(script), "-runs=1000", "-seed=1", "-max_total_time=60"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_the_shares_make_up_the_number_that_was_asked_for():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lockstep.model import media
 from lockstep.model.errors import MediaError
-from lockstep.model.media import fit_image, fit_sound, read_clip, read_image, write_clip
+from lockstep.model.media import fit_image, fit_sound, read_clip, read_image, write_clip, write_image
 from lockstep.model.values import Clip
 
 # What the embedded model paints with; plain areas must come back as they were.
@@ -367,3 +367,15 @@ def test_channels_are_averaged_to_one_or_repeated_to_two():
     assert torch.equal(fit_sound(torch.ones(1, 9), 16000, 16000, 2), torch.ones(2, 9))
     assert fit_sound(torch.randn(6, 4410), 44100, 16000, 2).shape == (2, 1600)
     assert fit_sound(torch.randn(1, 3), 48000, 16000, 1).shape == (1, 1)
+
+
+def test_names_of_any_language_and_long_paths_are_written_and_read(tmp_path):
+    folder = tmp_path / "клип 片段 クリップ 🎬" / ("long " * 30) / ("longer " * 20)
+    folder.mkdir(parents=True)
+    path = folder / "it's 100 % é.mp4"
+    assert len(str(path)) > 260
+    write_clip(path, Clip(torch.full((3, 16, 16, 3), 0.5), torch.zeros(1, 8000), 12.0, 16000))
+    assert len(read_clip(path).frames) == 3
+    write_image(path.with_suffix(".png"), torch.zeros(2, 2, 3))
+    assert read_image(path.with_suffix(".png")).shape == (2, 2, 3)
+    assert sorted(found.suffix for found in folder.iterdir()) == [".mp4", ".png"]
