@@ -10,7 +10,13 @@ from PIL import Image
 
 from lockstep.model import cli
 from lockstep.model.errors import MediaError
-from lockstep.model.measure.pictures import find_flashes, look_at_pictures, seams
+from lockstep.model.measure.pictures import (
+    find_colour_drift,
+    find_flashes,
+    look_at_pictures,
+    seams,
+    to_lab,
+)
 from lockstep.model.measure.report import draw_report, report_clip
 from lockstep.model.measure.sound import look_at_sound, loudness
 from lockstep.model.media import stream_seconds, write_clip, write_image
@@ -61,6 +67,14 @@ def spoil(change) -> Clip:
         (lambda f: f[0].add_(0.2), "the brightness flashes at frame 0"),
         (lambda f: f.__setitem__(slice(None), f[:1].clone()), "almost nothing moves"),
         (lambda f: f.__setitem__(9, f[8]), "1 frames repeat the one before"),
+        (lambda f: f.__setitem__(slice(9, 11), f[8]), "2 frames repeat the one before"),
+        (
+            lambda f: f.__setitem__(slice(None), f[0::3].repeat_interleave(3, 0)),
+            "12 frames repeat the one before",
+        ),
+        (lambda f: f.__setitem__(slice(10, 24), f[10]), "nothing changes for 1.1 s of 2.0 s"),
+        (lambda f: f.add_(torch.linspace(0, 0.08, 24).view(-1, 1, 1, 1)), "the colours have drifted by"),
+        (lambda f: f[..., 0].mul_(torch.linspace(1, 0.8, 24).view(-1, 1, 1)), "the colours have drifted by"),
         (lambda f: f[:, :, 32:].add_(0.1), "seams on a grid of"),
     ],
 )
@@ -81,6 +95,19 @@ def test_frozen_time_is_counted():
     facts = look_at_pictures(frames, 12.0)
     assert facts.frozen_seconds == pytest.approx(5 / 12)
     assert look_at_pictures(frames[:1], 12.0).frozen_seconds == 0
+
+
+def test_colours_are_measured_as_the_standard_says():
+    # values of the standard's own white, black and primaries
+    for rgb, lab in (
+        ((1, 1, 1), (100, 0, 0)),
+        ((0, 0, 0), (0, 0, 0)),
+        ((1, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 0, 1), (32.30, 79.19, -107.86)),
+    ):
+        assert to_lab(np.array(rgb, np.float32)) == pytest.approx(np.array(lab), abs=0.02)
+    assert find_colour_drift(moving().numpy()) < 0.1  # an object that goes its way is no drift
+    assert find_colour_drift(moving(1).numpy()) == 0
 
 
 def test_smooth_pictures_have_no_seams_and_tiles_have():

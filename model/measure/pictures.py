@@ -1,4 +1,4 @@
-"""Pictures of a clip to what can go wrong with them: no numbers, black, frozen, flashes, seams.
+"""Pictures of a clip to what can go wrong with them: no numbers, black, frozen, flashes, colours that drift, seams.
 
 F frames, H rows, W columns.
 """
@@ -14,8 +14,12 @@ from .motion import motion_energy, shrink
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 _BLACK = 0.04  # luma that 99 % of a black frame's pixels stay below; the darkest plain background lies above
 _EQUAL = 2e-4  # mean change that a codec makes of two equal frames
+_STUTTER_SECONDS = 0.25
 _FLASH_Z = 6.0
 _LEAST_FLASH = 0.004  # mean luma that counts as one deviation at least: a calm clip has almost none
+_TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
 SEAM_GRIDS = (8, 16, 32, 64)
 
 
@@ -30,8 +34,11 @@ class PictureFacts:
     not_finite_frames: int
     black_frames: int
     frozen_seconds: float  # longest stretch without change
-    duplicate_frames: int  # equal to the one before, while the clip moves
+    duplicate_frames: (
+        int  # equal to the one before, in short rests of a clip that moves before and behind them
+    )
     flashes: tuple[int, ...]  # frames whose mean luma leaves its neighbours by more than 6 deviations
+    colour_drift: float  # CIELAB distance that most of the picture moved by from the first eighth to the last; 2 is just seen
     motion_score: float  # mean change per second, 0 is a still picture
     seam_ratio: float  # gradient on a grid against elsewhere, 1 is seamless
     seam_grid: int  # pixels between the lines of that grid
@@ -54,8 +61,9 @@ def look_at_pictures(frames_FHWC: Tensor, fps: float) -> PictureFacts:
         not_finite_frames=int((~finite).sum()),
         black_frames=int((np.percentile(luma.reshape(frames, -1), 99, axis=1) < _BLACK).sum()),
         frozen_seconds=_longest(change < _EQUAL) / fps,
-        duplicate_frames=_duplicates(change),
+        duplicate_frames=_duplicates(change, max(1, round(_STUTTER_SECONDS * fps))),
         flashes=find_flashes(luma.mean((1, 2))),
+        colour_drift=find_colour_drift(pixels),
         motion_score=float(energy[1:].mean() * fps) if frames > 1 else 0.0,
         seam_ratio=ratio,
         seam_grid=grid,
@@ -70,12 +78,38 @@ def _longest(flags: np.ndarray) -> int:
     return longest
 
 
-def _duplicates(change: np.ndarray) -> int:
-    """Frames that change by under a twentieth of what both neighbours do; at rest all are alike and none is counted."""
-    if len(change) < 3:
-        return 0
-    usual = np.minimum(change[:-2], change[2:])
-    return int(((change[1:-1] < 0.05 * usual) & (usual > 2 * _EQUAL)).sum())
+def _duplicates(change: np.ndarray, longest: int) -> int:
+    """Frames in runs of at most `longest` that change by under a twentieth of what the clip does on both sides of the run.
+
+    A clip that was shown at a third of its rate has two of every three; a longer rest is a stand-still.
+    """
+    count = start = 0
+    for place in np.flatnonzero(change > 2 * _EQUAL):
+        run = change[start:place]
+        if start and 0 < len(run) <= longest and run.max() < 0.05 * min(change[start - 1], change[place]):
+            count += len(run)
+        start = place + 1
+    return count
+
+
+def find_colour_drift(pixels_FHWC: np.ndarray) -> float:
+    """How far colours of most of the picture have gone from the first eighth of the frames to the last, in CIELAB (CIE 76).
+
+    The median over the picture of each component counts: what an object covers or leaves is not most of it.
+    """
+    part = max(1, len(pixels_FHWC) // 8)
+    ends = [to_lab(frames.mean(0)) for frames in (pixels_FHWC[:part], pixels_FHWC[-part:])]
+    return float(np.linalg.norm(np.median((ends[1] - ends[0]).reshape(-1, 3), axis=0)))
+
+
+def to_lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB (..., 3), 0..1, to CIELAB under D65 (IEC 61966-2-1, CIE 15)."""
+    rgb = np.clip(rgb, 0, 1).astype(np.float64)
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    relative = linear @ _TO_XYZ.T / _TO_XYZ.sum(1)  # to white
+    f = np.where(relative > 216 / 24389, np.cbrt(relative), (24389 / 27 * relative + 16) / 116)
+    x, y, z = np.moveaxis(f, -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
 def find_flashes(luma: np.ndarray) -> tuple[int, ...]:
