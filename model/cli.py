@@ -21,6 +21,8 @@ from .provenance import CERTIFICATE_VARIABLE, COMPOSITE, KEY_VARIABLE, MADE, SOU
 
 # torch, PyAV and the engine are imported where they are needed: --help and wrong arguments answer at once.
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .measure.energy import Energy
     from .provenance import Disclosure
     from .values import GenerateRequest, GenerateResult, Lora, Progress
@@ -101,7 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         help="for second stages alone, such as the distilled LoRA of a full checkpoint",
     )
     add("--tokenizer", metavar="PATH", type=Path, help="tokenizer.json of the text encoder, or its folder")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; cuda may round otherwise",
+    )
     add(
         "--memory",
         choices=("resident", "offload", "stream"),
@@ -111,6 +118,19 @@ def _parser() -> argparse.ArgumentParser:
         "--disclosure",
         choices=(*SOURCE_TYPES, "none"),
         help=f"digital source type that the file states; default: {MADE}, with pictures of yours {COMPOSITE}",
+    )
+    add(
+        "--trajectory",
+        metavar="OUT",
+        type=Path,
+        help="the way from noise to clip: one sheet if OUT ends in .png, else a folder with a picture for each step",
+    )
+    add("--trajectory-steps", metavar="LIST", help='such as "1, 5, -1"; default: all')
+    add(
+        "--trajectory-moment",
+        metavar="M",
+        type=_share,
+        help="which frame is shown: 0 the first, 1 the last; default: 0.5",
     )
     add("--certificate", metavar="FILE", type=Path, help="PEM chain: signs Content Credentials (C2PA)")
     add("--private-key", metavar="FILE", type=Path, help="PEM key of the certificate")
@@ -167,6 +187,10 @@ def _add_files(command: argparse.ArgumentParser) -> None:
 def _generate(parsed: argparse.Namespace) -> None:
     _check_prompt(parsed.prompt)
     _check_output(parsed.output)
+    if parsed.trajectory is not None:
+        _check_pictures(parsed.trajectory)
+    elif parsed.trajectory_steps is not None or parsed.trajectory_moment is not None:
+        raise UsageError("--trajectory-steps and --trajectory-moment need --trajectory OUT")
     for picture in filter(None, (parsed.image, parsed.last_image)):
         if not picture.is_file():
             raise MediaError(f"no such file: {picture}")
@@ -188,7 +212,7 @@ def _generate(parsed: argparse.Namespace) -> None:
         memory=parsed.memory,
     )
     _show_plan()
-    meter = EnergyMeter()
+    meter = EnergyMeter(device=engine.device)
     if parsed.idle_seconds and meter.sources:
         meter.rest(parsed.idle_seconds)
     options = {"energy": meter} if meter.sources else {}
@@ -200,6 +224,8 @@ def _generate(parsed: argparse.Namespace) -> None:
     started = time.perf_counter()
     made = _provenance(parsed, request, result)
     write_clip(parsed.output, result.clip, {"lockstep": json.dumps(made)}, disclosure)
+    if parsed.trajectory is not None and result.trajectory is not None:
+        _write_trajectory(parsed.trajectory, result.trajectory)
     seconds = {"write": time.perf_counter() - started}
     report = _report(parsed, request, result, seconds) | {
         "energy": _energy(parsed, result, energy[0], meter.notes),
@@ -207,6 +233,7 @@ def _generate(parsed: argparse.Namespace) -> None:
             "digital_source_type": disclosure and disclosure.source_type,
             "content_credentials": unsigned or "signed",
         },
+        "trajectory": None if parsed.trajectory is None else str(parsed.trajectory),
     }
     print(json.dumps(report) if parsed.json else _sentence(report), flush=True)
 
@@ -226,6 +253,18 @@ def _measure(parsed: argparse.Namespace) -> None:
     print(report.to_text(), flush=True)
     if parsed.json:
         print(json.dumps({"file": str(parsed.file), **report.to_dict()}), flush=True)
+
+
+def _write_trajectory(path: Path, pictures: "Tensor") -> None:
+    from .media import write_image
+    from .trajectory import contact_sheet
+
+    if path.suffix.lower() == ".png":
+        write_image(path, contact_sheet(pictures))
+        return
+    path.mkdir(exist_ok=True)
+    for number, picture in enumerate(pictures, start=1):
+        write_image(path / f"{number:03}.png", picture)
 
 
 def _show_plan() -> None:
@@ -252,6 +291,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 def _request(parsed: argparse.Namespace) -> "GenerateRequest":
     from .media import read_image
+    from .trajectory import EVERY
     from .values import GenerateRequest
 
     return GenerateRequest(
@@ -270,6 +310,8 @@ def _request(parsed: argparse.Namespace) -> "GenerateRequest":
         loras=tuple(parsed.loras),
         upscalers=tuple(parsed.upscalers),
         refine_loras=tuple(parsed.refine_loras),
+        trajectory="" if parsed.trajectory is None else parsed.trajectory_steps or EVERY,
+        trajectory_moment=0.5 if parsed.trajectory_moment is None else parsed.trajectory_moment,
     )
 
 
@@ -338,7 +380,11 @@ def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: 
         for name in ("loras", "refine_loras")
     }
     upscalers = {"upscalers": [path.name for path in request.upscalers]}
-    made = {"model": _model(result), "latent_sha256": result.latent_sha256}
+    made = {
+        "model": _model(result),
+        "latent_sha256": result.latent_sha256,
+        "nondeterministic": list(result.nondeterministic),
+    }
     return {**said, **settings, **pictures, **loras, **upscalers, **made}
 
 
@@ -368,6 +414,7 @@ def _report(
         "costs": {name: asdict(cost) for name, cost in result.costs.items()},
         "peak_rss_bytes": max((peak for peak in peaks if peak is not None), default=None),
         "latent_sha256": result.latent_sha256,
+        "nondeterministic": list(result.nondeterministic),
         "model": _model(result),
         "warnings": list(result.warnings),
         **{name: found[name] for name in ("sync", "difference_ms", "picture", "sound", "findings")},
@@ -413,6 +460,16 @@ def _check_output(output: Path, suffix: str = ".mp4") -> None:
         raise MediaError(f"the folder {folder} cannot be written to")
 
 
+def _check_pictures(output: Path) -> None:
+    """A PNG file, or a folder that is there or may be made."""
+    if output.suffix:
+        _check_output(output, ".png")
+    elif output.exists() and not output.is_dir():
+        raise MediaError(f"{output} is a file: name a folder, or a file such as {output}.png")
+    else:
+        _check_output(output / "001.png" if output.exists() else output.with_suffix(".png"), ".png")
+
+
 def _folders(folders: Sequence[Path]) -> Sequence[Path]:
     for folder in folders:
         if not folder.is_dir():
@@ -446,6 +503,12 @@ def _positive(text: str) -> float:
 def _not_negative(text: str) -> float:
     if (number := _number(text)) < 0:
         raise argparse.ArgumentTypeError(f"a number of 0 or more is needed, got {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0 <= (number := _number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is needed, got {text}")
     return number
 
 

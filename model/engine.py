@@ -7,12 +7,13 @@ goes in and comes out is frozen. B batch (1), C channels, F frames, H rows, W co
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange, reduce
@@ -65,6 +66,7 @@ from .shapes import AudioRate, ClipShape, Compression
 from .text.duration_head import DurationHead, frames_for
 from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
+from .trajectory import Trajectory
 from .transformer.compiled import compile_blocks
 from .transformer.model import AVTransformer
 from .two_stage import Upscale, carried_audio, first_fps, first_size
@@ -228,6 +230,22 @@ class Engine:
     def sample_rate_hz(self) -> int:
         """Of the sound that decode_audio gives."""
         return self._vocoder.sample_rate_hz
+
+    @property
+    def nondeterministic(self) -> tuple[str, ...]:
+        """Choices of this engine with which the same seed may give other latents in another process, one sentence each.
+
+        Without any, latents are the same bit by bit wherever weights lie and whatever else has been run.
+        """
+        dtype, reasons = self._dtype(keymap.TRANSFORMER), []
+        if self._compiled:
+            reasons.append("compiled: torch.compile chooses kernels anew in each process")
+        if self.device.type == "cuda" or dtype != torch.float32:
+            name = f"{self.device.type}, {str(dtype).removeprefix('torch.')}"
+            reasons.append(f"{name}: attention kernels are chosen by their speed at the first use")
+        if self.device.type == "cuda":
+            reasons.append("cuda: another board, driver or version of torch may round otherwise")
+        return tuple(reasons)
 
     @cached_property
     def blocks(self) -> int:
@@ -507,6 +525,16 @@ class Engine:
             done += len(piece)
         return frames_FHWC
 
+    def _frame_of(self, latents: AVLatents, frame: int, progress: ProgressCallback) -> Tensor:
+        """One frame (H, W, 3) of a clip; what comes behind it is not decoded."""
+        pieces: Any = self.video_frames(latents, progress)
+        with closing(pieces):
+            for piece in pieces:
+                if frame < len(piece):
+                    return piece[frame]
+                frame -= len(piece)
+        raise AssertionError(f"{frame=} behind the last one")
+
     def _decoded(
         self,
         vae: VideoVAE | DiffusionVAE,
@@ -558,6 +586,32 @@ class Engine:
         self._module(keymap.TRANSFORMER)
         return frames
 
+    def trajectory(
+        self,
+        trajectory: Trajectory,
+        shape: ClipShape,
+        moment: float = 0.5,
+        progress: ProgressCallback = _nothing,
+    ) -> Tensor:
+        """What a run that has ended believed the clip to be at each step kept: pictures (N, H, W, 3), steps in order.
+
+        moment: of the clip, 0 its first frame, 1 its last. Raises WorkflowError for another one.
+        """
+        if not 0 <= moment <= 1:
+            raise WorkflowError(
+                f"trajectory_moment {moment:g} is no moment of the clip: use 0 (first) to 1 (last)"
+            )
+        frame = round(moment * (shape.frames - 1))
+        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+        pictures = torch.empty(len(trajectory.estimates), shape.height, shape.width, 3)
+        for place, tokens_BTC in enumerate(trajectory.estimates.values()):
+            video = tokens_to_video(tokens_BTC[:, : shape.video_tokens], *grid)
+            tick = Progress("trajectory", place, len(pictures))
+            latents = AVLatents(video, torch.empty(0), shape, self.model_id)
+            pictures[place] = self._frame_of(latents, frame, lambda _block, tick=tick: progress(tick))
+            progress(replace(tick, step=place + 1))
+        return pictures
+
     # -- the whole path --------------------------------------------------------------------------------------------
 
     def generate(
@@ -575,6 +629,7 @@ class Engine:
         recipe = self.choose_recipe(request.recipe, request.loras, request.force)
         shape = self._first_shape(request)
         self.tokenizer.encode(request.prompt)
+        steps = Trajectory(request.trajectory, progress) if request.trajectory else None
         warnings = (
             *self._loras.read((*request.loras, *request.refine_loras)),
             *self._stage_warnings(request, recipe),
@@ -590,7 +645,12 @@ class Engine:
             guides = self._guides(request, shape, progress)
         with clock.stage("sample"):
             settings = self._settings(request, recipe, shape)
-            latents = self.sample(conditioning, shape, guides, settings, request.seed, progress=progress)
+            ticks = steps or progress
+            latents = self.sample(conditioning, shape, guides, settings, request.seed, progress=ticks)
+        pictures = None
+        if steps is not None:
+            with clock.stage("trajectory"):
+                pictures = self.trajectory(steps, shape, request.trajectory_moment, progress)
         for number, path in enumerate(request.upscalers, start=1):
             with clock.stage("refine"):
                 latents = self._refine(conditioning, latents, path, request, recipe, number, progress)
@@ -608,6 +668,8 @@ class Engine:
             request.seed,
             self.info,
             clock.costs,
+            pictures,
+            self.nondeterministic,
         )
 
     def load(self) -> None:
@@ -640,9 +702,13 @@ class Engine:
             fresh = component not in self._modules
             if fresh:
                 self.require(component)
-                self._modules[component] = build(component, self.headers, self._dtype(component))
+                started = time.perf_counter()
+                module = self._modules[component] = build(component, self.headers, self._dtype(component))
+                seconds = time.perf_counter() - started
                 names = ", ".join(header.path.name for header in headers_of(self._places[component]))
-                _logger.info("loaded %s of %s", component, names)
+                size = sum(weight.nbytes for weight in module.state_dict().values()) / 1e6
+                told = (component, names, size, seconds, size / seconds)
+                _logger.info("loaded %s of %s: %.1f MB in %.2f s, %.0f MB/s", *told)
                 if self._compiled and component == keymap.TRANSFORMER:
                     compile_blocks(cast(AVTransformer, self._modules[component]))
             if self._place:

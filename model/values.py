@@ -16,7 +16,7 @@ from .shapes import ClipShape
 class Progress:
     """One tick of a stage; a callback that raises stops the run between two ticks."""
 
-    stage: str  # "text", "image", "sample", "upscale", "video", "audio"
+    stage: str  # "text", "image", "sample", "upscale", "trajectory", "video", "audio"
     step: int  # ticks done
     steps: int  # ticks in all
     preview: Tensor | None = None  # (B, T, C) estimate of the clean video tokens, while sampling
@@ -138,6 +138,8 @@ class GenerateRequest:
     refine_loras: tuple[
         Lora, ...
     ] = ()  # beside loras, in second stages alone: the distilled LoRA of a full checkpoint
+    trajectory: str = ""  # steps of the first stage to look at, "all" or such as "1, 5, -1"; "" is none
+    trajectory_moment: float = 0.5  # of the clip, 0 its first frame, 1 its last
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +153,5 @@ class GenerateResult:
     seed: int
     model: ModelInfo
     costs: dict[str, StageCost] = field(default_factory=dict)  # by stage, with peak memory and joules
+    trajectory: Tensor | None = None  # (N, H, W, 3), 0..1, one picture for each chosen step
+    nondeterministic: tuple[str, ...] = ()  # options with which the same seed may give another clip next time

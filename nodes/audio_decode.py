@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..model.engine import Engine
-from . import host
+from . import history, host
 from .sockets import CATEGORY, LockstepModel
 from .types import from_audio_latent, to_audio
 
@@ -29,8 +29,8 @@ class LockstepAudioDecode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Engine, audio: dict) -> io.NodeOutput:
         latents = from_audio_latent(audio)
-        with host.Reporter(
-            cls.hidden.unique_id, f"decoding {latents.shape.seconds:.1f} s of sound"
-        ) as report:
+        reporter = host.Reporter(cls.hidden.unique_id, f"decoding {latents.shape.seconds:.1f} s of sound")
+        with reporter as report, history.measured(model, "audio") as meter:
             waveform_CS = model.decode_audio(latents, report)
+        history.note(latents, meter)
         return io.NodeOutput(to_audio(waveform_CS, model.sample_rate_hz))

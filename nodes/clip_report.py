@@ -6,8 +6,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..model.measure.report import draw_report, report_clip
+from . import history
 from .sockets import CATEGORY
-from .types import to_clip
+from .types import from_joint_latent, to_clip
 
 
 class LockstepClipReport(io.ComfyNode):
@@ -32,6 +33,12 @@ class LockstepClipReport(io.ComfyNode):
                 io.Audio.Input(
                     "audio", optional=True, tooltip="The clip's sound; without it the pictures alone."
                 ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The av_latent output of the sampler that made the clip: seed, hash, model and what each stage cost "
+                    "are told, too.",
+                ),
             ],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="A few lines for people."),
@@ -47,9 +54,12 @@ class LockstepClipReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images: Tensor, fps: float, audio: dict | None = None) -> io.NodeOutput:
+    def execute(
+        cls, images: Tensor, fps: float, audio: dict | None = None, latent: dict | None = None
+    ) -> io.NodeOutput:
         clip = to_clip(images, fps, audio)
-        report = report_clip(clip)
+        made = None if latent is None else history.tell(from_joint_latent(latent))
+        report = report_clip(clip, made=made)
         picture = draw_report(report, clip)[None]
         shown = ui.PreviewImage(picture, cls=cls)
         return io.NodeOutput(report.to_text(), json.dumps(report.to_dict()), picture, ui=shown)

@@ -11,6 +11,7 @@ from .load_av_latent import LockstepLoadAVLatent
 from .loader import LockstepLoader
 from .sampler import LockstepSampler
 from .save_av_latent import LockstepSaveAVLatent
+from .save_clip import LockstepSaveClip
 from .text_encode import LockstepTextEncode
 from .vae_decode import LockstepVAEDecode
 from .video_encode import LockstepVideoEncode
@@ -31,4 +32,5 @@ class LockstepExtension(ComfyExtension):
             LockstepLoadAVLatent,
             LockstepSaveAVLatent,
             LockstepClipReport,
+            LockstepSaveClip,
         ]

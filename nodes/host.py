@@ -17,6 +17,7 @@ import folder_paths
 import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api import feature_flags
+from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.progress import get_progress_state
 from PIL import Image
 from protocol import BinaryEventTypes
@@ -163,7 +164,7 @@ def latent_path(choice: str) -> Path:
     return path
 
 
-def new_latent_path(prefix: str) -> tuple[Path, dict[str, str]]:
+def new_output_path(prefix: str, suffix: str) -> tuple[Path, dict[str, str]]:
     """The next free file of the output folder for a prefix, and how the host's page calls it."""
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
@@ -171,9 +172,9 @@ def new_latent_path(prefix: str) -> tuple[Path, dict[str, str]]:
         )
     except Exception as error:  # the host has no type of its own for it
         raise MediaError(
-            f"filename_prefix {prefix!r} lies outside the output folder: use a name such as 'latents/clip'"
+            f"filename_prefix {prefix!r} lies outside the output folder: use a name such as 'lockstep/clip'"
         ) from error
-    path = Path(folder) / f"{name}_{counter:05}_{LATENT_SUFFIX}"
+    path = Path(folder) / f"{name}_{counter:05}_{suffix}"
     return path, {"filename": path.name, "subfolder": subfolder, "type": "output"}
 
 
@@ -181,8 +182,18 @@ def provenance(prompt: dict | None, extra: dict | None) -> dict[str, str]:
     """Graph and workflow as text for a file's header; nothing where the host was started without metadata."""
     if comfy.cli_args.args.disable_metadata:
         return {}
-    graph = {} if prompt is None else {"prompt": prompt}
+    # the host notes beside each node's inputs what tells a change of its files: no part of the graph
+    nodes = {
+        number: {n: v for n, v in node.items() if n != "is_changed"}
+        for number, node in (prompt or {}).items()
+    }
+    graph = {} if prompt is None else {"prompt": nodes}
     return {name: json.dumps(value) for name, value in {**graph, **(extra or {})}.items()}
+
+
+def blocked() -> object:
+    """What an output gives that was not asked for: nodes behind it do not run, and nothing is said of it."""
+    return ExecutionBlocker(None)
 
 
 # Progress

@@ -1,5 +1,7 @@
 """Lockstep Loader: a choice of weights to a model that all other nodes share."""
 
+import hashlib
+
 from comfy_api.latest import io
 
 from ..model.engine import PRECISIONS
@@ -36,7 +38,8 @@ class LockstepLoader(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="Of the numbers it computes with. auto: float32 for small models, bfloat16 for large ones. "
-                    "The sound's codec is always float32.",
+                    "The sound's codec is always float32. With 16 bits, or on a GPU, attention kernels are chosen by their speed, so "
+                    "that the same seed may differ in another session.",
                 ),
                 io.Combo.Input(
                     "offload",
@@ -80,7 +83,8 @@ class LockstepLoader(io.ComfyNode):
         cls, model: str | None, device: str | None, precision: str | None = None, offload: str | None = None
     ) -> tuple:
         file = host.file_signature(model) if model else ()  # None: linked, not known yet
-        return (*file, device, precision, offload)
+        # a digest: ComfyUI writes this into files that are shown around, and folders are nobody's business
+        return (hashlib.sha256(repr(file).encode()).hexdigest(), device, precision, offload)
 
     @classmethod
     def execute(

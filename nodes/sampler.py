@@ -1,7 +1,7 @@
 """Lockstep Sampler: noise to the latents of one clip, picture and sound together."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from comfy_api.latest import io
@@ -10,8 +10,9 @@ from torch import Tensor
 from ..model.engine import SAMPLER_NAMES, Engine, Guidance, SampleSettings
 from ..model.errors import WorkflowError
 from ..model.shapes import ClipShape
+from ..model.trajectory import Trajectory
 from ..model.values import Guide
-from . import host
+from . import history, host
 from .clip_inputs import ASPECTS, clip_inputs
 from .sockets import CATEGORY, LockstepModel
 from .types import (
@@ -112,6 +113,21 @@ class LockstepSampler(io.ComfyNode):
                     optional=True,
                     tooltip="From Lockstep Audio Encode, in place of the sound of latent.",
                 ),
+                io.String.Input(
+                    "trajectory",
+                    default="",
+                    optional=True,
+                    tooltip="Steps that the trajectory output shows, such as 1, 5, -1 or all; -1 is the last. Empty: off.",
+                ),
+                io.Float.Input(
+                    "trajectory_moment",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Which frame of the clip the trajectory shows: 0 the first, 1 the last.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("video", display_name="video", tooltip="For Lockstep VAE Decode."),
@@ -120,6 +136,12 @@ class LockstepSampler(io.ComfyNode):
                     "av_latent",
                     display_name="av_latent",
                     tooltip="Both together, for Lockstep Save AV Latent or any node that takes picture and sound in one.",
+                ),
+                io.Image.Output(
+                    "way",
+                    display_name="trajectory",
+                    tooltip="From noise to picture: what the clip looked like at the steps that trajectory names, in order. "
+                    "Where it is empty, nodes behind this output do not run.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -148,6 +170,8 @@ class LockstepSampler(io.ComfyNode):
         stg_block: int = -1,
         latent: dict | None = None,
         audio_latent: dict | None = None,
+        trajectory: str = "",
+        trajectory_moment: float = 0.5,
     ) -> io.NodeOutput:
         script = from_conditioning(conditioning)
         given = given_streams(latent, audio_latent, model.model_id)
@@ -155,21 +179,30 @@ class LockstepSampler(io.ComfyNode):
         guidance = guide(model, cfg_video, cfg_audio, stg, stg_block)
         task = f"sampling {shape.frames} frames of {shape.width}x{shape.height}"
         look = partial(model.preview, shape=shape)
-        with host.Reporter(cls.hidden.unique_id, task, look, shape.fps) as report:
+        reporter = host.Reporter(cls.hidden.unique_id, task, look, shape.fps)
+        with reporter as report:
             kept = kept_parts(given, shape)
-            latents = model.sample(
-                script.text,
-                shape,
-                [encode_picture(model, picture, shape, report) for picture in script.pictures],
-                SampleSettings(steps or None, guidance, sampler),
-                seed,
-                given_video=kept.get("given_video"),
-                given_audio=kept.get("given_audio"),
-                video_mask=kept.get("video_mask"),
-                audio_mask=kept.get("audio_mask"),
-                progress=report,
-            )
-        return io.NodeOutput(*to_latents(latents, host.join_latents))
+            way = Trajectory(trajectory, report) if trajectory.strip() else None
+            guides = [encode_picture(model, picture, shape, report) for picture in script.pictures]
+            with history.measured(model, "sample") as meter:
+                latents = model.sample(
+                    script.text,
+                    shape,
+                    guides,
+                    SampleSettings(steps or None, guidance, sampler),
+                    seed,
+                    given_video=kept.get("given_video"),
+                    given_audio=kept.get("given_audio"),
+                    video_mask=kept.get("video_mask"),
+                    audio_mask=kept.get("audio_mask"),
+                    progress=way or report,
+                )
+            pictures = host.blocked()
+            if way is not None:
+                pictures = model.trajectory(way, shape, trajectory_moment, report)
+        model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
+        history.note(latents, meter, seed=seed, **model_facts)
+        return io.NodeOutput(*to_latents(latents, host.join_latents), pictures)
 
 
 def check_choices(*choices: tuple[str, str | None, Sequence[str]]) -> bool | str:

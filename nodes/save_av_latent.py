@@ -32,6 +32,6 @@ class LockstepSaveAVLatent(io.ComfyNode):
     @classmethod
     def execute(cls, latent: dict, filename_prefix: str) -> io.NodeOutput:
         latents = from_joint_latent(latent)
-        path, shown = host.new_latent_path(filename_prefix)
+        path, shown = host.new_output_path(filename_prefix, host.LATENT_SUFFIX)
         write_latents(path, latents, host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo))
         return io.NodeOutput(ui={"latents": [shown]})

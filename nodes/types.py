@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..model.errors import MediaError, ShapeError, WorkflowError
+from ..model.media import AAC_RATES_HZ, fit_sound
 from ..model.shapes import ClipShape
 from ..model.values import AVLatents, Clip, Conditioning
 
@@ -365,7 +366,24 @@ def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Cl
         raise MediaError(
             f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"
         )
-    return Clip(images_FHWC.float().cpu(), waveform[0].float().cpu(), fps, int(audio["sample_rate"]))
+    rate_hz = int(audio["sample_rate"])
+    if rate_hz < 1:
+        raise MediaError(f"audio says that it has {rate_hz} samples per second: load it again")
+    return Clip(images_FHWC.float().cpu(), waveform[0].float().cpu(), fps, rate_hz)
+
+
+def to_encodable(clip: Clip) -> Clip:
+    """The same clip with sound that an mp4 can hold: one or two channels, at the nearest rate that AAC has."""
+    if clip.waveform is None:
+        return clip
+    channels, rate_hz = (
+        min(2, len(clip.waveform)),
+        min(AAC_RATES_HZ, key=lambda hz: abs(hz - clip.sample_rate_hz)),
+    )
+    if (channels, rate_hz) == (len(clip.waveform), clip.sample_rate_hz):
+        return clip
+    waveform_CS = fit_sound(clip.waveform, clip.sample_rate_hz, rate_hz, channels)
+    return replace(clip, waveform=waveform_CS, sample_rate_hz=rate_hz)
 
 
 def from_audio(audio: Any) -> tuple[Tensor, int]:

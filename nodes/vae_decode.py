@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..model.engine import Engine
-from . import host
+from . import history, host
 from .sockets import CATEGORY, LockstepModel
 from .types import from_video_latent
 
@@ -38,6 +38,8 @@ class LockstepVAEDecode(io.ComfyNode):
         latents = from_video_latent(video)
         shape = latents.shape
         task = f"decoding {shape.frames} frames of {shape.width}x{shape.height}"
-        with host.Reporter(cls.hidden.unique_id, task) as report:
+        reporter = host.Reporter(cls.hidden.unique_id, task)
+        with reporter as report, history.measured(model, "video") as meter:
             frames_FHWC = model.decode_video(latents, report)
+        history.note(latents, meter)
         return io.NodeOutput(frames_FHWC, shape.fps)

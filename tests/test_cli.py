@@ -25,6 +25,7 @@ class GreyEngine:
     made_with: list
     failure: BaseException | None = None
     warnings: tuple = ()
+    device = torch.device("cpu")
 
     def __init__(self, model, device, **_files):
         self.made_with.append((model, device))
@@ -67,8 +68,8 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
     report = json.loads(stdout.splitlines()[-1])
     assert list(report) == [
         *("output", "prompt", "seed", "size", "frames", "fps", "sample_rate", "stages", "costs"),
-        *("peak_rss_bytes", "latent_sha256", "model", "warnings"),
-        *("sync", "difference_ms", "picture", "sound", "findings", "energy", "provenance"),
+        *("peak_rss_bytes", "latent_sha256", "nondeterministic", "model", "warnings"),
+        *("sync", "difference_ms", "picture", "sound", "findings", "energy", "provenance", "trajectory"),
     ]
     assert (report["output"], report["prompt"]) == (str(tmp_path / "clip.mp4"), "a red ball")
     assert (report["seed"], report["size"], report["frames"]) == (7, "48x32", 9)

@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from lockstep.model.measure import energy as meter
-from lockstep.model.measure.energy import Energy, EnergyMeter, Factors, nvidia_sources, rapl_sources
+from lockstep.model.measure.energy import (
+    Energy,
+    EnergyMeter,
+    Factors,
+    nvidia_sources,
+    rapl_sources,
+    tell_joules,
+)
 from lockstep.model.measure.stages import StageMeter
+from lockstep.model.values import StageCost
 
 
 class FakeSource:
@@ -38,18 +46,22 @@ class FakeNVML:
     class NVMLError(Exception):
         pass
 
-    def __init__(self, millijoules=None, milliwatts=None, pids=(), broken=False):
+    def __init__(self, millijoules=None, milliwatts=None, pids=(), broken=False, boards=1):
         self.millijoules, self.milliwatts, self.pids, self.broken = millijoules, milliwatts, pids, broken
+        self.boards = boards
 
     def nvmlInit(self):
         if self.broken:
             raise self.NVMLError("driver not loaded")
 
     def nvmlDeviceGetCount(self):
-        return 1
+        return self.boards
 
     def nvmlDeviceGetHandleByIndex(self, index):
         return index
+
+    def nvmlDeviceGetUUID(self, board):
+        return f"GPU-{board}"
 
     def nvmlDeviceGetName(self, board):
         return b"Fake H100"
@@ -170,6 +182,24 @@ def test_other_processes_on_the_board_are_told():
     assert alone == []
 
 
+def test_only_the_board_that_works_on_the_clip_is_counted():
+    def names(notes: list[str], uuid: str | None) -> list[str]:
+        return [source.name for source in nvidia_sources(notes, FakeNVML(millijoules=1, boards=3), uuid)]
+
+    assert names([], "GPU-1") == ["gpu 1: Fake H100"]
+    assert len(names([], None)) == 3
+    notes: list[str] = []
+    assert len(names(notes, "MIG-7")) == 3
+    assert notes == ["which board the work is done on is not known: all of them are counted"]
+
+
+def test_a_run_on_the_processor_counts_no_board(monkeypatch):
+    monkeypatch.setattr(meter, "nvidia_sources", lambda notes, **_: [FakeSource(1.0)])
+    monkeypatch.setattr(meter, "rapl_sources", lambda notes: [FakeSource(1.0, name="cpu package-0")])
+    assert [source.name for source in meter.find_sources([], torch.device("cpu"))] == ["cpu package-0"]
+    assert len(meter.find_sources([])) == 2
+
+
 def test_without_the_package_nothing_is_guessed(monkeypatch):
     def absent(name):
         raise ImportError(name)
@@ -202,6 +232,15 @@ def test_processor_counters_are_read_and_wrap(tmp_path):
     assert source.read() - first == pytest.approx(1.0)
     (path / "energy_uj").write_text("2671150\n")
     assert source.read() - first == pytest.approx(3.0)
+
+
+def test_a_counter_of_the_whole_board_does_not_count_the_package_twice(tmp_path):
+    package(tmp_path, 1_000_000)
+    board = tmp_path / "intel-rapl:1"
+    board.mkdir()
+    for name, text in (("energy_uj", "5000000"), ("max_energy_range_uj", "262143328850"), ("name", "psys")):
+        (board / name).write_text(text)
+    assert [source.name for source in rapl_sources([], tmp_path)] == ["cpu package-0"]
 
 
 def test_processor_counters_that_cannot_be_read_are_named(tmp_path):
@@ -242,6 +281,23 @@ def test_each_stage_has_its_seconds_memory_and_joules():
     assert stages.seconds["sample"] > 0.01
     assert stages.costs["sample"].peak_rss_bytes > 160e6
     assert stages.costs["sample"].peak_vram_bytes is None
+
+
+def test_joules_of_a_clip_are_those_of_all_its_stages_or_none():
+    both = [
+        StageCost(1.0, joules=1800.0, net_joules=1500.0),
+        StageCost(1.0, joules=1800.0, net_joules=1500.0),
+    ]
+    told = tell_joules(both, 2.0)
+    assert (told["joules"], told["net_joules"], told["wh"], told["joules_per_clip_second"]) == (
+        3600,
+        3000,
+        1,
+        1800,
+    )
+    assert tell_joules([both[0], StageCost(1.0, joules=1.0)], 2.0)["net_joules"] is None
+    for missing in ([], [both[0], StageCost(1.0)]):
+        assert tell_joules(missing, 2.0) == {"joules": None, "reason": "not measured"}
 
 
 def test_without_a_meter_stages_have_no_joules():

@@ -1,5 +1,6 @@
 """The engine on the shipped weights: what stages promise each other, whatever the model has learnt."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -146,6 +147,25 @@ def test_precision_is_of_the_weights_that_can_take_it():
     assert engine.decode_video(latents).isfinite().all()
     with pytest.raises(UnsupportedModelError, match="use auto, float32"):
         Engine("embedded", "cpu", precision="float8")
+
+
+def test_choices_that_may_give_another_clip_next_time_are_named():
+    assert Engine("embedded", "cpu").nondeterministic == ()
+    assert Engine("embedded", "cpu", memory="stream").nondeterministic == ()
+    (half,) = Engine("embedded", "cpu", precision="bfloat16").nondeterministic
+    assert half.startswith("cpu, bfloat16: attention kernels are chosen by their speed")
+    assert "compiled" in Engine("embedded", "cpu", compiled=True).nondeterministic[0]
+    on_a_board = Engine("embedded", torch.device("cuda")).nondeterministic
+    assert [reason.split(":")[0] for reason in on_a_board] == ["cuda, float32", "cuda"]
+
+
+def test_every_component_s_loading_is_told_with_its_speed(caplog):
+    with caplog.at_level("INFO", "lockstep"):
+        engine = Engine("embedded", "cpu")
+        engine.load()
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("loaded ")]
+    assert len(told) == len(engine._modules)
+    assert all(re.search(r": [0-9.]+ MB in [0-9.]+ s, [0-9]+ MB/s$", line) for line in told)
 
 
 def test_a_first_image_of_full_strength_is_kept_as_it_is(engine):

@@ -110,6 +110,19 @@ def test_after_any_fault_in_any_stage_the_next_run_is_as_if_nothing_had_been(
     assert engine.generate(REQUEST).latent_sha256 == fresh_hash
 
 
+@pytest.mark.parametrize("policy", ["offload", "stream"])
+def test_after_a_fault_under_any_memory_policy_the_next_run_is_the_same(fresh_hash, monkeypatch, policy):
+    engine = Engine("embedded", "cpu", memory=policy)
+    assert engine.generate(REQUEST).latent_sha256 == fresh_hash
+    for operation, fault in enumerate((KeyboardInterrupt(), RuntimeError("device lost")), start=1):
+        fails = FailsAt(fault, 450 * operation)  # inside of the transformer, with blocks on their way
+        with monkeypatch.context() as patch:
+            patch.setattr("lockstep.model.engine.StageMeter", failing_meter("sample", fails))
+            with pytest.raises(type(fault)):
+                engine.generate(REQUEST)
+        assert engine.generate(REQUEST).latent_sha256 == fresh_hash
+
+
 @pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 def test_a_fault_while_weights_are_read_leaves_nothing_half_loaded(monkeypatch, fresh_hash, fault):
     from lockstep.model import engine as module

@@ -6,16 +6,19 @@ tests/host/object_info.json is what a real ComfyUI says of the nodes; tests/host
 import inspect
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lockstep
+from lockstep.model.engine import latent_sha256
 from lockstep.model.errors import MediaError, ShapeError, WorkflowError
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.values import AVLatents, Conditioning, Context
-from lockstep.nodes import types
+from lockstep.nodes import history, types
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "tests/host/object_info.json").read_text(encoding="utf-8"))
@@ -326,6 +329,30 @@ def test_a_clip_to_be_looked_at_keeps_what_is_wrong_with_it():
         types.to_clip(frames[..., :2], 12.0, None)
     with pytest.raises(MediaError, match="one sound"):
         types.to_clip(frames, 12.0, {"waveform": torch.zeros(2, 1, 9), "sample_rate": 8000})
+    with pytest.raises(MediaError, match="0 samples per second"):
+        types.to_clip(frames, 12.0, {"waveform": torch.zeros(1, 1, 9), "sample_rate": 0})
+
+
+@pytest.mark.parametrize(
+    ("channels", "rate_hz", "held"),
+    [
+        (1, 16000, (1, 16000)),
+        (2, 48000, (2, 48000)),
+        (6, 44100, (2, 44100)),
+        (2, 192000, (2, 96000)),
+        (1, 5, (1, 8000)),
+    ],
+)
+def test_any_sound_fits_into_an_mp4(channels, rate_hz, held):
+    waveform = torch.full((1, channels, rate_hz), 0.25)
+    made = types.to_encodable(
+        types.to_clip(torch.zeros(2, 4, 4, 3), 2.0, {"waveform": waveform, "sample_rate": rate_hz})
+    )
+    assert made.waveform is not None
+    assert (len(made.waveform), made.sample_rate_hz) == held
+    assert made.waveform.shape[1] == held[1]  # one second stays one second
+    silent = types.to_clip(torch.zeros(2, 4, 4, 3), 2.0, None)
+    assert types.to_encodable(silent) is silent
 
 
 # What comes out
@@ -344,6 +371,34 @@ def test_a_still_has_the_frame_s_colours():
     still = types.to_still(frame)
     assert still.size == (6, 4)
     assert still.getpixel((2, 1)) == (255, 128, 255)
+
+
+# What runs cost
+
+
+def test_what_a_clip_cost_is_found_by_its_latents_whichever_node_decoded_them():
+    made, engine = latents(), SimpleNamespace(device=torch.device("cpu"))
+    with history.measured(engine, "sample") as sampling:
+        pass
+    history.note(made, sampling, seed=7)
+    for stage, stream in (("video", {"audio": torch.empty(0)}), ("audio", {"video": torch.empty(0)})):
+        with history.measured(engine, stage) as decoding:
+            pass
+        history.note(replace(made, **stream), decoding)
+    told = history.tell(made)
+    assert list(told["stages"]) == ["sample", "video", "audio"]
+    assert (told["seed"], told["latent_sha256"]) == (7, latent_sha256(made))
+    assert all(cost["peak_rss_bytes"] for cost in told["costs"].values())
+    assert told["energy"]["joules"] is None or told["energy"]["joules"] >= 0
+    other = history.tell(latents())
+    assert (other["stages"], "seed" in other) == ({}, False)
+
+
+def test_of_many_runs_the_last_are_remembered():
+    meter = SimpleNamespace(costs={})
+    for number in range(2 * history._MOST):
+        history.note(replace(latents(), video=torch.full((1,), float(number))), meter)
+    assert len(history._known) == history._MOST
 
 
 # The pack as ComfyUI finds it

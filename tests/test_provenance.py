@@ -82,6 +82,8 @@ def command(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(provenance.KEY_VARIABLE, raising=False)
 
     class GreyEngine:
+        device = torch.device("cpu")
+
         def __init__(self, *_given, **_named):
             pass
 

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "forecast": BASE | STAGES | {"checkpoint", "denoiser", "residency"},
     "recipes": BASE | {"sampler"},
     "two_stage": BASE,
+    "trajectory": BASE,
     "engine": BASE
     | STAGES
     | {
@@ -49,9 +50,10 @@ MAY_IMPORT = {
         "denoiser",
         "recipes",
         "two_stage",
+        "trajectory",
         "forecast",
     },
-    "cli": BASE | {"engine", "checkpoint", "media", "measure", "provenance", "recipes"},
+    "cli": BASE | {"engine", "checkpoint", "media", "measure", "provenance", "recipes", "trajectory"},
 }
 NODES_MAY_IMPORT = {
     "engine",
@@ -63,6 +65,7 @@ NODES_MAY_IMPORT = {
     "provenance",
     "residency",
     "shapes",
+    "trajectory",
     "values",
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "einops", "av", "PIL", "tqdm"}

@@ -9,11 +9,15 @@ import importlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+import torch
+
+from ..values import StageCost
 
 _logger = logging.getLogger("lockstep")
 RAPL_FOLDER = Path("/sys/class/powercap")
@@ -93,14 +97,17 @@ class Factors:
 class EnergyMeter:
     """Reads every source that this machine offers, before and after a stretch of work.
 
-    sources: None looks for them. synchronize: called before each reading, so that queued work is counted where it belongs.
+    sources: None looks for them, those that work on `device` takes part in. synchronize: called before each reading, so that queued work is counted where it belongs.
     """
 
     def __init__(
-        self, sources: Sequence[Source] | None = None, synchronize: Callable[[], None] = lambda: None
+        self,
+        sources: Sequence[Source] | None = None,
+        synchronize: Callable[[], None] = lambda: None,
+        device: torch.device | None = None,
     ):
         self.notes: list[str] = []
-        self.sources = list(find_sources(self.notes) if sources is None else sources)
+        self.sources = list(find_sources(self.notes, device) if sources is None else sources)
         self.idle_watts: dict[str, float] = {}
         self._synchronize = synchronize
 
@@ -150,17 +157,45 @@ class EnergyMeter:
             source.close()
 
 
+def tell_joules(costs: Iterable[StageCost], clip_seconds: float) -> dict:
+    """Joules of a clip's stages together, as Energy.to_dict tells them; not measured unless all of them were."""
+    stages = list(costs)
+    joules = [cost.joules for cost in stages if cost.joules is not None]
+    if not joules or len(joules) < len(stages):
+        return {"joules": None, "reason": "not measured"}
+    rested = [cost.net_joules for cost in stages if cost.net_joules is not None]
+    gross = sum(joules)
+    return {
+        "joules": round(gross, 3),
+        "net_joules": round(sum(rested), 3) if len(rested) == len(stages) else None,
+        "wh": round(gross / JOULES_PER_WH, 6),
+        "joules_per_clip_second": round(gross / clip_seconds, 3),
+    }
+
+
 # Sources
 
 
-def find_sources(notes: list[str] | None = None) -> list[Source]:
-    """All that can be read here; what cannot, and why, is added to notes."""
+def find_sources(notes: list[str] | None = None, device: torch.device | None = None) -> list[Source]:
+    """All that can be read here; what cannot, and why, is added to notes.
+
+    device: where the work is done. Other boards of the machine rest or work for others: theirs is not the clip's.
+    """
     notes = [] if notes is None else notes
-    return [*nvidia_sources(notes), *rapl_sources(notes)]
+    if device is None:
+        return [*nvidia_sources(notes), *rapl_sources(notes)]
+    uuid = _uuid_of(device) if device.type == "cuda" else None
+    boards = nvidia_sources(notes, uuid=uuid) if device.type == "cuda" else []
+    return [*boards, *rapl_sources(notes)]
 
 
-def nvidia_sources(notes: list[str], nvml=None) -> list[Source]:
-    """A source for every NVIDIA board; none without the package nvidia-ml-py or a driver."""
+def _uuid_of(device: torch.device) -> str | None:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if uuid is None else f"GPU-{uuid}"
+
+
+def nvidia_sources(notes: list[str], nvml=None, uuid: str | None = None) -> list[Source]:
+    """A source for every NVIDIA board, or for that of this UUID; none without the package nvidia-ml-py or a driver."""
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
@@ -173,10 +208,14 @@ def nvidia_sources(notes: list[str], nvml=None) -> list[Source]:
     except nvml.NVMLError as error:
         notes.append(f"GPU energy is not measured: {error}")
         return []
+    known = {_text(nvml.nvmlDeviceGetUUID(board)) for board in boards} if uuid else set()
+    if uuid and uuid not in known:
+        notes.append("which board the work is done on is not known: all of them are counted")
     sources: list[Source] = []
     for index, board in enumerate(boards):
-        name = nvml.nvmlDeviceGetName(board)
-        name = f"gpu {index}: {name.decode() if isinstance(name, bytes) else name}"
+        if uuid in known and _text(nvml.nvmlDeviceGetUUID(board)) != uuid:
+            continue
+        name = f"gpu {index}: {_text(nvml.nvmlDeviceGetName(board))}"
         try:
             nvml.nvmlDeviceGetTotalEnergyConsumption(board)
             sources.append(_NvidiaCounter(nvml, board, name))
@@ -191,6 +230,10 @@ def nvidia_sources(notes: list[str], nvml=None) -> list[Source]:
         if others:
             notes.append(f"{name} is shared with {others} other processes, whose energy is counted, too")
     return sources
+
+
+def _text(answer: bytes | str) -> str:
+    return answer.decode() if isinstance(answer, bytes) else answer
 
 
 def _others(nvml, board) -> int:
@@ -269,6 +312,8 @@ def rapl_sources(notes: list[str], folder: Path = RAPL_FOLDER) -> list[Source]:
     packages = sorted(path for path in folder.glob("*-rapl:*") if path.name.count(":") == 1)
     for path in packages:
         try:
+            if (path / "name").read_text().strip() == "psys":
+                continue  # of the whole board, packages included: they would count twice
             source = _RaplCounter(path)
             source.read()
             sources.append(source)

@@ -18,6 +18,8 @@ from .sound import SoundFacts, look_at_sound
 from .sync import Sync, measure_sync
 
 _STILL = 0.005  # motion score below which nothing seems to move
+_FROZEN_SECONDS = 1.0  # without any change in a clip that moves elsewhere
+_DRIFT = 3.0  # CIELAB, in ten seconds
 _SEAM = 1.25  # seam ratio above which a grid can be seen
 _PEAK_DBFS = -1.0
 _QUIET_DBFS = -60.0
@@ -102,6 +104,10 @@ def _findings(report: ClipReport):
         yield f"{picture.duplicate_frames} frames repeat the one before them"
     if picture.frames > 1 and picture.motion_score < _STILL:
         yield "almost nothing moves: try another seed, or a prompt that names a motion"
+    elif picture.frozen_seconds >= _FROZEN_SECONDS:
+        yield f"nothing changes for {picture.frozen_seconds:.1f} s of {report.seconds:.1f} s"
+    if picture.colour_drift > _DRIFT * max(1.0, report.seconds / 10):
+        yield f"the colours have drifted by {picture.colour_drift:.1f} (CIELAB) at the end"
     if picture.seam_ratio > _SEAM:
         yield f"seams on a grid of {picture.seam_grid} pixels"
     if report.difference_ms is not None and abs(report.difference_ms) > frame_ms:
@@ -134,7 +140,7 @@ def _lines(report: ClipReport):
     yield (
         f"picture: motion {picture.motion_score:.3f}, longest stand-still {picture.frozen_seconds:.2f} s, "
         f"{picture.duplicate_frames} duplicate and {picture.black_frames} black frames, "
-        f"{len(picture.flashes)} flashes, seams {picture.seam_ratio:.2f}"
+        f"{len(picture.flashes)} flashes, colour drift {picture.colour_drift:.1f}, seams {picture.seam_ratio:.2f}"
     )
     if sound is not None:
         yield (
@@ -142,8 +148,9 @@ def _lines(report: ClipReport):
             f"true peak {_db(sound.true_peak_dbfs, 'dBFS')}, {sound.clipped_samples} clipped samples, "
             f"{sound.clicks} clicks, silent for {sound.silent_share:.0%}"
         )
-    for name, cost in report.made.get("stages", {}).items():
-        yield f"{name}: {cost:.2f} s" if isinstance(cost, float) else f"{name}: {cost}"
+    costs = report.made.get("costs", {})
+    for name, seconds in report.made.get("stages", {}).items():
+        yield f"{name}: {seconds:.2f} s{_cost(costs.get(name, {}))}"
     energy = report.made.get("energy")
     if energy is not None:
         measured = energy.get("joules")
@@ -151,7 +158,20 @@ def _lines(report: ClipReport):
     for name in ("seed", "latent_sha256"):
         if name in report.made:
             yield f"{name}: {report.made[name]}"
+    yield from (f"may differ next time: {reason}" for reason in report.made.get("nondeterministic", ()))
     yield from (f"finding: {finding}" for finding in report.findings)
+
+
+def _cost(cost: dict) -> str:
+    """What is known of a stage beside its seconds."""
+    said = (
+        ("peak_rss_bytes", 1e6, "MB of memory"),
+        ("peak_vram_bytes", 1e6, "MB of GPU memory"),
+        ("joules", 1, "J"),
+    )
+    return "".join(
+        f", {cost[name] / unit:.0f} {word}" for name, unit, word in said if cost.get(name) is not None
+    )
 
 
 def _db(level: float | None, unit: str) -> str:

@@ -172,8 +172,9 @@ class ComfyUI:
         except json.JSONDecodeError:
             return status, content.decode()
 
-    def queue(self, graph: dict, client: str = "tests") -> str:
-        status, answer = self.post("/prompt", {"prompt": graph, "client_id": client})
+    def queue(self, graph: dict, client: str = "tests", workflow: dict | None = None) -> str:
+        extra = {} if workflow is None else {"extra_data": {"extra_pnginfo": {"workflow": workflow}}}
+        status, answer = self.post("/prompt", {"prompt": graph, "client_id": client, **extra})
         assert status == 200, answer
         return answer["prompt_id"]
 

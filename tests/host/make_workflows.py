@@ -16,9 +16,15 @@ WIDGETS = ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
 # one value more behind these, for a button that the page adds
 BUTTONS = {"LoadImage": ["image"], "LoadVideo": ["image"], "LoadAudio": ["", ""]}
 COLUMN, GAP, TOP = 40, 50, 120
-WIDTHS = {"LockstepTextEncode": 400, "SaveVideo": 400, "LoadImage": 320, "MarkdownNote": 400}
+WIDTHS = {
+    "LockstepTextEncode": 400,
+    "SaveVideo": 400,
+    "LockstepSaveClip": 400,
+    "LoadImage": 320,
+    "MarkdownNote": 400,
+}
 HEIGHTS = {"LockstepTextEncode": 220, "SaveVideo": 440, "SaveAnimatedWEBP": 400, "LoadImage": 330, "LoadVideo": 330,
-           "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110, "LockstepClipReport": 300}  # fmt: skip
+           "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110, "LockstepClipReport": 300, "LockstepSaveClip": 460, "SaveImage": 300}  # fmt: skip
 
 RED_BALL = "a red ball bounces on a gray background"
 Link = tuple[str, int]
@@ -316,7 +322,12 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
             {
                 "report": (
                     "LockstepClipReport",
-                    {"images": ("pictures", 0), "fps": ("pictures", 1), "audio": ("sound", 0)},
+                    {
+                        "images": ("pictures", 0),
+                        "fps": ("pictures", 1),
+                        "audio": ("sound", 0),
+                        "latent": ("sampler", 2),
+                    },
                 ),
                 "clip": (
                     "CreateVideo",
@@ -324,6 +335,51 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
                 ),
             },
             {"save": save()},
+        ],
+    ),
+    "save_clip": (
+        """**A clip that says how it came about.** Press Run.
+
+- **Lockstep Save Clip** in place of Create Video and Save Video: one mp4, picture and sound equally long, with this workflow in it.
+- **Disclosure** tells sites that read it that a model made the clip; *compositeWithTrainedAlgorithmicMedia* where your own pictures or sound are part of it.
+- **Content credentials** sign that with your certificate, see the node's help.""",
+        [
+            {"loader": loader()},
+            {"text": text("a cyan triangle swings on a black background")},
+            {"sampler": sampler()},
+            {
+                "pictures": ("LockstepVAEDecode", {"model": ("loader", 0), "video": ("sampler", 0)}),
+                "sound": ("LockstepAudioDecode", {"model": ("loader", 0), "audio": ("sampler", 1)}),
+            },
+            {
+                "save": (
+                    "LockstepSaveClip",
+                    {"images": ("pictures", 0), "fps": ("pictures", 1), "audio": ("sound", 0)},
+                )
+            },
+        ],
+    ),
+    "trajectory": (
+        """**From noise to picture.** Press Run: Save Image shows what the clip looked like at the steps named by **trajectory**.
+
+- **Trajectory**: such as *1, 5, 20* or *all*; -1 is the last step. Empty is off.
+- **Trajectory moment**: which frame of the clip is shown, 0 the first, 1 the last.
+- The clip is the same with and without it.""",
+        [
+            {"loader": loader()},
+            {"text": text("an orange star slides on a navy background")},
+            {"sampler": sampler(trajectory="all")},
+            {
+                "way": ("SaveImage", {"images": ("sampler", 3), "filename_prefix": "lockstep/trajectory"}),
+                "pictures": ("LockstepVAEDecode", {"model": ("loader", 0), "video": ("sampler", 0)}),
+                "sound": ("LockstepAudioDecode", {"model": ("loader", 0), "audio": ("sampler", 1)}),
+            },
+            {
+                "save": (
+                    "LockstepSaveClip",
+                    {"images": ("pictures", 0), "fps": ("pictures", 1), "audio": ("sound", 0)},
+                )
+            },
         ],
     ),
     "file_to_clip": (

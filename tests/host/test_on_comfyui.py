@@ -16,9 +16,10 @@ from comfyui import PACK, ROOT, ComfyUI, Listener
 from PIL import Image
 
 from lockstep.model.embedded import WEIGHTS
-from lockstep.model.engine import Engine
+from lockstep.model.engine import Engine, latent_sha256
 from lockstep.model.latents.file import read_latents
 from lockstep.model.media import read_clip
+from lockstep.model.values import AVLatents
 
 pytestmark = pytest.mark.host
 
@@ -37,6 +38,7 @@ CORE = {
     "LoadVideo": ("file", "clip.mp4"),
     "SaveAnimatedWEBP": None,
     "SaveAudio": None,
+    "SaveImage": None,
     "SaveVideo": None,
 }
 STEPS = 2
@@ -168,6 +170,8 @@ def check(file: Path) -> None:
     """What a player finds in a file: every frame, sound as long as the pictures."""
     if file.suffix == ".webp":
         assert Image.open(file).n_frames == (25 if FREEZE else 13)
+    elif file.suffix == ".png" and file.name.startswith("trajectory"):
+        assert np.asarray(Image.open(file)).std() > 1
     elif file.suffix == ".png":  # the picture of a report
         assert Image.open(file).size == (960, 420)
         assert len(set(Image.open(file).convert("L").tobytes())) > 10
@@ -235,6 +239,53 @@ def test_a_seed_means_the_same_twice(server: ComfyUI, graph: dict):
     for one, two, different in zip(first, again, other, strict=True):
         assert np.array_equal(one, two)
         assert not np.array_equal(one, different)
+
+
+def test_a_saved_clip_holds_its_workflow_and_says_that_it_was_made_by_ai(server: ComfyUI):
+    graph = twin("save_clip")
+    (save,) = nodes_of(graph, "LockstepSaveClip")
+    workflow = {"nodes": [], "version": 0.4}
+    clip = server.clip_of(server.result(server.queue(graph, workflow=workflow)))
+    with av.open(str(clip), options={"export_xmp": "1"}) as container:
+        said = dict(container.metadata)
+    assert json.loads(said["prompt"]) == graph
+    assert json.loads(said["workflow"]) == workflow
+    assert str(ROOT) not in said["prompt"]
+    assert "digitalsourcetype/trainedAlgorithmicMedia" in said["xmp"]
+    graph[save]["inputs"] |= {"disclosure": "none", "filename_prefix": "silent"}
+    with av.open(str(server.clip_of(server.run(graph))), options={"export_xmp": "1"}) as container:
+        assert "xmp" not in container.metadata
+
+
+def test_an_unknown_disclosure_is_refused_with_those_that_are_known(server: ComfyUI):
+    graph = twin("save_clip")
+    (save,) = nodes_of(graph, "LockstepSaveClip")
+    graph[save]["inputs"]["disclosure"] = "photograph"
+    status, answer = server.post("/prompt", {"prompt": graph})
+    assert status == 400
+    assert "use trainedAlgorithmicMedia" in json.dumps(answer["node_errors"][save])
+
+
+def test_a_clip_that_cannot_be_signed_is_saved_and_the_node_says_why(server: ComfyUI):
+    graph = twin("save_clip")
+    (save,) = nodes_of(graph, "LockstepSaveClip")
+    graph[save]["inputs"] |= {"content_credentials": True, "filename_prefix": "signed"}
+    with Listener(server, "signer") as listener:
+        check(server.clip_of(server.result(server.queue(graph, "signer"))))
+        listener.wait_for("execution_success")
+    assert any("not signed: no certificate is configured" in text for text in listener.texts)
+
+
+def test_the_trajectory_shows_the_chosen_steps_and_is_off_by_default(server: ComfyUI):
+    graph = twin("trajectory")
+    (sampler,) = nodes_of(graph, "LockstepSampler")
+    for words, pictures in (("1, -1", 2), ("", 0)):
+        graph[sampler]["inputs"] |= {"trajectory": words, "seed": 64}
+        result = server.run(graph)
+        assert result.status == "success", result.error
+        files = server.files_of(result)
+        assert [file.suffix for file in files].count(".png") == pictures
+        assert [file.suffix for file in files].count(".mp4") == 1
 
 
 def test_both_streams_travel_in_one_latent(server: ComfyUI, graph: dict):
@@ -357,6 +408,7 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("3", {"conditioning": ["1", 0]}, "CONDITIONING"),
         ("3", {"stg": -2.0}, "stg"),
         ("3", {"latent": ["4", 0]}, "LATENT"),
+        ("3", {"trajectory_moment": 1.5}, "trajectory_moment"),
         ("4", {"video": ["2", 0]}, "LATENT"),
         ("late", {"strength": 1.5}, "strength"),
         ("late", {"image": ["2", 0]}, "IMAGE"),
@@ -397,6 +449,8 @@ def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, n
         ("4", {"model": ["other", 0]}, "these latents were sampled by"),
         ("4", {"video": ["sound", 0]}, "connect the sampler's video output"),
         ("7", {"filename_prefix": "../outside"}, "utside the output folder"),
+        ("3", {"trajectory": "first"}, "step numbers such as"),
+        ("3", {"trajectory": "7"}, "use 1 to 2"),
         ("late", {"mask": ["white", 0]}, "mask frees the whole image"),
         ("4", {"video": ["empty", 0]}, "video was not made by a Lockstep node"),
         ("4", {"video": ["3", 1]}, "connect the sampler's video output"),
@@ -523,6 +577,24 @@ def test_missing_memory_is_told_by_the_node_that_needs_it(server: ComfyUI, graph
 def free(server: ComfyUI, **what: bool) -> None:
     server.post("/free", what)
     time.sleep(2)  # done by the worker when it next looks, and told nowhere
+
+
+def test_latents_are_the_same_wherever_weights_lie(server: ComfyUI, graph: dict):
+    graph["8"] = {
+        "class_type": "LockstepSaveAVLatent",
+        "inputs": {"latent": ["3", 2], "filename_prefix": "latents/placed"},
+    }
+
+    def latents(seed: int, offload: str) -> AVLatents:
+        graph["1"]["inputs"]["offload"] = offload
+        files = server.files_of(server.run(with_seed(graph, seed)))
+        return read_latents(next(file for file in files if file.suffix == ".latent"))
+
+    first, _other = latents(54, "auto"), latents(55, "auto")
+    moved = latents(54, "always")
+    free(server, unload_models=True, free_memory=True)  # read from the file again
+    for again in (moved, latents(54, "auto")):
+        assert latent_sha256(again) == latent_sha256(first)
 
 
 def test_freed_models_come_back(server: ComfyUI, graph: dict):
