@@ -63,11 +63,22 @@ def _parser() -> argparse.ArgumentParser:
     add = generate.add_argument
     add("prompt", metavar="PROMPT", help='such as "a red ball bounces on gray"')
     add(
-        "-o", "--output", metavar="OUT.mp4", type=Path, required=True, help="file to write, replaced if there"
+        "-o",
+        "--output",
+        metavar="OUT.mp4",
+        type=Path,
+        required=True,
+        help="file to write, replaced if there; OUT.wav makes the sound alone",
     )
     add("--negative", metavar="TEXT", default="", help="what the clip should not be")
     add("--image", metavar="FILE", type=Path, help="picture of the first frame")
     add("--last-image", metavar="FILE", type=Path, help="picture of the last frame")
+    add(
+        "--reference",
+        metavar="FILE",
+        type=Path,
+        help="picture of the object, which the prompt may leave nameless",
+    )
     add("--seconds", metavar="S", type=_positive, help="duration")
     add("--fps", metavar="F", type=_positive, help="frames per second")
     add("--size", metavar="WxH", help="size in pixels such as 128x128, or an aspect such as 16:9")
@@ -186,18 +197,18 @@ def _add_files(command: argparse.ArgumentParser) -> None:
 
 def _generate(parsed: argparse.Namespace) -> None:
     _check_prompt(parsed.prompt)
-    _check_output(parsed.output)
+    _check_output(parsed.output, ".mp4", ".wav")
     if parsed.trajectory is not None:
         _check_pictures(parsed.trajectory)
     elif parsed.trajectory_steps is not None or parsed.trajectory_moment is not None:
         raise UsageError("--trajectory-steps and --trajectory-moment need --trajectory OUT")
-    for picture in filter(None, (parsed.image, parsed.last_image)):
+    for picture in filter(None, (parsed.image, parsed.last_image, parsed.reference)):
         if not picture.is_file():
             raise MediaError(f"no such file: {picture}")
 
     from .engine import Engine
     from .measure.energy import EnergyMeter
-    from .media import write_clip
+    from .media import write_clip, write_sound
 
     request = _request(parsed)
     disclosure, unsigned = _disclosure(parsed)
@@ -223,7 +234,11 @@ def _generate(parsed: argparse.Namespace) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     started = time.perf_counter()
     made = _provenance(parsed, request, result)
-    write_clip(parsed.output, result.clip, {"lockstep": json.dumps(made)}, disclosure)
+    if request.sound_alone:
+        said = {"lockstep": made, "digital_source_type": disclosure and disclosure.source_type}
+        write_sound(parsed.output, result.clip, json.dumps(said))
+    else:
+        write_clip(parsed.output, result.clip, {"lockstep": json.dumps(made)}, disclosure)
     if parsed.trajectory is not None and result.trajectory is not None:
         _write_trajectory(parsed.trajectory, result.trajectory)
     seconds = {"write": time.perf_counter() - started}
@@ -299,6 +314,8 @@ def _request(parsed: argparse.Namespace) -> "GenerateRequest":
         negative=parsed.negative,
         image=read_image(parsed.image) if parsed.image else None,
         last_image=read_image(parsed.last_image) if parsed.last_image else None,
+        reference=read_image(parsed.reference) if parsed.reference else None,
+        sound_alone=parsed.output.suffix.lower() == ".wav",
         seconds=parsed.seconds,
         fps=parsed.fps,
         size=parsed.size,
@@ -354,7 +371,11 @@ def _disclosure(parsed: argparse.Namespace) -> "tuple[Disclosure | None, str | N
         if named:
             raise ProvenanceError("a certificate signs what is disclosed: leave out --disclosure none")
         return None, "not signed: nothing is disclosed"
-    mixed = parsed.image or parsed.last_image
+    if parsed.output.suffix.lower() == ".wav":
+        if named:
+            raise ProvenanceError("only .mp4 files are signed: leave the certificate out, or write a clip")
+        return Disclosure(parsed.disclosure or MADE), "not signed: a wav file"
+    mixed = parsed.image or parsed.last_image or parsed.reference
     source_type = parsed.disclosure or (COMPOSITE if mixed else MADE)
     try:
         return Disclosure(source_type, find_signer(parsed.certificate, parsed.private_key)), None
@@ -394,11 +415,16 @@ def _report(
     result: "GenerateResult",
     seconds: dict[str, float],
 ) -> dict:
-    from .measure.report import report_clip
+    from .measure.report import report_clip, report_sound
     from .measure.stages import peak_rss_bytes
 
     started = time.perf_counter()
-    clip, found = result.clip, report_clip(result.clip).to_dict()
+    clip = result.clip
+    if len(clip.frames):
+        found = report_clip(clip).to_dict()
+    else:
+        nothing = dict.fromkeys(("sync", "difference_ms", "picture"))
+        found = {**nothing, "sound": report_sound(clip), "findings": []}
     stages = {**result.stages, **seconds, "report": time.perf_counter() - started}
     peaks = [cost.peak_rss_bytes for cost in result.costs.values()] + [peak_rss_bytes()]
     frames, height, width = clip.frames.shape[:3]
@@ -406,9 +432,10 @@ def _report(
         "output": str(parsed.output),
         "prompt": request.prompt,
         "seed": result.seed,
-        "size": f"{width}x{height}",
+        "size": f"{width}x{height}" if frames else None,
         "frames": frames,
         "fps": clip.fps,
+        "seconds": clip.seconds,
         "sample_rate": None if clip.waveform is None else clip.sample_rate_hz,
         "stages": {name: round(seconds, 3) for name, seconds in stages.items()},
         "costs": {name: asdict(cost) for name, cost in result.costs.items()},
@@ -425,7 +452,7 @@ def _energy(parsed: argparse.Namespace, result: "GenerateResult", energy: "Energ
     """Joules of everything from the first weight read to the last sample decoded."""
     from .measure.energy import Factors
 
-    seconds = len(result.clip.frames) / result.clip.fps
+    seconds = result.clip.seconds
     return energy.to_dict(seconds, Factors(parsed.grams_per_kwh, parsed.price_per_kwh)) | {"notes": notes}
 
 
@@ -435,8 +462,9 @@ def _model(result: "GenerateResult") -> dict[str, str]:
 
 def _sentence(report: dict) -> str:
     spent = sum(report["stages"].values())
-    seconds = report["frames"] / report["fps"]
-    return f"{report['output']}: {seconds:.2f} s of {report['size']}, seed {report['seed']}, made in {spent:.1f} s"
+    what = report["size"] if report["frames"] else "sound"
+    made = f"{report['seconds']:.2f} s of {what}, seed {report['seed']}, made in {spent:.1f} s"
+    return f"{report['output']}: {made}"
 
 
 # What is given
@@ -447,11 +475,12 @@ def _check_prompt(prompt: str) -> None:
         raise PromptError('the prompt is empty: say what to show, such as "a red ball bounces"')
 
 
-def _check_output(output: Path, suffix: str = ".mp4") -> None:
+def _check_output(output: Path, *suffixes: str) -> None:
     if output.is_dir():
-        raise MediaError(f"{output} is a folder: name a file in it, such as {output / f'clip{suffix}'}")
-    if output.suffix.lower() != suffix:
-        raise MediaError(f"only {suffix} files are written, got {output}: use {output.stem}{suffix}")
+        raise MediaError(f"{output} is a folder: name a file in it, such as {output / f'clip{suffixes[0]}'}")
+    if output.suffix.lower() not in suffixes:
+        written = " and ".join(suffixes)
+        raise MediaError(f"only {written} files are written, got {output}: use {output.stem}{suffixes[0]}")
     folder = output.absolute().parent
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())

@@ -77,7 +77,7 @@ class JointDenoiser:
     the text's keys and values where no level changes them. What depends on the level alone is made once per level, and
     what passes of a step have in common once per step.
     passes: those that each step will ask for, the first of a text before those that reuse it: "cond", "uncond",
-    "perturbed" (stg_blocks give their values), "isolated" (streams apart).
+    "perturbed" (stg_blocks give their values), "isolated" (streams apart). apart: the streams are apart in all passes.
     """
 
     transformer: AVTransformer
@@ -87,6 +87,7 @@ class JointDenoiser:
     stg_blocks: tuple[int, ...] = ()
     passes: tuple[str, ...] = ("cond",)
     text_memory_bytes: int = TEXT_MEMORY_BYTES
+    apart: bool = False
     _rope: RopeTables = field(init=False)
     _streams: tuple["_Stream", "_Stream"] = field(init=False)
     _levels: dict[float, tuple[Modulation, Modulation]] = field(init=False, default_factory=dict)
@@ -121,7 +122,7 @@ class JointDenoiser:
             audio.input(audio_BSC, sigma, text),
             self._rope,
             perturbed_blocks=self.stg_blocks if pass_name == "perturbed" else (),
-            isolated=pass_name == "isolated",
+            isolated=self.apart or pass_name == "isolated",
             modulations=self._modulations(sigma),
             shared=self._shared(video_BTC, audio_BSC, sigma, text),
         )

@@ -341,12 +341,12 @@ class Engine:
         self,
         image_HWC: Tensor,
         shape: ClipShape,
-        frame: int = 0,
+        frame: int | None = 0,
         strength: float = 1.0,
         progress: ProgressCallback = _nothing,
         mask_HW: Tensor | None = None,
     ) -> Guide:
-        """A picture (H, W, 3), 0..1, covering the clip's frame, to a guide at pixel frame `frame`.
+        """A picture (H, W, 3), 0..1, covering the clip's frame, to a guide at pixel frame `frame`, None a reference.
 
         mask_HW: as large as the picture, above 0.5 where the clip is free; a latent is held only if all of it is.
         Raises MediaError for a picture of another layout or with values that are no numbers.
@@ -405,12 +405,14 @@ class Engine:
         audio_mask: Tensor | None = None,
         progress: ProgressCallback = _nothing,
         start: AVLatents | None = None,
+        sound_alone: bool = False,
     ) -> AVLatents:
         """Noise to the latents of one clip, picture and sound together.
 
         given_video, given_audio: latents of a stream that stays as it is, while the other is made to fit it.
         video_mask (1, 1, F, H, W), audio_mask (1, 1, L, 1): where the given stream is made anew, 1 wholly, 0 not at all.
         start: latents to go on from (of upscale), mixed with noise at the first of the sigmas, which must be given.
+        sound_alone: the sound is made without pictures, whose latents come back as zeros.
         Noise: one CPU generator, the video's first, then the audio's, then that of appended guides.
         Raises WorkflowError for a conditioning of another model; what progress raises ends the run.
         """
@@ -428,6 +430,12 @@ class Engine:
                 raise WorkflowError(
                     "latents to go on from need sigmas of their own, and a shape that is theirs"
                 )
+        wanted = shape
+        if sound_alone:
+            if guides or start is not None or given_video is not None:
+                raise WorkflowError("a sound alone has no pictures to guide: leave pictures and latents out")
+            shape = shape.sound_alone()
+            guidance = replace(guidance, modality_video=1.0, modality_audio=1.0)
         with self._lock:
             # from the configs: the codecs need not be on the device while the transformer is
             channels = self._video_config.latent_channels
@@ -439,12 +447,20 @@ class Engine:
             transformer = self._transformer
             self._loras.put_on(keymap.TRANSFORMER, transformer, settings.loras)
             denoiser = JointDenoiser(
-                transformer, video, audio, conditioning, guidance.stg_blocks, guidance.passes
+                transformer,
+                video,
+                audio,
+                conditioning,
+                guidance.stg_blocks,
+                guidance.passes,
+                apart=sound_alone,
             )
             sampler = settings.sampler or self.recipe.sampler
             with self._numbers(keymap.TRANSFORMER):
                 done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
+        if sound_alone:
+            return replace(self.empty_latents(wanted), audio=tokens_to_audio(audio_tokens, z))
         grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         return AVLatents(
             tokens_to_video(video_tokens[:, : video.own_tokens], *grid),
@@ -624,6 +640,8 @@ class Engine:
 
         energy: counts the joules of every stage; None counts none.
         """
+        if request.sound_alone and (request.upscalers or request.trajectory):
+            raise WorkflowError("a sound alone has no pictures: leave upscalers and trajectory out")
         clock = StageMeter(self.device, energy)
         # what cannot be done is told before gigabytes are read
         recipe = self.choose_recipe(request.recipe, request.loras, request.force)
@@ -646,7 +664,15 @@ class Engine:
         with clock.stage("sample"):
             settings = self._settings(request, recipe, shape)
             ticks = steps or progress
-            latents = self.sample(conditioning, shape, guides, settings, request.seed, progress=ticks)
+            latents = self.sample(
+                conditioning,
+                shape,
+                guides,
+                settings,
+                request.seed,
+                progress=ticks,
+                sound_alone=request.sound_alone,
+            )
         pictures = None
         if steps is not None:
             with clock.stage("trajectory"):
@@ -656,7 +682,8 @@ class Engine:
                 latents = self._refine(conditioning, latents, path, request, recipe, number, progress)
         shape = latents.shape
         with clock.stage("video"):
-            frames = self.decode_video(latents, progress)
+            no_frames = torch.empty(0, shape.height, shape.width, 3)
+            frames = no_frames if request.sound_alone else self.decode_video(latents, progress)
         with clock.stage("audio"):
             waveform = self.decode_audio(latents, progress)
         clip = Clip(frames, waveform, shape.fps, self._vocoder.sample_rate_hz)
@@ -895,7 +922,7 @@ class Engine:
             raise
 
     def _guides(self, request: GenerateRequest, shape: ClipShape, progress: ProgressCallback) -> list[Guide]:
-        pictures = [(request.image, 0), (request.last_image, shape.frames - 1)]
+        pictures = [(request.image, 0), (request.last_image, shape.frames - 1), (request.reference, None)]
         return [
             self.encode_image(image, shape, frame, progress=progress)
             for image, frame in pictures

@@ -69,6 +69,32 @@ def write_clip(
         partial.unlink(missing_ok=True)  # also after Ctrl-C
 
 
+def write_sound(path: str | Path, clip: Clip, comment: str = "") -> None:
+    """Writes a clip's sound alone as a wav file of 16 bits with a comment, or nothing at all.
+
+    An existing file is replaced only by a complete one.  Raises MediaError.
+    """
+    target = Path(path)
+    if clip.waveform is None or not clip.waveform.isfinite().all():
+        raise MediaError("there is no sound to write, or it holds values that are not finite numbers")
+    partial = target.with_name(f".{secrets.token_hex(6)}.part")
+    try:
+        with av.open(str(partial), "w", format="wav") as container:
+            container.metadata["comment"] = comment
+            stream = container.add_stream("pcm_s16le", rate=clip.sample_rate_hz)
+            stream.layout = _LAYOUTS[len(clip.waveform)]
+            levels = (rearrange(clip.waveform, "C S -> 1 (S C)") * 32767).round().short().numpy()
+            frame = av.AudioFrame.from_ndarray(levels, format="s16", layout=_LAYOUTS[len(clip.waveform)])
+            frame.sample_rate = clip.sample_rate_hz
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        os.replace(partial, target)
+    except (OSError, FFmpegError) as error:
+        raise MediaError(f"cannot write {target}: {_reason(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_clip(path: str | Path) -> Clip:
     """Reads a clip at a constant frame rate, sound aligned with the first picture and cut or padded to F / fps.
 

@@ -5,7 +5,7 @@ pixel columns, audio in seconds. The order of float32 operations is part of the 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
@@ -80,6 +80,11 @@ class ClipShape:
     @property
     def audio_latents(self) -> int:
         return max(1, round(self.frames / self.fps * self.audio_rate.latents_per_second))
+
+    def sound_alone(self) -> "ClipShape":
+        """As long, with the least picture that there is."""
+        space = self.compression.space
+        return replace(self, frames=1, height=space, width=space, fps=self.fps / self.frames)
 
     def samples(self, sample_rate_hz: int) -> int:
         """Sound samples per channel that last exactly as long as the pictures."""

@@ -45,10 +45,10 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """Clean video latents that hold a place in time."""
+    """Clean video latents that hold a place in time, or a reference that belongs to no moment of the clip."""
 
     latent: Tensor  # (1, C, f, H, W), normalized
-    frame: int  # first pixel frame that it stands for
+    frame: int | None  # first pixel frame that it stands for; None: a reference
     strength: float  # 0 ignores it, 1 keeps it untouched
     mask: Tensor | None = None  # (1, 1, f, H, W), 1 where nothing is held; None holds all of it
 
@@ -67,10 +67,17 @@ class AVLatents:
 class Clip:
     """A finished clip on the CPU."""
 
-    frames: Tensor  # (F, H, W, 3), float32 0..1
+    frames: Tensor  # (F, H, W, 3), float32 0..1; F is 0 for a sound alone
     waveform: Tensor | None  # (channels, S), float32 -1..1
     fps: float
     sample_rate_hz: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the pictures, or of the sound where it is alone."""
+        if len(self.frames) or self.waveform is None:
+            return len(self.frames) / self.fps
+        return self.waveform.shape[1] / self.sample_rate_hz
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,8 @@ class GenerateRequest:
     negative: str = ""
     image: Tensor | None = None  # (H, W, 3), 0..1, becomes the first frame
     last_image: Tensor | None = None  # (H, W, 3), 0..1, becomes the last frame
+    reference: Tensor | None = None  # (H, W, 3), 0..1, a picture of the object, at no moment of the clip
+    sound_alone: bool = False  # no pictures at all
     seconds: float | None = None
     fps: float | None = None
     size: str | None = None  # "WIDTHxHEIGHT" in pixels or an aspect such as "16:9"

@@ -67,7 +67,7 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
     assert code == 0
     report = json.loads(stdout.splitlines()[-1])
     assert list(report) == [
-        *("output", "prompt", "seed", "size", "frames", "fps", "sample_rate", "stages", "costs"),
+        *("output", "prompt", "seed", "size", "frames", "fps", "seconds", "sample_rate", "stages", "costs"),
         *("peak_rss_bytes", "latent_sha256", "nondeterministic", "model", "warnings"),
         *("sync", "difference_ms", "picture", "sound", "findings", "energy", "provenance", "trajectory"),
     ]
@@ -98,9 +98,10 @@ def test_every_stage_has_a_bar_with_remaining_time_on_stderr(generate):
 
 
 def test_all_options_reach_the_engine(generate, engine, tmp_path):
-    for name in ("first.png", "last.png"):
+    for name in ("first.png", "last.png", "thing.png"):
         Image.fromarray(np.full((8, 12, 3), 255, np.uint8)).save(tmp_path / name)
     pictures = ("--image", tmp_path / "first.png", "--last-image", tmp_path / "last.png")
+    pictures += ("--reference", tmp_path / "thing.png")
     numbers = ("--seconds", "2.5", "--fps", 24, "--steps", 8, "--cfg", 3, "--seed", 2**63 - 1)
     code, *_ = generate(
         *pictures, *numbers, "--size", "16:9", "--negative", "rain", "--model", "m", "--device", "cpu"
@@ -111,7 +112,8 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     assert (request.prompt, request.negative, request.size) == ("a red ball", "rain", "16:9")
     assert (request.seconds, request.fps, request.steps, request.cfg) == (2.5, 24, 8, 3)
     assert request.seed == 2**63 - 1
-    assert request.image.shape == request.last_image.shape == (8, 12, 3)
+    assert request.image.shape == request.last_image.shape == request.reference.shape == (8, 12, 3)
+    assert not request.sound_alone
 
 
 def test_what_is_not_said_is_left_to_the_model_except_the_seed(generate, engine):
@@ -150,6 +152,7 @@ def test_warnings_are_printed_and_reported(generate, engine):
         (["--second", "2"], "unrecognized arguments: --second 2"),
         (["--image", "absent.png"], "no such file: absent.png"),
         (["--last-image", "absent.png"], "no such file: absent.png"),
+        (["--reference", "absent.png"], "no such file: absent.png"),
         (["--image", __file__], "as a picture: cannot identify image file"),
     ],
 )
@@ -174,8 +177,8 @@ def test_an_empty_prompt_is_refused_with_an_example(generate, engine, prompt):
 @pytest.mark.parametrize(
     ("output", "sentence"),
     [
-        ("clip.avi", "only .mp4 files are written, got {folder}/clip.avi: use clip.mp4"),
-        ("clip", "only .mp4 files are written, got {folder}/clip: use clip.mp4"),
+        ("clip.avi", "only .mp4 and .wav files are written, got {folder}/clip.avi: use clip.mp4"),
+        ("clip", "only .mp4 and .wav files are written, got {folder}/clip: use clip.mp4"),
         ("", "{folder} is a folder: name a file in it, such as {folder}/clip.mp4"),
         ("a/b/clip.mp4", "the folder {folder}/a/b does not exist: the nearest one that does is {folder}"),
     ],
@@ -290,6 +293,19 @@ def test_the_embedded_model_makes_a_clip_from_start_to_file(tmp_path):
     clip = media.read_clip(tmp_path / "clip.mp4")
     assert clip.frames.shape[0] == report["frames"]
     assert clip.waveform.shape[1] == round(report["frames"] / report["fps"] * report["sample_rate"])
+
+
+def test_an_output_for_sound_gets_sound_alone(tmp_path):
+    options = ("-o", "clip.wav", "--seconds", "1", "--steps", "4", "--seed", "3", "--json")
+    run = run_command("generate", "a red ball bounces", *options, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert (report["frames"], report["size"], report["picture"]) == (0, None, None)
+    with av.open(str(tmp_path / "clip.wav")) as container:
+        assert len(container.streams.video) == 0
+        samples = sum(frame.samples for frame in container.decode(audio=0))
+        assert json.loads(container.metadata["comment"])["lockstep"]["prompt"] == "a red ball bounces"
+    assert samples == round(report["seconds"] * report["sample_rate"])
 
 
 @pytest.mark.parametrize(

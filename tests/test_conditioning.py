@@ -9,7 +9,13 @@ from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
 from lockstep.model.denoiser import JointDenoiser, starting_state
 from lockstep.model.errors import ShapeError, WorkflowError
 from lockstep.model.latents.patchify import audio_to_tokens, video_to_tokens
-from lockstep.model.shapes import ClipShape, audio_positions, frame_positions, video_positions
+from lockstep.model.shapes import (
+    ClipShape,
+    audio_positions,
+    frame_positions,
+    reference_positions,
+    video_positions,
+)
 from lockstep.model.transformer.config import TransformerConfig
 from lockstep.model.transformer.model import AVTransformer, StreamInput
 from lockstep.model.values import Conditioning, Context, Guide
@@ -46,6 +52,25 @@ def test_a_later_guide_is_appended_at_its_frame():
     assert torch.equal(layout.clean[:, 18:], video_to_tokens(picture))
     assert layout.mask[0, :, 0].tolist() == [1.0] * 18 + [0.25] * FRAME_TOKENS
     assert torch.equal(layout.positions[:, :, 18:], frame_positions(SHAPE, 8))
+
+
+def test_a_reference_is_appended_where_its_own_pictures_would_stand():
+    picture = latent()
+    layout = lay_out_video(SHAPE, 4, [Guide(picture, None, 1.0)])
+    assert layout.own_tokens == 18
+    assert torch.equal(layout.clean[:, 18:], video_to_tokens(picture))
+    assert torch.equal(layout.positions[:, :, 18:], reference_positions(SHAPE, 1, 2, 3))
+    assert layout.mask[0, 18:, 0].tolist() == [0.0] * FRAME_TOKENS
+
+
+def test_a_reference_may_be_smaller_by_a_whole_number_and_stand_alone():
+    shape = ClipShape(9, 128, 192, 24.0)
+    layout = lay_out_video(shape, 4, [Guide(latent(2), None, 1.0)])
+    assert torch.equal(layout.positions[:, :, -12:], reference_positions(shape, 2, 2, 3, downscale=2))
+    with pytest.raises(ShapeError, match="guide has latents"):
+        lay_out_video(shape, 4, [Guide(torch.randn(1, 4, 1, 3, 3), None, 1.0)])
+    with pytest.raises(WorkflowError, match="two references"):
+        lay_out_video(SHAPE, 4, [Guide(latent(), None, 1.0), Guide(latent(), None, 1.0)])
 
 
 def test_several_guides_keep_their_order_strength_and_length():

@@ -38,7 +38,7 @@ def test_same_seed_gives_the_same_clip_and_another_seed_another(engine):
 
 
 @pytest.mark.parametrize(
-    ("size", "seconds", "fps"), [("1:1", 1, 12), ("16:9", 2, 12), ("9:16", 1.5, 16), ("64x80", 1, 24)]
+    ("size", "seconds", "fps"), [("1:1", 1, 12), ("16:9", 2, 12), ("9:16", 1.5, 16), ("96x112", 1, 24)]
 )
 def test_picture_and_sound_are_equally_long(engine, size, seconds, fps):
     clip = engine.generate(replace(RED_BALL, steps=1, size=size, seconds=seconds, fps=fps)).clip
@@ -98,11 +98,33 @@ def test_a_given_stream_comes_out_bit_for_bit(engine):
     assert torch.equal(fitted.video, made.video)
 
 
+def test_a_sound_alone_has_no_pictures_and_hears_none(engine):
+    alone, shape = replace(RED_BALL, sound_alone=True), engine.shape(seconds=1.0)
+    result = engine.generate(alone)
+    assert result.clip.frames.shape == (0, shape.height, shape.width, 3)
+    assert result.clip.waveform.shape[1] == shape.samples(result.clip.sample_rate_hz)
+    assert result.clip.seconds == pytest.approx(shape.seconds, abs=1e-4)  # whole samples
+    assert result.latent_sha256 == engine.generate(alone).latent_sha256
+    # the size of the pictures that are not made does not matter
+    assert torch.equal(engine.generate(replace(alone, size="16:9")).clip.waveform, result.clip.waveform)
+    with pytest.raises(WorkflowError, match="no pictures to guide"):
+        engine.generate(replace(alone, image=torch.rand(96, 96, 3)))
+
+
+def test_a_reference_stands_beside_the_clip(engine):
+    picture = torch.rand(96, 96, 3)
+    plain, shown = engine.generate(RED_BALL), engine.generate(replace(RED_BALL, reference=picture))
+    assert shown.clip.frames.shape == plain.clip.frames.shape
+    assert shown.latent_sha256 != plain.latent_sha256
+    guide = engine.encode_image(picture, engine.shape(seconds=1.0), frame=None)
+    assert guide.frame is None
+
+
 def test_only_the_masked_part_of_a_given_stream_changes(engine):
     shape = engine.shape(seconds=1.0)
     prompt = engine.encode_text("a red ball bounces")
     made = engine.sample(prompt, shape, settings=UNGUIDED, seed=3)
-    video_mask, audio_mask = torch.zeros(1, 1, shape.latent_frames, 4, 4), torch.zeros(1, 1, 27, 1)
+    video_mask, audio_mask = torch.zeros_like(made.video[:, :1]), torch.zeros(1, 1, 27, 1)
     video_mask[:, :, 2:] = audio_mask[:, :, 10:] = 1
     anew = engine.sample(
         prompt,

@@ -33,14 +33,20 @@ class GriffinLimConfig:
     sample_rate_hz: int
     mel_bins: int = 64
     n_fft: int = 1024
+    window_samples: int = 1024
     hop_samples: int = 160
     unmixing_rounds: int = 80
     phase_rounds: int = 32
 
     def __post_init__(self) -> None:
-        if not 0 < self.hop_samples <= self.n_fft // 2:
+        if self.window_samples > self.n_fft:
             raise UnsupportedModelError(
-                f"a hop of {self.hop_samples} samples does not fit windows of {self.n_fft}: use 1 to {self.n_fft // 2}"
+                f"a window of {self.window_samples} samples is longer than {self.n_fft=}"
+            )
+        if not 0 < self.hop_samples <= self.window_samples // 2:
+            raise UnsupportedModelError(
+                f"a hop of {self.hop_samples} samples does not fit windows of {self.window_samples}: "
+                f"use 1 to {self.window_samples // 2}"
             )
 
     @classmethod
@@ -48,10 +54,12 @@ class GriffinLimConfig:
         """Reads a `vocoder` section of class GriffinLim; Raises UnsupportedModelError for unknown options."""
         options = Options(section, "vocoder")
         options.expect("_class_name", "GriffinLim")
+        n_fft = options.take("n_fft", 1024)
         config = cls(
             sample_rate_hz=options.take("output_sampling_rate"),
             mel_bins=options.take("num_mels", 64),
-            n_fft=options.take("n_fft", 1024),
+            n_fft=n_fft,
+            window_samples=options.take("win_length", n_fft),
             hop_samples=options.take("hop_length", 160),
             unmixing_rounds=options.take("unmixing_rounds", 80),
             phase_rounds=options.take("phase_rounds", 32),
@@ -110,17 +118,15 @@ class GriffinLim(nn.Module):
     def _find_phases(self, magnitude_NKT: Tensor) -> Tensor:
         """A waveform (N, S) whose spectrogram has these magnitudes, nearly."""
         config = self.config
-        window = torch.hann_window(config.n_fft, device=magnitude_NKT.device)
+        window = torch.hann_window(config.window_samples, device=magnitude_NKT.device)
+        transform = (config.n_fft, config.hop_samples, config.window_samples, window)
         samples = (magnitude_NKT.shape[2] - 1) * config.hop_samples
 
         def to_waveform(spectrum_NKT: Tensor) -> Tensor:
-            return torch.istft(spectrum_NKT, config.n_fft, config.hop_samples, window=window, length=samples)
+            return torch.istft(spectrum_NKT, *transform, length=samples)
 
         def to_spectrum(waveform_NS: Tensor) -> Tensor:
-            return torch.stft(
-                waveform_NS, config.n_fft, config.hop_samples, window=window,
-                pad_mode="reflect", return_complex=True,
-            )  # fmt: skip
+            return torch.stft(waveform_NS, *transform, pad_mode="reflect", return_complex=True)
 
         # drawn on the CPU from a fixed seed: phases to start from, no choice of the user's
         start = torch.rand(magnitude_NKT.shape, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, WorkflowError
 from ..latents.patchify import audio_to_tokens, video_to_tokens
-from ..shapes import ClipShape, audio_positions, frame_positions, video_positions
+from ..shapes import ClipShape, audio_positions, frame_positions, reference_positions, video_positions
 from ..values import Guide
 
 
@@ -42,6 +42,8 @@ def lay_out_video(
 ) -> Layout:
     """Tokens of a clip with its guides: a guide at frame 0 takes the first latents' place, others are appended.
 
+    A reference (a guide of no frame) may be smaller than the clip in both directions by one whole number.
+
     given: (1, C, F, H, W), a video stream that stays as it is. given_mask: (1, 1, F, H, W), where it is made anew, 1 wholly.
     Raises WorkflowError for two guides in one place or one that reaches beyond the clip, ShapeError for another size.
     """
@@ -53,18 +55,16 @@ def lay_out_video(
         mask = torch.zeros(1, 1, *grid) if given_mask is None else _checked_mask("video", given_mask, mask)
         if guides and not mask.any():
             raise WorkflowError("a given video leaves nothing to guide: drop the guides or the video")
-    appended = [guide for guide in guides if guide.frame]
+    appended = [guide for guide in guides if guide.frame != 0]
     for guide in _at_start(guides, shape):
         _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
         clean[:, :, : guide.latent.shape[2]] = guide.latent
         mask[:, :, : guide.latent.shape[2]] = _freedom(guide)
     cleans, masks, positions = [video_to_tokens(clean)], [video_to_tokens(mask)], [video_positions(shape)]
     for guide in appended:
-        _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
-        tokens = video_to_tokens(guide.latent.float())
-        cleans.append(tokens)
+        cleans.append(video_to_tokens(guide.latent.float()))
         masks.append(video_to_tokens(_freedom(guide)))
-        positions.append(frame_positions(shape, guide.frame, guide.latent.shape[2]))
+        positions.append(_appended_positions(guide, shape, channels))
     total = sum(tokens.shape[1] for tokens in cleans)
     marked = torch.arange(total) < shape.latent_height * shape.latent_width
     return _layout(cleans, masks, positions, shape.video_tokens, marked.unsqueeze(0))
@@ -120,10 +120,22 @@ def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
                 f"a guide of {guide.latent.shape[2]} latent frames does not fit {shape.latent_frames}"
             )
     frames = [guide.frame for guide in guides]
-    twice = sorted({frame for frame in frames if frames.count(frame) > 1})
+    twice = sorted({frame for frame in frames if frame is not None and frames.count(frame) > 1})
     if twice:
         raise WorkflowError(f"two guides at frame {twice[0]}: keep one of them")
+    if frames.count(None) > 1:
+        raise WorkflowError("two references: keep one of them")
     return [guide for guide in guides if guide.frame == 0]
+
+
+def _appended_positions(guide: Guide, shape: ClipShape, channels: int) -> Tensor:
+    frames, rows, columns = guide.latent.shape[2:]
+    times = shape.latent_height // rows if guide.frame is None and rows else 1
+    needed = (shape.latent_height // times, shape.latent_width // times) if times else (0, 0)
+    _check_latent("guide", guide.latent, (1, channels, frames, *needed))
+    if guide.frame is not None:
+        return frame_positions(shape, guide.frame, frames)
+    return reference_positions(shape, frames, rows, columns, downscale=times)
 
 
 def _freedom(guide: Guide) -> Tensor:

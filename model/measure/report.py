@@ -80,6 +80,12 @@ def report_clip(clip: Clip, difference_ms: float | None = None, made: dict | Non
     )
 
 
+def report_sound(clip: Clip) -> dict:
+    """What a sound alone is like, as JSON takes it."""
+    assert clip.waveform is not None, "a sound alone has sound"
+    return _rounded(asdict(look_at_sound(clip.waveform, clip.sample_rate_hz)))
+
+
 def _rounded(facts: dict) -> dict:
     return {
         name: round(value, 4)
