@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 something given is wrong (one sentence on stderr, no file)
 """
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -41,6 +42,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a finished clip is told also where its name cannot be printed
     try:
         parsed = _parser().parse_args(arguments)
         parsed.run(parsed)
@@ -258,11 +263,12 @@ def _measure(parsed: argparse.Namespace) -> None:
         _check_output(parsed.picture, ".png")
 
     from .measure.report import draw_report, report_clip
-    from .media import read_clip, stream_seconds, write_image
+    from .media import read_clip, read_origin, stream_seconds, write_image
 
     clip = read_clip(parsed.file)
     pictures, sound = stream_seconds(parsed.file)
-    report = report_clip(clip, None if sound is None else (sound - pictures) * 1000)
+    difference_ms = None if sound is None else (sound - pictures) * 1000
+    report = report_clip(clip, difference_ms, read_origin(parsed.file))
     if parsed.picture is not None:
         write_image(parsed.picture, draw_report(report, clip))
     print(report.to_text(), flush=True)
@@ -478,6 +484,8 @@ def _check_prompt(prompt: str) -> None:
 def _check_output(output: Path, *suffixes: str) -> None:
     if output.is_dir():
         raise MediaError(f"{output} is a folder: name a file in it, such as {output / f'clip{suffixes[0]}'}")
+    if output.exists() and not output.is_file():
+        raise MediaError(f"{output} is a device or a pipe: name a file")
     if output.suffix.lower() not in suffixes:
         written = " and ".join(suffixes)
         raise MediaError(f"only {written} files are written, got {output}: use {output.stem}{suffixes[0]}")

@@ -124,7 +124,7 @@ class Engine:
     file or a folder of shards. folders: searched for whatever component is still missing. tokenizer: a tokenizer.json
     or a folder with one, where the text encoder has none of its own.
     memory: a policy of residency.POLICIES; None chooses before each clip that `generate` makes, and keeps all weights on
-    the device for single stages. compiled: whether the transformer's blocks are compiled at their first use.
+    the device for single stages. compiled: whether the transformer's blocks are compiled at their first use; kernels may differ from process to process.
     Raises CheckpointError or UnsupportedModelError before any weight is read; a component that is nowhere is told
     when it is needed.
     """
@@ -257,6 +257,10 @@ class Engine:
         """Raises CheckpointError where there is no text encoder, or none of its tokenizer's files."""
         longest = self.recipe.text_length
         if keymap.TEXT_ENCODER in self._places:
+            if self._given_tokenizer is not None:
+                raise CheckpointError(
+                    f"{self._description.name} has a tokenizer of its own: leave {self._given_tokenizer} out"
+                )
             text = self.header.metadata.get("tokenizer")
             if text is None:
                 raise CheckpointError(

@@ -4,7 +4,9 @@ Legend: F frames, H rows, W columns, C audio channels, S samples. Pixels are flo
 """
 
 import heapq
+import json
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -139,6 +141,21 @@ def stream_seconds(path: str | Path) -> tuple[float, float | None]:
     except (OSError, FFmpegError) as error:
         raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
     return seconds[0] or 0.0, seconds[1]
+
+
+def read_origin(path: str | Path) -> dict:
+    """Seed and latent hash that a clip's file says of itself, where this package wrote it; nothing of any other file."""
+    try:
+        with av.open(str(path)) as container:
+            told = json.loads(container.metadata.get("lockstep", "null"))
+    except (OSError, FFmpegError, ValueError, RecursionError):  # whatever another program left there
+        return {}
+    if not isinstance(told, dict):
+        return {}
+    seed, digest = told.get("seed"), told.get("latent_sha256")
+    known = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64
+    origin: dict = {"seed": seed} if known else {}
+    return origin | ({"latent_sha256": digest} if re.fullmatch("[0-9a-f]{64}", str(digest)) else {})
 
 
 def read_image(path: str | Path) -> Tensor:

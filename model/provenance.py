@@ -84,7 +84,7 @@ class Signer:
                 builder.sign(signer, "video/mp4", source, target)
         except c2pa.C2paError as error:
             raise ProvenanceError(
-                f"the certificate cannot sign Content Credentials: {' '.join(str(error).split())}"
+                f"Content Credentials cannot be signed: {' '.join(str(error).split())}"
             ) from error
 
 

@@ -214,6 +214,27 @@ def test_a_bug_is_not_hidden(generate, engine):
         generate()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no pipes among files")
+def test_a_pipe_is_not_replaced_by_a_file(generate, engine, tmp_path):
+    os.mkfifo(tmp_path / "clip.mp4")
+    code, _, err = generate()
+    assert code == 2
+    assert "is a device or a pipe: name a file" in err
+    assert engine.requests == []
+
+
+def test_a_name_that_cannot_be_printed_is_told_all_the_same(tmp_path):
+    code = (
+        "import sys; from lockstep.model import cli; cli._measure = lambda parsed: print(parsed.file)\n"
+        "sys.exit(cli.main(['measure', '\\u30af\\udcff.mp4']))"
+    )
+    strict = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=strict, cwd=tmp_path
+    )
+    assert (run.returncode, run.stdout.strip()) == (0, "\\u30af\\udcff.mp4")
+
+
 def test_ctrl_c_while_sampling_leaves_no_file(generate, engine, tmp_path):
     engine.failure = KeyboardInterrupt()
     code, _, stderr = generate()

@@ -272,6 +272,11 @@ def test_a_prompt_that_cannot_be_used_is_told_before_weights_are_read(tmp_path):
         assert engine._modules == {}
 
 
+def test_a_tokenizer_for_a_model_that_has_its_own_is_refused():
+    with pytest.raises(CheckpointError, match=r"has a tokenizer of its own: leave words\.json out"):
+        Engine("embedded", "cpu", tokenizer="words.json").generate(RED_BALL)
+
+
 def test_unknown_models_and_devices_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         Engine(tmp_path / "nowhere.safetensors")

@@ -23,6 +23,7 @@ from lockstep.model.engine import Engine
 from lockstep.model.errors import LockstepError, MediaError
 from lockstep.model.measure.stages import StageMeter
 from lockstep.model.media import read_clip, write_clip
+from lockstep.model.provenance import Disclosure
 from lockstep.model.values import Clip, GenerateRequest
 
 REQUEST = GenerateRequest(
@@ -175,13 +176,14 @@ def small_clip(level: float) -> Clip:
 WRITES_FOR_EVER = """
 import sys, torch
 from lockstep.model.media import write_clip
+from lockstep.model.provenance import Disclosure
 from lockstep.model.values import Clip
 print("ready", flush=True)
 level = 0
 while True:
     level = (level + 1) % 5
     clip = Clip(torch.full((12, 64, 64, 3), level / 5), torch.zeros(1, 16000), 12.0, 16000)
-    write_clip(sys.argv[1], clip, {"level": str(level)})
+    write_clip(sys.argv[1], clip, {"level": str(level)}, Disclosure())
 """
 
 
@@ -189,7 +191,7 @@ while True:
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_path, seed):
     path = tmp_path / "clip.mp4"
-    write_clip(path, small_clip(0.5))
+    write_clip(path, small_clip(0.5), None, Disclosure())
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITES_FOR_EVER, str(path)], stdout=subprocess.PIPE, text=True
     )
@@ -203,6 +205,7 @@ def test_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_path, seed):
     clip = read_clip(path)
     assert len(clip.frames) == 12
     assert clip.waveform.shape == (1, 16000)
+    assert path.read_bytes().endswith(b'<?xpacket end="w"?>')
 
 
 DISK_OF_4_KB = """

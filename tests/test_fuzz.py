@@ -513,7 +513,16 @@ words = st.one_of(
             "--seed",
             "--steps",
             "--fps",
+            "--trajectory",
+            "--trajectory-steps",
+            "--trajectory-moment",
+            "--disclosure",
+            "--certificate",
+            "--private-key",
         ]
+    ),
+    st.sampled_from(
+        ["clip.mp4", "way.png", "all", "none", "trainedAlgorithmicMedia", "0.5"],
     ),
     st.sampled_from(
         ["nan", "-1", "1e400", "0x10", "", "a red ball", "/", "absent.mp4", "٣", "1_0", "--", "--no-such"]

@@ -298,7 +298,7 @@ def test_the_command_refuses_certificates_that_it_was_given_and_misses_those_of_
 
 def test_a_key_of_another_certificate_is_told_before_any_clip_is_made(tmp_path, x509, chain):
     _, other = new_chain(x509, tmp_path, "SECP256R1")
-    with pytest.raises(ProvenanceError, match="the certificate cannot sign"):
+    with pytest.raises(ProvenanceError, match="Content Credentials cannot be signed"):
         Signer(chain[0], other)
 
 

@@ -19,7 +19,7 @@ from lockstep.model.measure.pictures import (
 )
 from lockstep.model.measure.report import draw_report, report_clip
 from lockstep.model.measure.sound import look_at_sound, loudness
-from lockstep.model.media import stream_seconds, write_clip, write_image
+from lockstep.model.media import read_origin, stream_seconds, write_clip, write_image
 from lockstep.model.values import Clip
 
 RATE_HZ = 48000
@@ -214,6 +214,33 @@ def test_the_command_measures_a_file(tmp_path, capsys):
         assert image.size == (960, 420)
     assert cli.main(["measure", str(tmp_path / "a.mp4")]) == 0
     assert "sync: no offset told" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tag", "known"),
+    [
+        (
+            json.dumps({"seed": 7, "latent_sha256": "ab" * 32, "prompt": "x"}),
+            {"seed": 7, "latent_sha256": "ab" * 32},
+        ),
+        (json.dumps({"seed": "7", "latent_sha256": "../etc"}), {}),
+        (json.dumps({"seed": True, "latent_sha256": ["ab"]}), {}),
+        (json.dumps({"seed": 1e400}), {}),
+        ("[" * 100_000, {}),
+        ("7", {}),
+        ("not json", {}),
+        (None, {}),
+    ],
+)
+def test_what_a_file_says_of_its_making_is_told_and_not_believed_blindly(tmp_path, capsys, tag, known):
+    path = tmp_path / "clip.mp4"
+    write_clip(path, good(), None if tag is None else {"lockstep": tag})
+    assert read_origin(path) == known
+    assert cli.main(["measure", str(path), "--json"]) == 0
+    text = capsys.readouterr().out
+    told = json.loads(text.splitlines()[-1])
+    assert {name: told[name] for name in ("seed", "latent_sha256") if name in told} == known
+    assert ("seed: 7" in text) == ("seed" in known)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no clip"])
