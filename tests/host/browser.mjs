@@ -1,5 +1,5 @@
 // Drives ComfyUI's own page in a headless Chromium: runs one workflow, opens all of them, reads help pages, draws nodes.
-// Argument: a file with {server, chromium, playwright, workflows: [{name, content}], run, screenshot, nodes, pictures}.
+// Argument: a file with {server, chromium, playwright, workflows: [{name, content}], run, screenshot, dropped, nodes, pictures}.
 // Says what it saw as one JSON object on its last line; it judges nothing.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -23,6 +23,7 @@ await page.waitForTimeout(2500);
 
 const seen = { ran: await run(task.workflows.find(({ name }) => name === task.run)), opened: {}, helped: {}, errors };
 for (const { name, content } of task.workflows) seen.opened[name] = await open(name, content);
+seen.dropped = await drop(task.dropped);
 if (task.pictures) await drawNodes();
 for (const type of task.nodes) seen.helped[type] = await help(type);
 await browser.close();
@@ -37,6 +38,17 @@ async function open(name, content) {
     const broken = window.app.graph.nodes.filter((node) => node.has_errors).map((node) => node.type);
     return { output, complaints, broken };
   });
+}
+
+// what the page makes of a clip that is dropped on it
+async function drop(file) {
+  await page.evaluate(async (base64) => {
+    window.app.graph.clear();
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    await window.app.handleFile(new File([bytes], "clip.mp4", { type: "video/mp4" }));
+  }, file);
+  await page.waitForTimeout(1000);
+  return page.evaluate(() => window.app.graph.nodes.map((node) => node.type).sort());
 }
 
 async function run({ name, content }) {

@@ -4,6 +4,7 @@ Needs Chromium and node; playwright-core is fetched from the package index besid
 LOCKSTEP_FREEZE=1 writes the README's screenshot and the pictures of the help pages.
 """
 
+import base64
 import json
 import os
 import shutil
@@ -11,8 +12,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from comfyui import ROOT, SetupError, run, set_up
 from PIL import Image
+
+from lockstep.model.media import write_clip
+from lockstep.model.provenance import Disclosure
+from lockstep.model.values import Clip
 
 pytestmark = pytest.mark.host
 
@@ -43,6 +49,7 @@ def seen(server, tmp_path_factory) -> dict:
         "workflows": workflows,
         "run": "text_to_clip",
         "screenshot": str(ROOT / "web/screenshot.jpg" if FREEZE else folder / "screenshot.jpg"),
+        "dropped": base64.b64encode(clip_with(WORKFLOWS["save_clip"], folder / "clip.mp4")).decode(),
         "nodes": OURS,
         "pictures": str(ROOT / "web/docs") if FREEZE else None,
     }
@@ -52,6 +59,13 @@ def seen(server, tmp_path_factory) -> dict:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"screenshot": task["screenshot"]}
+
+
+def clip_with(workflow: dict, path: Path) -> bytes:
+    """A file as Lockstep Save Clip writes it."""
+    clip = Clip(torch.zeros(3, 32, 32, 3), torch.zeros(1, 4000), 12.0, 16000)
+    write_clip(path, clip, {"workflow": json.dumps(workflow)}, Disclosure())
+    return path.read_bytes()
 
 
 def find_browser() -> tuple[str, str, Path]:
@@ -101,6 +115,10 @@ def test_a_press_of_run_makes_a_clip_and_previews_on_the_way(seen: dict):
     picture = Image.open(seen["screenshot"])
     assert picture.size == (1600, 900)
     assert len(set(picture.resize((160, 90)).convert("L").getdata())) > 50  # something was drawn
+
+
+def test_a_saved_clip_that_is_dropped_on_the_page_opens_its_workflow(seen: dict):
+    assert seen["dropped"] == sorted(node["type"] for node in WORKFLOWS["save_clip"]["nodes"])
 
 
 def test_the_model_s_socket_has_its_colour(seen: dict):
