@@ -400,7 +400,8 @@ def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: 
     names = ("seconds", "fps", "size", "steps", "cfg", "recipe")
     settings = {name: getattr(request, name) for name in names}
     pictures = {
-        name: getattr(parsed, name) and getattr(parsed, name).name for name in ("image", "last_image")
+        name: getattr(parsed, name) and getattr(parsed, name).name
+        for name in ("image", "last_image", "reference")
     }
     loras = {
         name: {lora.path.name: lora.strength for lora in getattr(request, name)}

@@ -109,6 +109,7 @@ def command(tmp_path, capsys, monkeypatch):
         ((), MADE),
         (("--image", "first.png"), COMPOSITE),
         (("--last-image", "first.png"), COMPOSITE),
+        (("--reference", "first.png"), COMPOSITE),
         (("--disclosure", COMPOSITE), COMPOSITE),
         (("--image", "first.png", "--disclosure", MADE), MADE),
         (("--disclosure", "none"), None),

@@ -209,7 +209,7 @@ def draw_report(report: ClipReport, clip: Clip, width: int = 960, height: int = 
 
     for index, line in enumerate(report.to_text().splitlines()[:2]):
         draw.text((left, 10 + 20 * index), line[:150], fill=_INK)
-    energy = motion_energy(np.nan_to_num(shrink(clip.frames)))
+    energy = motion_energy(np.nan_to_num(shrink(clip.frames), posinf=0, neginf=0))
     _plot_energy(draw, energy, clip.fps, across, top, middle - 12)
     _plot_sound(draw, clip.waveform, left, right, middle + 12, bottom)
     for time in report.sync.events:
