@@ -8,8 +8,10 @@ import json
 import os
 import re
 import secrets
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -38,6 +40,7 @@ _FEW_FRAMES, _MOST_REPEATS = (
     60,
 )  # a picture may be held for long in a slide show, but not in every file for ever
 _BT709 = 1  # the same number names primaries, transfer and matrix (ITU-T H.273)
+_STALE_SECONDS = 24 * 3600  # nobody writes a clip for so long
 _UNSPECIFIED = 2  # matrix not said (ITU-T H.273)
 # Without these flags swscale rounds chroma down and repeats it, which shifts plain colours by up to 4/255.
 _FULL_CHROMA = Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
@@ -60,6 +63,7 @@ def write_clip(
     _check(clip)
     # In the same folder, because os.replace cannot cross disks.
     partial = target.with_name(f".{secrets.token_hex(6)}.part")
+    _sweep(target.parent)
     try:
         _encode(partial, clip, metadata or {})
         if disclosure is not None:
@@ -95,6 +99,16 @@ def write_sound(path: str | Path, clip: Clip, comment: str = "") -> None:
         raise MediaError(f"cannot write {target}: {_reason(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Takes away what writers that were killed long ago have left half written."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if re.fullmatch(r"\.[0-9a-f]{12}\.part", entry.name):
+                with suppress(OSError):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_SECONDS:
+                        os.unlink(entry.path)
 
 
 def read_clip(path: str | Path) -> Clip:

@@ -98,7 +98,9 @@ def find_signer(certificate: Path | None = None, key: Path | None = None) -> Sig
         missing = " and ".join(
             name for name, path in zip((CERTIFICATE_VARIABLE, KEY_VARIABLE), paths, strict=True) if not path
         )
-        raise ProvenanceError(f"no certificate is configured: set {missing} to PEM files")
+        raise ProvenanceError(
+            f"no certificate with its key is configured: set {missing}, or give both as files"
+        )
     return Signer(Path(str(paths[0])), Path(str(paths[1])))
 
 

@@ -208,6 +208,16 @@ def test_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_path, seed):
     assert path.read_bytes().endswith(b'<?xpacket end="w"?>')
 
 
+def test_what_killed_writers_left_is_taken_away_a_day_later(tmp_path):
+    old, new, other = (tmp_path / name for name in (".0123456789ab.part", ".ab0123456789.part", ".mine.part"))
+    for file in (old, new, other):
+        file.write_bytes(b"half")
+    for file in (old, other):
+        os.utime(file, (time.time() - 90_000,) * 2)
+    write_clip(tmp_path / "clip.mp4", small_clip(0.5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, other.name, "clip.mp4"]
+
+
 DISK_OF_4_KB = """
 import resource, signal, sys, torch
 from lockstep.model.errors import LockstepError, MediaError

@@ -273,7 +273,7 @@ def test_a_clip_that_cannot_be_signed_is_saved_and_the_node_says_why(server: Com
     with Listener(server, "signer") as listener:
         check(server.clip_of(server.result(server.queue(graph, "signer"))))
         listener.wait_for("execution_success")
-    assert any("not signed: no certificate is configured" in text for text in listener.texts)
+    assert any("not signed: no certificate with its key is configured" in text for text in listener.texts)
 
 
 def test_the_trajectory_shows_the_chosen_steps_and_is_off_by_default(server: ComfyUI):
