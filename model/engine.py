@@ -53,6 +53,7 @@ from .errors import (
 from .forecast import Forecast
 from .latents.noise import seeded_generator
 from .latents.patchify import tokens_to_audio, tokens_to_video
+from .layers.attention_backends import attention_by, check_attention
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
 from .media import fit_image, fit_sound
@@ -125,6 +126,7 @@ class Engine:
     or a folder with one, where the text encoder has none of its own.
     memory: a policy of residency.POLICIES; None chooses before each clip that `generate` makes, and keeps all weights on
     the device for single stages. compiled: whether the transformer's blocks are compiled at their first use; kernels may differ from process to process.
+    attention: of the transformer, a name in attention_backends.ATTENTION.
     Raises CheckpointError or UnsupportedModelError before any weight is read; a component that is nowhere is told
     when it is needed.
     """
@@ -140,6 +142,7 @@ class Engine:
         precision: str = "auto",
         memory: str | None = None,
         compiled: bool = False,
+        attention: str = "auto",
     ):
         if precision not in PRECISIONS:
             raise UnsupportedModelError(f"unknown precision {precision!r}: use {', '.join(PRECISIONS)}")
@@ -149,6 +152,8 @@ class Engine:
         self._folders, self._given_tokenizer = folders, tokenizer
         self._places = index(self.headers)
         self.device = device if isinstance(device, torch.device) else _pick_device(device)
+        check_attention(attention, self.device)
+        self._attention = attention
         self._place = place
         self._precision = PRECISIONS[precision]
         self._description = describe(self.header)
@@ -240,7 +245,8 @@ class Engine:
         dtype, reasons = self._dtype(keymap.TRANSFORMER), []
         if self._compiled:
             reasons.append("compiled: torch.compile chooses kernels anew in each process")
-        if self.device.type == "cuda" or dtype != torch.float32:
+        chosen = self._attention == "auto" and (self.device.type == "cuda" or dtype != torch.float32)
+        if chosen:
             name = f"{self.device.type}, {str(dtype).removeprefix('torch.')}"
             reasons.append(f"{name}: attention kernels are chosen by their speed at the first use")
         if self.device.type == "cuda":
@@ -426,8 +432,9 @@ class Engine:
                 "encode it again"
             )
         settings = settings or SampleSettings()
-        guidance = settings.guidance or self.recipe.guidance
-        sigmas = settings.sigmas or self._sigmas(settings.steps, shape)
+        recipe = self.choose_recipe(loras=settings.loras)
+        guidance = settings.guidance or recipe.guidance
+        sigmas = settings.sigmas or self.sigmas(settings.steps, shape, recipe)
         if start is not None:
             self._check_owner(start)
             if settings.sigmas is None or start.shape != shape:
@@ -459,8 +466,8 @@ class Engine:
                 guidance.passes,
                 apart=sound_alone,
             )
-            sampler = settings.sampler or self.recipe.sampler
-            with self._numbers(keymap.TRANSFORMER):
+            sampler = settings.sampler or recipe.sampler
+            with self._numbers(keymap.TRANSFORMER), attention_by(self._attention):
                 done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
         if sound_alone:
@@ -472,6 +479,14 @@ class Engine:
             shape,
             self.model_id,
         )
+
+    def read_loras(self, loras: Sequence[Lora]) -> tuple[str, ...]:
+        """Reads these files ahead of their use; returns a sentence about each with keys that fit nothing.
+
+        Raises CheckpointError, UnsupportedModelError or WorkflowError for one that cannot change this model.
+        """
+        with self._lock:
+            return self._loras.read(loras)
 
     def upscaler(self, path: str | Path) -> Upscale:
         """What a latent upscaler's file does, from its header. Raises CheckpointError for one of another latent space."""
@@ -846,7 +861,8 @@ class Engine:
         free = reduce(pixels_HW1, "(h p) (w q) 1 -> 1 1 1 h w", "max", p=space, q=space)
         return (free > 0.5).float()
 
-    def _sigmas(self, steps: int | None, shape: ClipShape, recipe: Recipe | None = None) -> tuple[float, ...]:
+    def sigmas(self, steps: int | None, shape: ClipShape, recipe: Recipe | None = None) -> tuple[float, ...]:
+        """The noise levels of a clip made from noise, the last 0; steps None takes the recipe's, recipe None the own one."""
         recipe = recipe or self.recipe
         if recipe.sigmas and steps in (None, len(recipe.sigmas) - 1):
             return recipe.sigmas
@@ -937,7 +953,7 @@ class Engine:
         guidance = recipe.guidance
         if request.cfg is not None:
             guidance = replace(guidance, cfg_video=request.cfg, cfg_audio=request.cfg)
-        sigmas = self._sigmas(request.steps, shape, recipe)
+        sigmas = self.sigmas(request.steps, shape, recipe)
         return SampleSettings(None, guidance, recipe.sampler, sigmas, request.loras)
 
     def _check_owner(self, latents: AVLatents) -> None:

@@ -7,8 +7,10 @@ from .audio_encode import LockstepAudioEncode
 from .clip_report import LockstepClipReport
 from .empty_av_latent import LockstepEmptyAVLatent
 from .image_encode import LockstepImageEncode
+from .latent_upscale import LockstepLatentUpscale
 from .load_av_latent import LockstepLoadAVLatent
 from .loader import LockstepLoader
+from .lora import LockstepLoRA
 from .sampler import LockstepSampler
 from .save_av_latent import LockstepSaveAVLatent
 from .save_clip import LockstepSaveClip
@@ -33,4 +35,6 @@ class LockstepExtension(ComfyExtension):
             LockstepSaveAVLatent,
             LockstepClipReport,
             LockstepSaveClip,
+            LockstepLoRA,
+            LockstepLatentUpscale,
         ]

@@ -39,6 +39,7 @@ OFFLOADS = ("auto", "always")
 LATENT_SUFFIX = ".latent"
 _FOLDERS = ("checkpoints", "diffusion_models")
 _PART_FOLDERS = ("text_encoders", "vae")
+LORAS, UPSCALERS = "loras", "latent_upscale_models"  # the host's names of folders
 _PREVIEW_PIXELS = 512
 _PREVIEW_FPS = 8.0
 _EVERYTHING = 1e30  # bytes to free: the host's own word for all
@@ -63,19 +64,36 @@ def model_choices() -> list[str]:
     return [EMBEDDED, *dict.fromkeys(name for name in files if name.lower().endswith(".safetensors"))]
 
 
-def open_engine(choice: str, device: str = "auto", precision: str = "auto", offload: str = "auto") -> Engine:
+def device_of(name: str) -> torch.device:
+    """Of a name in DEVICES."""
+    return torch.device("cpu") if name == "cpu" else memory.get_torch_device()
+
+
+def open_engine(
+    choice: str,
+    device: str = "auto",
+    precision: str = "auto",
+    offload: str = "auto",
+    attention: str = "auto",
+) -> Engine:
     """The engine of a model choice, shared with everyone who has it open; weights are read when they are used.
 
-    device: a name in DEVICES, precision: in the engine's PRECISIONS, offload: in OFFLOADS.
+    device: a name in DEVICES, precision: in the engine's PRECISIONS, offload: in OFFLOADS,
+    attention: in the engine's ATTENTION.
     Raises CheckpointError for a file that is not there, and as Engine does for one that is no model of ours.
     """
-    where = torch.device("cpu") if device == "cpu" else memory.get_torch_device()
-    key = (*file_signature(choice), str(where), precision, offload)
+    where = device_of(device)
+    key = (*file_signature(choice), str(where), precision, offload, attention)
     with _lock:
         engine = _engines.get(key)
         if engine is None:
             engine = Engine(
-                _find(choice), where, _Placement(where, offload), folders=_folders(), precision=precision
+                _find(choice),
+                where,
+                _Placement(where, offload),
+                folders=_folders(),
+                precision=precision,
+                attention=attention,
             )
             _engines[key] = engine
         return engine
@@ -129,6 +147,33 @@ class _Placement:
     def _is_alone(self, patcher: comfy.model_patcher.ModelPatcher) -> bool:
         others = (model for model in memory.loaded_models() if model is not patcher)
         return not any(model.load_device == self._device for model in others)
+
+
+# Further files that a user chooses
+
+
+def file_choices(kind: str) -> list[str]:
+    """Every safetensors file of one kind of the host's folders, LORAS or UPSCALERS."""
+    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(".safetensors")]
+
+
+def find_file(kind: str, choice: str) -> Path:
+    """The file of a choice. Raises CheckpointError for one that is not there."""
+    path = folder_paths.get_full_path(kind, choice) if choice in file_choices(kind) else None
+    if path:
+        return Path(path)
+    near = difflib.get_close_matches(choice, file_choices(kind), n=1, cutoff=0.0)
+    advice = f"use {near[0]!r}" if near else f"put a safetensors file into models/{kind} and press R"
+    raise CheckpointError(f"no file {choice!r} in ComfyUI's folder {kind}: {advice}")
+
+
+def signature_of(kind: str, choice: str | None) -> tuple[str, int, int]:
+    """Path, time and size of a choice: another file under the same name is another one; None is not known yet."""
+    if choice is None:
+        return "", 0, 0
+    path = find_file(kind, choice)
+    facts = path.stat()
+    return str(path), facts.st_mtime_ns, facts.st_size
 
 
 # Files of latents

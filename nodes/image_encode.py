@@ -7,6 +7,7 @@ from .sockets import CATEGORY
 from .types import to_picture, with_picture
 
 _MOST_FRAMES = 10_000
+USES = ("frame", "reference")
 
 
 class LockstepImageEncode(io.ComfyNode):
@@ -45,6 +46,14 @@ class LockstepImageEncode(io.ComfyNode):
                     tooltip="White where the model may draw what it likes, such as the MASK of a picture with transparent "
                     "parts. Unconnected: the whole picture is held.",
                 ),
+                io.Combo.Input(
+                    "use_as",
+                    options=list(USES),
+                    default=USES[0],
+                    optional=True,
+                    tooltip="frame: the clip shows the picture at its frame. reference: it stands beside the clip and shows what "
+                    "the object looks like; frame does not count then.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -54,7 +63,20 @@ class LockstepImageEncode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, use_as: str | None = None) -> bool | str:
+        if use_as is not None and use_as not in USES:
+            return f"unknown use_as {use_as!r}: use {' or '.join(USES)}"
+        return True
+
+    @classmethod
     def execute(
-        cls, conditioning: list, image: Tensor, frame: int, strength: float, mask: Tensor | None = None
+        cls,
+        conditioning: list,
+        image: Tensor,
+        frame: int,
+        strength: float,
+        mask: Tensor | None = None,
+        use_as: str = USES[0],
     ) -> io.NodeOutput:
-        return io.NodeOutput(with_picture(conditioning, to_picture(image, frame, strength, mask)))
+        place = frame if use_as == "frame" else None
+        return io.NodeOutput(with_picture(conditioning, to_picture(image, place, strength, mask)))

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..model.engine import PRECISIONS
 from ..model.errors import LockstepError
+from ..model.layers.attention_backends import ATTENTION, check_attention
 from . import host
 from .sockets import CATEGORY, LockstepModel
 
@@ -49,6 +50,15 @@ class LockstepLoader(io.ComfyNode):
                     tooltip="auto: parts of the model stay on the device until ComfyUI needs the room. "
                     "always: only the part in use is there, which takes least memory and more time.",
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTION),
+                    default=ATTENTION[0],
+                    optional=True,
+                    tooltip="How the transformer's attention is computed. auto: the fastest kernel here that proves exact. "
+                    "pytorch: always torch's own. flash_attn, sageattention: that package, on a CUDA device; sageattention "
+                    "computes in 8 bits.",
+                ),
             ],
             outputs=[
                 LockstepModel.Output(
@@ -61,12 +71,18 @@ class LockstepLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, model: str | None, device: str | None, precision: str | None = None, offload: str | None = None
+        cls,
+        model: str | None,
+        device: str | None,
+        precision: str | None = None,
+        offload: str | None = None,
+        attention: str | None = None,
     ) -> bool | str:
         choices = (
             ("device", device, host.DEVICES),
             ("precision", precision, PRECISIONS),
             ("offload", offload, host.OFFLOADS),
+            ("attention", attention, ATTENTION),
         )
         for name, value, known in choices:
             if value is not None and value not in known:
@@ -74,13 +90,20 @@ class LockstepLoader(io.ComfyNode):
         try:
             if model is not None:
                 host.open_engine(model, "cpu")  # reads the header alone
+            if attention is not None and device is not None:
+                check_attention(attention, host.device_of(device))
         except LockstepError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(
-        cls, model: str | None, device: str | None, precision: str | None = None, offload: str | None = None
+        cls,
+        model: str | None,
+        device: str | None,
+        precision: str | None = None,
+        offload: str | None = None,
+        attention: str | None = None,
     ) -> tuple:
         file = host.file_signature(model) if model else ()  # None: linked, not known yet
         # a digest: ComfyUI writes this into files that are shown around, and folders are nobody's business
@@ -88,6 +111,11 @@ class LockstepLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: str, device: str, precision: str = "auto", offload: str = host.OFFLOADS[0]
+        cls,
+        model: str,
+        device: str,
+        precision: str = "auto",
+        offload: str = host.OFFLOADS[0],
+        attention: str = ATTENTION[0],
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.open_engine(model, device, precision, offload))
+        return io.NodeOutput(host.open_engine(model, device, precision, offload, attention))

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..model.engine import SAMPLER_NAMES, Engine, Guidance, SampleSettings
 from ..model.errors import WorkflowError
+from ..model.sampler.guidance import UNGUIDED
 from ..model.shapes import ClipShape
 from ..model.trajectory import Trajectory
-from ..model.values import Guide
+from ..model.values import AVLatents, Guide
 from . import history, host
 from .clip_inputs import ASPECTS, clip_inputs
+from .refining import STAGES, refining_levels
 from .sockets import CATEGORY, LockstepModel
 from .types import (
     Picture,
@@ -26,7 +28,8 @@ from .types import (
     to_latents,
 )
 
-OWN_STG = -1.0
+OWN_STG, OWN_SAMPLER = -1.0, "model default"
+SAMPLERS = (OWN_SAMPLER, *SAMPLER_NAMES)
 
 
 class LockstepSampler(io.ComfyNode):
@@ -70,9 +73,10 @@ class LockstepSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "sampler",
-                    options=list(SAMPLER_NAMES),
-                    default=SAMPLER_NAMES[0],
-                    tooltip="How a step is made. euler suits all models; res2s calls the model twice a step.",
+                    options=list(SAMPLERS),
+                    default=OWN_SAMPLER,
+                    tooltip="How a step is made. model default takes the model's own; euler suits all models; res2s calls "
+                    "the model twice a step.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -128,6 +132,14 @@ class LockstepSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Which frame of the clip the trajectory shows: 0 the first, 1 the last.",
                 ),
+                io.String.Input(
+                    "refine",
+                    default="",
+                    optional=True,
+                    tooltip="Goes on from the picture and sound of latent instead of noise. spatial or temporal: the model's "
+                    "own second stage after Lockstep Latent Upscale. A number such as 0.5: how much is made anew. Or noise "
+                    "levels such as 0.9, 0.7, 0.4, 0. Empty: off.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("video", display_name="video", tooltip="For Lockstep VAE Decode."),
@@ -149,7 +161,7 @@ class LockstepSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, aspect: str | None, sampler: str | None) -> bool | str:
-        return check_choices(("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLER_NAMES))
+        return check_choices(("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLERS))
 
     @classmethod
     def execute(
@@ -172,11 +184,22 @@ class LockstepSampler(io.ComfyNode):
         audio_latent: dict | None = None,
         trajectory: str = "",
         trajectory_moment: float = 0.5,
+        refine: str = "",
     ) -> io.NodeOutput:
         script = from_conditioning(conditioning)
         given = given_streams(latent, audio_latent, model.model_id)
         shape = shape_of(given, partial(model.shape, size_of(aspect, width, height)), seconds, fps)
-        guidance = guide(model, cfg_video, cfg_audio, stg, stg_block)
+        second = refine.strip().lower() in STAGES
+        own = UNGUIDED if second else model.recipe.guidance
+        guidance = guide(model, own, cfg_video, cfg_audio, stg, stg_block)
+        # second stages are a few steps of euler
+        own_sampler = "euler" if second else None
+        settings = SampleSettings(steps or None, guidance, own_sampler if sampler == OWN_SAMPLER else sampler)
+        start = None
+        if refine.strip():
+            levels = refining_levels(refine, model, steps or None, shape)
+            settings, start = replace(settings, sigmas=levels), latents_to_refine(given, shape)
+            given = {name: stream for name, stream in given.items() if not wholly_kept_video(name, stream)}
         task = f"sampling {shape.frames} frames of {shape.width}x{shape.height}"
         look = partial(model.preview, shape=shape)
         reporter = host.Reporter(cls.hidden.unique_id, task, look, shape.fps)
@@ -189,13 +212,14 @@ class LockstepSampler(io.ComfyNode):
                     script.text,
                     shape,
                     guides,
-                    SampleSettings(steps or None, guidance, sampler),
+                    settings,
                     seed,
                     given_video=kept.get("given_video"),
                     given_audio=kept.get("given_audio"),
                     video_mask=kept.get("video_mask"),
                     audio_mask=kept.get("audio_mask"),
                     progress=way or report,
+                    start=start,
                 )
             pictures = host.blocked()
             if way is not None:
@@ -213,9 +237,10 @@ def check_choices(*choices: tuple[str, str | None, Sequence[str]]) -> bool | str
     return True
 
 
-def guide(model: Engine, cfg_video: float, cfg_audio: float, stg: float, stg_block: int) -> Guidance:
-    """The model's own guidance with what the user says in its place. Raises WorkflowError for a block it does not have."""
-    own = model.recipe.guidance
+def guide(
+    model: Engine, own: Guidance, cfg_video: float, cfg_audio: float, stg: float, stg_block: int
+) -> Guidance:
+    """The guidance `own` with what the user says in its place. Raises WorkflowError for a block the model does not have."""
     guidance = replace(own, cfg_video=cfg_video or own.cfg_video, cfg_audio=cfg_audio or own.cfg_audio)
     if stg_block >= model.blocks:
         raise WorkflowError(
@@ -240,6 +265,23 @@ def shape_of(
         sound = given["audio"].shape
         return replace(own_shape(sound.seconds, sound.fps), frames=sound.frames)
     return own_shape(seconds or None, fps or None)
+
+
+def latents_to_refine(given: dict[str, Stream], shape: ClipShape) -> AVLatents:
+    """What the latent inputs hold, to go on from. Raises WorkflowError unless they hold picture and sound."""
+    missing = [name for name in ("video", "audio") if name not in given]
+    if missing:
+        raise WorkflowError(
+            f"refine goes on from picture and sound, latent holds no {' and no '.join(missing)}: connect the av_latent of "
+            "Lockstep Latent Upscale or of another Lockstep Sampler"
+        )
+    video = given["video"]
+    return AVLatents(video.samples, given["audio"].samples, shape, video.origin.model_id)
+
+
+def wholly_kept_video(name: str, stream: Stream) -> bool:
+    """Whether this is the video of Lockstep Video Encode as it came: kept as it is, there would be nothing to refine."""
+    return name == "video" and stream.mask is not None and not stream.mask.any()
 
 
 def encode_picture(model: Engine, picture: Picture, shape: ClipShape, report: host.Reporter) -> Guide:

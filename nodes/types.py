@@ -29,7 +29,9 @@ class Picture:
     """A picture to hold at a place in time; it waits for the sampler, which knows how large the clip is."""
 
     image: Tensor  # (H, W, 3), float32 0..1
-    frame: int  # negative counts from the end, -1 is the last
+    frame: (
+        int | None
+    )  # negative counts from the end, -1 is the last; None stands beside the clip, as a reference
     strength: float  # 0 ignores it, 1 keeps it untouched
     mask: Tensor | None = None  # (H, W), 1 where the clip is free
 
@@ -76,7 +78,9 @@ def with_picture(conditioning: Any, picture: Picture) -> list:
     return to_conditioning(replace(script, pictures=(*script.pictures, picture)))
 
 
-def to_picture(image_BHWC: Tensor, frame: int, strength: float, mask_BHW: Tensor | None = None) -> Picture:
+def to_picture(
+    image_BHWC: Tensor, frame: int | None, strength: float, mask_BHW: Tensor | None = None
+) -> Picture:
     """One IMAGE; grey becomes RGB, transparent parts lie on white. Raises MediaError for a batch or other layout.
 
     mask_BHW: a MASK of any size, stretched over the picture; one of zeros, as pictures without alpha have it, is none.
@@ -111,8 +115,10 @@ def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
     return functional.interpolate(mask_BHW[None].float().cpu(), size=(rows, columns), mode="bilinear")[0, 0]
 
 
-def frame_of(picture: Picture, shape: ClipShape) -> int:
-    """The pixel frame at which a picture stands in this clip. Raises ShapeError if it stands outside."""
+def frame_of(picture: Picture, shape: ClipShape) -> int | None:
+    """The pixel frame at which a picture stands in this clip, None beside it. Raises ShapeError if it stands outside."""
+    if picture.frame is None:
+        return None
     frame = picture.frame + (shape.frames if picture.frame < 0 else 0)
     if not 0 <= frame < shape.frames:
         raise ShapeError(

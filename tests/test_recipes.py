@@ -101,8 +101,8 @@ def test_the_engine_chooses_by_the_file_and_a_request_overrides(files):
     assert (dev.recipe.name, few.recipe.name) == ("full", "distilled")
     assert str(few.fingerprint) == "LTX-2.3 distilled"
     shape = few.shape("48x32", 0.375)
-    assert few._sigmas(None, shape) == few._sigmas(8, shape) == DISTILLED
-    assert len(few._sigmas(4, shape)) == 5
+    assert few.sigmas(None, shape) == few.sigmas(8, shape) == DISTILLED
+    assert len(few.sigmas(4, shape)) == 5
     request = GenerateRequest("a red ball", recipe="hq", steps=3, cfg=2.0)
     settings = dev._settings(request, dev.choose_recipe("hq"), shape)
     assert (settings.sampler, len(settings.sigmas), settings.guidance.cfg_audio) == ("res2s", 4, 2.0)

@@ -10,6 +10,7 @@ from tiny_models import TRANSFORMERS
 
 from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
 from lockstep.model.denoiser import JointDenoiser
+from lockstep.model.errors import UnsupportedModelError
 from lockstep.model.layers import attention_backends as backends
 from lockstep.model.layers.norms import rms_norm
 from lockstep.model.layers.rope import Rope, rotate
@@ -159,11 +160,49 @@ def test_a_wrong_or_failing_kernel_is_never_chosen(monkeypatch):
     assert backends.choose(query, key, value) is usual
 
 
+def test_a_user_s_choice_of_attention_serves_or_says_why_not(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_chosen", {})
+    query, key, value = (torch.randn(1, 2, 64, 16).bfloat16() for _ in range(3))
+    usual = torch.nn.functional.scaled_dot_product_attention
+    calls = []
+
+    def eight_bits(q, k, v):
+        calls.append(q.shape)
+        return usual(q, k, v) * 1.05  # too far off to be chosen, near enough for who asks for it
+
+    monkeypatch.setattr(backends, "_sage_attention", eight_bits)
+    monkeypatch.setattr(backends, "_flash_attn", lambda q, k, v: q)
+    with torch.inference_mode():
+        with backends.attention_by("pytorch"):
+            assert torch.equal(backends.attend(query, key, value), usual(query, key, value))
+        assert not backends._chosen
+        with backends.attention_by("sageattention"):
+            backends.attend(query, key, value)
+        assert len(calls) == 2  # once to try, once to serve
+        with backends.attention_by("flash_attn"):
+            assert torch.equal(backends.attend(query, key, value), usual(query, key, value))
+        backends.attend(query, key, value)
+    assert "attention by flash_attn: its error is" in caplog.text
+    assert len(calls) == 2
+
+
+def test_attention_that_cannot_be_had_is_refused(monkeypatch):
+    with pytest.raises(UnsupportedModelError, match="unknown attention 'magic': use auto, pytorch"):
+        backends.check_attention("magic", torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="needs a CUDA device"):
+        backends.check_attention("flash_attn", torch.device("cpu"))
+    monkeypatch.setattr(backends, "find_spec", lambda _name: None)
+    with pytest.raises(UnsupportedModelError, match="package sageattention, which is not installed"):
+        backends.check_attention("sageattention", torch.device("cuda"))
+    monkeypatch.setattr(backends, "find_spec", lambda _name: object())
+    backends.check_attention("sageattention", torch.device("cuda"))
+
+
 def test_a_chosen_kernel_serves_its_class_of_shapes(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", {})
     query, key, value = (torch.randn(1, 2, 64, 16).bfloat16() for _ in range(3))
     with torch.inference_mode():
         made = backends.attend(query, key, value)
-    assert list(backends._chosen) == [backends.shape_class(query, key)]
+    assert list(backends._chosen) == [("auto", *backends.shape_class(query, key))]
     wanted = backends.plain_attention(query, key, value)
     assert (made.float() - wanted).abs().max() < 0.03

@@ -2,14 +2,16 @@
 
 The first call of a class tries every kernel that could serve it, on the call's own tensors: one whose result strays
 from the plain path in float32 is out, of the others the fastest serves from then on. The usual kernel stays unless
-another is a good deal faster, so that noise of the clock does not change a clip from run to run.
+another is a good deal faster, so that noise of the clock does not change a clip from run to run. A user may name a
+kernel instead, see ATTENTION.
 B batch, N heads, T query tokens, L keys, K head width.
 """
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -18,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import UnsupportedModelError
+
 _logger = logging.getLogger("lockstep")
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 # root mean square error over that of the result: about one rounding of the dtype
@@ -25,7 +29,36 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**
 _GAIN = 0.9  # another kernel must be this much faster than the usual one
 _QUERY_BLOCK = 512  # scores of one head and block stay in a CPU's cache
 _PROBE_TOKENS = 128  # queries that are compared with the plain path
+_NAMED_ERROR = 0.1  # of a kernel that the user named: sageattention computes in 8 bits
+# auto: the fastest that agrees; pytorch: always torch's own choice; the others are packages
+PACKAGES = ("flash_attn", "sageattention")
+ATTENTION = ("auto", "pytorch", *PACKAGES)
 _chosen: dict[tuple, Kernel] = {}
+_wanted: ContextVar[str] = ContextVar("attention", default="auto")
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Raises UnsupportedModelError for a name that is not in ATTENTION, or whose kernel cannot run here."""
+    if name not in ATTENTION:
+        raise UnsupportedModelError(f"unknown attention {name!r}: use {', '.join(ATTENTION)}")
+    if name in PACKAGES and device.type != "cuda":
+        raise UnsupportedModelError(
+            f"attention {name!r} needs a CUDA device, this is {device.type}: use 'auto'"
+        )
+    if name in PACKAGES and not find_spec(name):
+        raise UnsupportedModelError(
+            f"attention {name!r} needs the package {name}, which is not installed: install it or use 'auto'"
+        )
+
+
+@contextmanager
+def attention_by(name: str) -> Iterator[None]:
+    """Attention of the body, in this thread, by one of ATTENTION."""
+    token = _wanted.set(name)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 def attend(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,9 +68,15 @@ def attend(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor, bias: Tenso
     plain = bias is not None or not torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
     if plain or (query_BNTK.device.type == "cpu" and query_BNTK.dtype == torch.float32):
         return functional.scaled_dot_product_attention(query_BNTK, key_BNLK, value_BNLK, attn_mask=bias)
-    key = shape_class(query_BNTK, key_BNLK)
+    wanted = _wanted.get()
+    if wanted == "pytorch":
+        return functional.scaled_dot_product_attention(query_BNTK, key_BNLK, value_BNLK)
+    key = (wanted, *shape_class(query_BNTK, key_BNLK))
     if key not in _chosen:
-        _chosen[key] = choose(query_BNTK, key_BNLK, value_BNLK)
+        if wanted == "auto":
+            _chosen[key] = choose(query_BNTK, key_BNLK, value_BNLK)
+        else:
+            _chosen[key] = named(wanted, query_BNTK, key_BNLK, value_BNLK)
     return _chosen[key](query_BNTK, key_BNLK, value_BNLK)
 
 
@@ -78,6 +117,22 @@ def choose(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Kernel:
         fastest = "usual"
     _logger.info("attention %s: %s of %s", shape_class(query_BNTK, key_BNLK), fastest, seconds)
     return kernels[fastest]
+
+
+def named(name: str, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Kernel:
+    """The kernel of a package if it serves such tensors well enough, else the usual one, which the log tells."""
+    kernel: Kernel = {"flash_attn": _flash_attn, "sageattention": _sage_attention}[name]
+    wanted = plain_attention(query_BNTK[:, :, :_PROBE_TOKENS], key_BNLK, value_BNLK)
+    try:
+        made = kernel(query_BNTK, key_BNLK, value_BNLK)[:, :, :_PROBE_TOKENS].float()
+        error = float((made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+        reason = f"its error is {error:.3g} of the result"
+    except Exception as failure:  # whatever a package raises that cannot serve these tensors
+        error, reason = float("inf"), str(failure)
+    if error <= _NAMED_ERROR:
+        return kernel
+    _logger.warning("attention by %s: %s; the usual kernel serves instead", name, reason)
+    return functional.scaled_dot_product_attention
 
 
 def plain_attention(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:

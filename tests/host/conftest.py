@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui import SetupError, serve, set_up
-from random_model import write_random_model
+from make_workflows import LORA, UPSCALER
+from random_model import write_random_lora, write_random_model, write_random_upscaler
+from safetensors.torch import save_file
 
 from lockstep.model.media import write_clip
 from lockstep.model.values import Clip
@@ -56,7 +58,7 @@ def server(tmp_path_factory):
     try:
         host = set_up()
     except SetupError as error:
-        pytest.skip(str(error))
+        pytest.fail(f"no ComfyUI to test with: {error}")  # never skipped: it would look like success
     with serve(host, base, "--extra-model-paths-config", str(base / "extra_model_paths.yaml")) as running:
         yield running
 
@@ -67,6 +69,14 @@ def furnish(base: Path) -> None:
     for folder in (checkpoints, elsewhere / "ltx", base / "input", base / "custom_nodes" / "another-pack"):
         folder.mkdir(parents=True)
     write_random_model(checkpoints / "random.safetensors")
+    loras, upscalers = base / "models" / "loras", base / "models" / "latent_upscale_models"
+    for folder in (loras, upscalers):
+        folder.mkdir()
+    write_random_lora(loras / LORA)
+    write_random_upscaler(upscalers / UPSCALER)
+    stranger = {"layer.lora_A.weight": torch.ones(2, 3), "layer.lora_B.weight": torch.ones(3, 2)}
+    save_file(stranger, loras / "foreign.safetensors")
+    shutil.copy(checkpoints / "random.safetensors", upscalers / "mistaken.safetensors")
     shutil.copy(checkpoints / "random.safetensors", elsewhere / "ltx" / "other.safetensors")
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)

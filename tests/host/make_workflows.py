@@ -26,6 +26,8 @@ WIDTHS = {
 HEIGHTS = {"LockstepTextEncode": 220, "SaveVideo": 440, "SaveAnimatedWEBP": 400, "LoadImage": 330, "LoadVideo": 330,
            "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110, "LockstepClipReport": 300, "LockstepSaveClip": 460, "SaveImage": 300}  # fmt: skip
 
+LORA = "ltx-2.3-22b-distilled-lora-384.safetensors"
+UPSCALER = "ltx-2.3-spatial-upscaler-x2-1.0.safetensors"
 RED_BALL = "a red ball bounces on a gray background"
 Link = tuple[str, int]
 Node = tuple[str, dict[str, Any]]  # type, inputs that differ from the default; a link is (id, slot)
@@ -144,6 +146,77 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
             {"loader": loader("ltx-2.3-22b-dev.safetensors")},
             {"text": text("a red ball bounces on a wooden table, a dull thud at every bounce")},
             {"sampler": sampler()},
+            *clip_out(),
+        ],
+    ),
+    "ltx_two_stage": (
+        """**A published LTX-2.x checkpoint in two stages**: small first, then twice as large with new detail.
+
+- Into `models/checkpoints` the checkpoint, into `models/latent_upscale_models` its spatial upscaler, into `models/loras` its distilled LoRA; press R and choose them. The text encoder belongs into `models/text_encoders`.
+- The second sampler goes on from the upscaled latent: **refine** *spatial* takes the few steps published for it, which are made for distilled weights. With a distilled checkpoint leave Lockstep LoRA out.
+- The sound comes from the first stage. With a distilled checkpoint take it from the second: it gains by those steps.
+- Read the terms of these weights before you use them. No published weight was run for this workflow.""",
+        [
+            {"loader": loader("ltx-2.3-22b-dev.safetensors")},
+            {
+                "text": text("a red ball bounces on a wooden table, a dull thud at every bounce"),
+                "lora": ("LockstepLoRA", {"model": ("loader", 0), "lora": LORA}),
+            },
+            {"sampler": sampler()},
+            {
+                "upscale": (
+                    "LockstepLatentUpscale",
+                    {"model": ("loader", 0), "latent": ("sampler", 2), "upscaler": UPSCALER},
+                ),
+                "second": (
+                    "LockstepSampler",
+                    {
+                        "model": ("lora", 0),
+                        "conditioning": ("text", 0),
+                        "latent": ("upscale", 0),
+                        "refine": "spatial",
+                        "seed": 8,
+                    },
+                ),
+            },
+            *clip_out(("second", 0), ("sampler", 1)),
+        ],
+    ),
+    "ltx_lora": (
+        """**A LoRA on a published LTX-2.x checkpoint.** Put it into `models/loras`, press R and choose it in Lockstep LoRA.
+
+- **Strength**: 1 as it was trained, 0 off, below 0 the opposite way. Several LoRAs: one node after the other.
+- Text Encode and Sampler both get the model with the LoRA; the decoders need not.
+- A file with *distilled* in its name brings the distilled model's few steps, without guidance.
+- Read the terms of these weights before you use them. No published weight was run for this workflow.""",
+        [
+            {
+                "loader": loader("ltx-2.3-22b-dev.safetensors"),
+                "lora": ("LockstepLoRA", {"model": ("loader", 0), "lora": LORA}),
+            },
+            {
+                "text": (
+                    "LockstepTextEncode",
+                    {
+                        "model": ("lora", 0),
+                        "prompt": "a red ball bounces on a wooden table, a dull thud at every bounce",
+                        "negative": "",
+                    },
+                )
+            },
+            {"sampler": sampler(model=("lora", 0))},
+            *clip_out(),
+        ],
+    ),
+    "reference": (
+        """**A picture of the object beside the clip.** Choose it in Load Image and press Run.
+
+- **Use as** *reference*: the picture shows what the object looks like; the clip need not begin with it. *frame* would make the clip show the picture itself.
+- **Strength** below 1 makes it a hint. One reference a clip; pictures at frames can be added with further Lockstep Image Encode.""",
+        [
+            {"loader": loader(), "image": picture()},
+            {"text": text(), "look": image_encode("text", "image", 0, use_as="reference")},
+            {"sampler": sampler("look")},
             *clip_out(),
         ],
     ),

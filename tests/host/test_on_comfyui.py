@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui import PACK, ROOT, ComfyUI, Listener
+from make_workflows import LORA, UPSCALER
 from PIL import Image
 
 from lockstep.model.embedded import WEIGHTS
@@ -94,6 +95,8 @@ def test_nodes_are_what_they_were(server: ComfyUI):
     seen = {name: shown[name] for name in sorted(shown) if name.startswith("Lockstep") or name in CORE}
     seen["LockstepLoader"]["input"]["required"]["model"][1]["options"] = ["embedded"]
     seen["LockstepLoadAVLatent"]["input"]["required"]["file"][1] |= {"options": [], "default": ""}
+    for node, name in (("LockstepLoRA", "lora"), ("LockstepLatentUpscale", "upscaler")):
+        seen[node]["input"]["required"][name][1] |= {"options": [], "default": ""}
     for node, file in CORE.items():
         if file:
             spec = seen[node]["input"]["required"][file[0]]
@@ -324,7 +327,8 @@ def test_only_the_masked_part_of_a_clip_is_made_anew(server: ComfyUI):
 
 
 @pytest.mark.parametrize(
-    "choice", [{"precision": "bfloat16"}, {"precision": "float16"}, {"offload": "always"}]
+    "choice",
+    [{"precision": "bfloat16"}, {"precision": "float16"}, {"offload": "always"}, {"attention": "pytorch"}],
 )
 def test_every_way_to_run_makes_a_clip(server: ComfyUI, graph: dict, choice: dict):
     graph["1"]["inputs"] |= choice
@@ -333,6 +337,59 @@ def test_every_way_to_run_makes_a_clip(server: ComfyUI, graph: dict, choice: dic
     server.run(with_seed(graph, 63))
     moved = server.log.count("Requested to load AVTransformer") - requested
     assert (moved > 0) == ("offload" in choice)
+
+
+def sampled(server: ComfyUI, graph: dict, latent: str = "3") -> AVLatents:
+    """The joint latent that one node of a graph puts out, for a LockstepSampler."""
+    graph = graph | {
+        "kept": {
+            "class_type": "LockstepSaveAVLatent",
+            "inputs": {"latent": [latent, 2], "filename_prefix": "latents/sampled"},
+        }
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    return read_latents(next(file for file in server.files_of(result) if file.suffix == ".latent"))
+
+
+def test_a_lora_changes_the_clip_and_leaves_the_model_as_it_was(server: ComfyUI, graph: dict):
+    plain = sampled(server, graph)
+    before = loads(server)
+    graph["lora"] = spare_nodes()["lora"]
+    graph["3"]["inputs"]["model"] = ["lora", 0]
+    changed = sampled(server, graph)
+    assert (changed.video - plain.video).abs().max() > 0.01
+    graph["lora"]["inputs"]["strength"] = 0.0
+    assert latent_sha256(sampled(server, graph)) == latent_sha256(plain)
+    assert loads(server) == before  # the weights are shared
+
+
+def test_two_stages_make_a_larger_clip_with_the_sound_s_length(server: ComfyUI):
+    graph = twin("ltx_two_stage")
+    first, second = nodes_of(graph, "LockstepSampler")
+    small, large = sampled(server, graph, first), sampled(server, graph, second)
+    assert (large.shape.width, large.shape.height) == (2 * small.shape.width, 2 * small.shape.height)
+    assert large.shape.frames == small.shape.frames
+    assert large.audio.shape == small.audio.shape
+
+
+def test_refining_keeps_what_it_goes_on_from(server: ComfyUI, graph: dict):
+    """The smaller the share that is made anew, the nearer the clip stays."""
+    graph["3"]["inputs"]["seconds"] = 1.0
+    first = sampled(server, graph)
+    graph["again"] = deepcopy(graph["3"])
+    distances = []
+    for share in ("0.2", "0.9"):
+        graph["again"]["inputs"] |= {"latent": ["3", 2], "seed": 99, "refine": share}
+        distances.append((sampled(server, graph, "again").video - first.video).square().mean())
+    assert 0 < distances[0] < distances[1]
+
+
+def test_the_model_s_own_sampler_is_the_default(server: ComfyUI, graph: dict):
+    assert graph["3"]["inputs"]["sampler"] == "model default"
+    own = sampled(server, graph)
+    graph["3"]["inputs"]["sampler"] = "euler"  # the recipe's
+    assert latent_sha256(sampled(server, graph)) == latent_sha256(own)
 
 
 def test_models_of_every_configured_folder_are_offered(server: ComfyUI, graph: dict):
@@ -401,9 +458,11 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("1", {"device": "abacus"}, "use auto or cpu"),
         ("1", {"precision": "float8"}, "use auto or float32"),
         ("1", {"offload": "never"}, "use auto or always"),
+        ("1", {"attention": "magic"}, "use auto or pytorch"),
+        ("1", {"attention": "sageattention"}, "attention 'sageattention' needs a CUDA device"),
         ("2", {"prompt": "  "}, "prompt is empty"),
         ("3", {"aspect": "1:7"}, "use model default"),
-        ("3", {"sampler": "magic"}, "use euler"),
+        ("3", {"sampler": "magic"}, "use model default, euler"),
         ("3", {"steps": -1}, "steps"),
         ("3", {"conditioning": ["1", 0]}, "CONDITIONING"),
         ("3", {"stg": -2.0}, "stg"),
@@ -413,13 +472,23 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("late", {"strength": 1.5}, "strength"),
         ("late", {"image": ["2", 0]}, "IMAGE"),
         ("late", {"mask": ["one", 0]}, "MASK"),
+        ("late", {"use_as": "hint"}, "use frame or reference"),
+        (
+            "lora",
+            {"lora": "no-such.safetensors"},
+            "no file 'no-such.safetensors' in ComfyUI's folder loras: use",
+        ),
+        ("lora", {"lora": "../checkpoints/random.safetensors"}, "no file '../checkpoints"),
+        ("lora", {"strength": 11.0}, "strength"),
+        ("upscale", {"upscaler": "no-such.safetensors"}, "in ComfyUI's folder latent_upscale_models: use"),
         ("file", {"file": "no-such.latent"}, "no latent file 'no-such.latent'"),
         ("file", {"file": "../../models/checkpoints/random.safetensors"}, "no latent file"),
     ],
 )
 def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, node, wrong, sentence):
     graph |= spare_nodes()
-    graph["3"]["inputs"] |= {"conditioning": ["late", 0], "latent": ["file", 0]}
+    graph["3"]["inputs"] |= {"model": ["lora", 0], "conditioning": ["late", 0], "latent": ["file", 0]}
+    graph["5"]["inputs"]["audio"] = ["upscale", 0]
     graph[node]["inputs"] |= wrong
     status, answer = server.post("/prompt", {"prompt": graph})
     assert status == 400
@@ -460,6 +529,14 @@ def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, n
         ("3", {"conditioning": ["batch", 0]}, "holds 2 pictures"),
         ("3", {"conditioning": ["late", 0]}, "use 0 to 12"),
         ("3", {"conditioning": ["twice", 0]}, "two guides at frame 0"),
+        ("3", {"refine": "0.5"}, "latent holds no video and no audio"),
+        ("3", {"latent": ["clip", 0], "refine": "0.5"}, "latent holds no audio: connect the av_latent of"),
+        ("3", {"latent": ["long", 0], "refine": "a bit"}, "refine 'a bit' is not understood: use spatial"),
+        ("3", {"latent": ["long", 0], "refine": "1.5"}, "refine '1.5' lies outside 0 to 1"),
+        ("3", {"latent": ["long", 0], "refine": "0.5, 0.7, 0"}, "sigmas must fall from step to step"),
+        ("3", {"model": ["foreign", 0]}, "nothing in this LoRA fits this model"),
+        ("4", {"video": ["mistaken", 0]}, "no latent upscaler: it holds"),
+        ("4", {"video": ["silent", 0]}, "audio got a latent of video alone"),
     ],
 )
 def test_what_shows_only_in_the_run_is_told_in_one_sentence(
@@ -504,6 +581,13 @@ def spare_nodes() -> dict:
             "inputs": {"duration": seconds, "sample_rate": 44100, "channels": 2},
         }
 
+    def lora(name: str) -> dict:
+        return {"class_type": "LockstepLoRA", "inputs": {"model": ["1", 0], "lora": name, "strength": 1.0}}
+
+    def upscale(latent: list, name: str) -> dict:
+        inputs = {"model": ["1", 0], "latent": latent, "upscaler": name}
+        return {"class_type": "LockstepLatentUpscale", "inputs": inputs}
+
     both = {"conditioning_1": ["2", 0], "conditioning_2": ["2", 0]}
     size = {"width": 64, "height": 64, "length": 9, "batch_size": 1}
     return {
@@ -527,6 +611,11 @@ def spare_nodes() -> dict:
             "class_type": "LockstepLoader",
             "inputs": {"model": "random.safetensors", "device": "auto"},
         },
+        "lora": lora(LORA),
+        "foreign": lora("foreign.safetensors"),
+        "upscale": upscale(["long", 0], UPSCALER),
+        "mistaken": upscale(["long", 0], "mistaken.safetensors"),
+        "silent": upscale(["clip", 0], UPSCALER),
         "theirs": empty_latent("other", 1.0),
         "long": empty_latent("1", 3.0),
         "file": {"class_type": "LockstepLoadAVLatent", "inputs": {"file": "no-such.latent"}},

@@ -1,0 +1,64 @@
+"""Lockstep Latent Upscale: a sampled clip's latents to those of a larger clip, or of one with twice the frames."""
+
+from comfy_api.latest import io
+
+from ..model.engine import Engine
+from ..model.errors import LockstepError
+from . import host
+from .sockets import CATEGORY, LockstepModel
+from .types import from_joint_latent, to_latents
+
+
+class LockstepLatentUpscale(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        choices = host.file_choices(host.UPSCALERS)
+        return io.Schema(
+            node_id="LockstepLatentUpscale",
+            display_name="Lockstep Latent Upscale",
+            category=CATEGORY,
+            description="Enlarges a sampled clip, or gives it twice the frames, before it is decoded. The result is soft: a "
+            "second Lockstep Sampler with refine fills in the detail.",
+            inputs=[
+                LockstepModel.Input("model", tooltip="The model that made the latent."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The av_latent output of Lockstep Sampler. Its sound goes through as it is.",
+                ),
+                io.Combo.Input(
+                    "upscaler",
+                    options=choices,
+                    default=choices[0] if choices else "",
+                    tooltip="A latent upscaler of this model's family, from models/latent_upscale_models. The file says "
+                    "whether it makes larger pictures or more frames.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "upscaled",
+                    display_name="av_latent",
+                    tooltip="Picture and sound, for the latent input of a second Lockstep Sampler.",
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, upscaler: str | None) -> bool | str:
+        try:
+            if upscaler is not None:
+                host.find_file(host.UPSCALERS, upscaler)
+        except LockstepError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model: Engine | None, latent: dict | None, upscaler: str | None) -> tuple:
+        return host.signature_of(host.UPSCALERS, upscaler)
+
+    @classmethod
+    def execute(cls, model: Engine, latent: dict, upscaler: str) -> io.NodeOutput:
+        latents = from_joint_latent(latent)
+        with host.Reporter(cls.hidden.unique_id, "upscaling latents") as report:
+            grown = model.upscale(latents, host.find_file(host.UPSCALERS, upscaler), report)
+        return io.NodeOutput(to_latents(grown, host.join_latents)[2])

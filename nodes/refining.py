@@ -1,0 +1,35 @@
+"""The noise levels of a run that goes on from latents instead of noise, from what the sampler's input `refine` says."""
+
+from ..model.engine import Engine
+from ..model.errors import WorkflowError
+from ..model.shapes import ClipShape
+
+STAGES = ("spatial", "temporal")
+_HELP = (
+    "use spatial or temporal after Lockstep Latent Upscale, one number such as 0.5 for the share that is made anew, "
+    "or falling noise levels such as 0.9, 0.7, 0.4, 0"
+)
+
+
+def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipShape) -> tuple[float, ...]:
+    """Noise levels, falling, the last 0.
+
+    words: a name in STAGES for the model's own second stage; a share above 0 up to 1, of whose levels the last `steps`
+    are taken; or the levels themselves. Raises WorkflowError for anything else.
+    """
+    name = words.strip().lower()
+    if name in STAGES:
+        return model.recipe.refine_sigmas if name == "spatial" else model.recipe.temporal_sigmas
+    try:
+        numbers = tuple(float(word) for word in name.replace(",", " ").split())
+    except ValueError:
+        raise WorkflowError(f"refine {words!r} is not understood: {_HELP}") from None
+    if len(numbers) != 1:
+        return numbers
+    (share,) = numbers
+    if not 0 < share <= 1:
+        raise WorkflowError(f"refine {words!r} lies outside 0 to 1: {_HELP}")
+    count = len(model.sigmas(steps, shape)) - 1
+    if share == 1:
+        return model.sigmas(steps, shape)
+    return model.sigmas(int(count / share), shape)[-count - 1 :]
