@@ -51,9 +51,10 @@ from .errors import (
     WorkflowError,
 )
 from .forecast import Forecast
+from .latents.colors import LatentColors, fit_colors, probe_picture
 from .latents.noise import seeded_generator
 from .latents.patchify import tokens_to_audio, tokens_to_video
-from .layers.attention_backends import attention_by, check_attention
+from .layers.attention_backends import ATTENTION, attention_by, check_attention
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
 from .media import fit_image, fit_sound
@@ -90,6 +91,7 @@ _plan_logger = logging.getLogger("lockstep.memory")
 _DIGESTED_BYTES = 1_000_000_000
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
+ATTENTION_NAMES = ATTENTION
 # "auto": float32 for small models, bfloat16 for large ones; the vocoder and the audio codec are always float32
 PRECISIONS = {
     "auto": None,
@@ -610,12 +612,31 @@ class Engine:
             _check_finite("decoded sound", waveform)
         return _fit_length(waveform, latents.shape.samples(vocoder.sample_rate_hz), vocoder.sample_rate_hz)
 
-    def preview(self, tokens_BTC: Tensor, shape: ClipShape) -> Tensor | None:
-        """Frames (F, H, W, 3) of a clip in the making, from Progress.preview; None if that would cost too much."""
-        if self._parameters >= _SMALL_PARAMETERS or self._residence.policy != "resident":
-            return None
+    @property
+    def _decodes_previews(self) -> bool:
+        return self._parameters < _SMALL_PARAMETERS and self._residence.policy == "resident"
+
+    def prepare_preview(self) -> None:
+        """Before sampling, while the video codec may still be on the device: what previews of a large model need."""
+        if not self._decodes_previews:
+            _ = self._latent_colors
+
+    @cached_property
+    def _latent_colors(self) -> LatentColors:
+        picture_HWC = probe_picture(self.compression.space)
+        latents = self.encode_video(rearrange(picture_HWC, "H W C -> 1 C 1 H W") * 2 - 1)
+        return fit_colors(latents, picture_HWC)
+
+    def preview(self, tokens_BTC: Tensor, shape: ClipShape) -> Tensor:
+        """Frames (F, h, w, 3) of a clip in the making, from Progress.preview: decoded; of large models colours alone.
+
+        A large model's are as many as the clip's, of one pixel a latent: the colours that its own codec, asked once about a
+        known picture, gives to such latents.
+        """
         grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         video = tokens_to_video(tokens_BTC[:, : shape.video_tokens].cpu(), *grid)
+        if not self._decodes_previews:
+            return self._latent_colors.frames(video, shape.compression.time)
         frames = self.decode_video(AVLatents(video, torch.empty(0), shape, self.model_id))
         # a host that is short of room may have moved it away for the codec, in the middle of a run
         self._module(keymap.TRANSFORMER)

@@ -4,9 +4,8 @@ import hashlib
 
 from comfy_api.latest import io
 
-from ..model.engine import PRECISIONS
+from ..model.engine import ATTENTION_NAMES, PRECISIONS, check_attention
 from ..model.errors import LockstepError
-from ..model.layers.attention_backends import ATTENTION, check_attention
 from . import host
 from .sockets import CATEGORY, LockstepModel
 
@@ -52,8 +51,8 @@ class LockstepLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "attention",
-                    options=list(ATTENTION),
-                    default=ATTENTION[0],
+                    options=list(ATTENTION_NAMES),
+                    default=ATTENTION_NAMES[0],
                     optional=True,
                     tooltip="How the transformer's attention is computed. auto: the fastest kernel here that proves exact. "
                     "pytorch: always torch's own. flash_attn, sageattention: that package, on a CUDA device; sageattention "
@@ -82,7 +81,7 @@ class LockstepLoader(io.ComfyNode):
             ("device", device, host.DEVICES),
             ("precision", precision, PRECISIONS),
             ("offload", offload, host.OFFLOADS),
-            ("attention", attention, ATTENTION),
+            ("attention", attention, ATTENTION_NAMES),
         )
         for name, value, known in choices:
             if value is not None and value not in known:
@@ -116,6 +115,6 @@ class LockstepLoader(io.ComfyNode):
         device: str,
         precision: str = "auto",
         offload: str = host.OFFLOADS[0],
-        attention: str = ATTENTION[0],
+        attention: str = ATTENTION_NAMES[0],
     ) -> io.NodeOutput:
         return io.NodeOutput(host.open_engine(model, device, precision, offload, attention))

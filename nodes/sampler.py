@@ -7,9 +7,8 @@ from functools import partial
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..model.engine import SAMPLER_NAMES, Engine, Guidance, SampleSettings
+from ..model.engine import SAMPLER_NAMES, UNGUIDED, Engine, Guidance, SampleSettings
 from ..model.errors import WorkflowError
-from ..model.sampler.guidance import UNGUIDED
 from ..model.shapes import ClipShape
 from ..model.trajectory import Trajectory
 from ..model.values import AVLatents, Guide
@@ -204,6 +203,7 @@ class LockstepSampler(io.ComfyNode):
         look = partial(model.preview, shape=shape)
         reporter = host.Reporter(cls.hidden.unique_id, task, look, shape.fps)
         with reporter as report:
+            model.prepare_preview()
             kept = kept_parts(given, shape)
             way = Trajectory(trajectory, report) if trajectory.strip() else None
             guides = [encode_picture(model, picture, shape, report) for picture in script.pictures]

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..model.engine import Engine, SampleSettings
-from ..model.recipes import Recipe
+from ..model.engine import Engine, Recipe, SampleSettings
 from ..model.values import AVLatents, Conditioning, Lora
 
 

@@ -216,6 +216,22 @@ def test_guides_only_add_noise_behind_that_of_the_clip(engine):
     assert seen[2].shape[1] == seen[0].shape[1] + shape.latent_height * shape.latent_width
 
 
+def test_previews_of_large_models_show_colours_without_a_decode(engine, monkeypatch):
+    monkeypatch.setattr("lockstep.model.engine._SMALL_PARAMETERS", 0)
+    shape = engine.shape(seconds=1.0)
+    halves = torch.zeros(shape.height, shape.width, 3)
+    halves[:, : shape.width // 2, 0] = halves[:, shape.width // 2 :, 2] = 0.9  # red, then blue
+    latent = engine.encode_image(halves, shape).latent
+    tokens = latent.expand(-1, -1, shape.latent_frames, -1, -1).flatten(2).mT
+    engine.prepare_preview()
+    monkeypatch.setattr(engine, "decode_video", None)
+    frames = engine.preview(tokens, shape)
+    assert frames.shape == (shape.frames, shape.latent_height, shape.latent_width, 3)
+    left, right = frames[-1, :, 0].mean(dim=0), frames[-1, :, -1].mean(dim=0)
+    assert left[0] > left[1:].max() + 0.3
+    assert right[2] > right[:2].max() + 0.3
+
+
 def test_values_of_another_model_are_refused(engine):
     shape = engine.shape(seconds=1.0)
     prompt = engine.encode_text("a red ball")

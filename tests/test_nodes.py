@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import lockstep
-from lockstep.model.engine import latent_sha256
+from lockstep.model.engine import SampleSettings, latent_sha256
 from lockstep.model.errors import MediaError, ShapeError, WorkflowError
 from lockstep.model.shapes import ClipShape, Compression
-from lockstep.model.values import AVLatents, Conditioning, Context
+from lockstep.model.values import AVLatents, Conditioning, Context, Lora
 from lockstep.nodes import history, types
+from lockstep.nodes.refining import refining_levels
+from lockstep.nodes.with_loras import add_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "tests/host/object_info.json").read_text(encoding="utf-8"))
@@ -353,6 +355,74 @@ def test_any_sound_fits_into_an_mp4(channels, rate_hz, held):
     assert made.waveform.shape[1] == held[1]  # one second stays one second
     silent = types.to_clip(torch.zeros(2, 4, 4, 3), 2.0, None)
     assert types.to_encodable(silent) is silent
+
+
+# Models with LoRAs, and refining
+
+
+class Recorder:
+    """Stands for an engine: what reached it, and the recipe of a distilled LoRA."""
+
+    def __init__(self):
+        self.seen, self.blocks = [], 12
+        self.recipe = SimpleNamespace(sigmas=None)
+
+    def choose_recipe(self, loras=()):
+        return SimpleNamespace(
+            sigmas=(1.0, 0.0) if loras else None, refine_sigmas=(0.9, 0.0), temporal_sigmas=(0.8, 0.0)
+        )
+
+    def read_loras(self, loras):
+        return tuple(f"{lora.path.name} read" for lora in loras)
+
+    def encode_text(self, *given, loras):
+        self.seen.append(("text", given, loras))
+
+    def sample(self, _conditioning, _shape, _guides, settings, seed, **_named):
+        self.seen.append(("sample", seed, settings.loras))
+
+    def sigmas(self, steps, _shape, recipe=None):
+        count = steps or 4
+        return (*(1 - i / count for i in range(count)), 0.0)
+
+
+def test_loras_add_up_on_a_shared_engine_and_reach_text_and_sampler():
+    engine, first, second = Recorder(), Lora(Path("a"), 0.5), Lora(Path("b"))
+    one, told = add_lora(engine, first)
+    both, _ = add_lora(one, second)
+    assert (told, one.loras, both.loras) == (("a read",), (first,), (first, second))
+    assert both.engine is engine
+    assert both.blocks == 12
+    assert (engine.recipe.sigmas, both.recipe.sigmas) == (None, (1.0, 0.0))
+    both.encode_text("a red ball", "")
+    both.sample(None, None, [], SampleSettings(), 7)
+    assert engine.seen == [("text", ("a red ball", ""), (first, second)), ("sample", 7, (first, second))]
+
+
+@pytest.mark.parametrize(
+    ("words", "levels"),
+    [
+        (" Spatial ", (0.9, 0.0)),
+        ("temporal", (0.8, 0.0)),
+        ("0.9, 0.5, 0", (0.9, 0.5, 0.0)),
+        ("1", (1.0, 0.75, 0.5, 0.25, 0.0)),
+        ("0.5", (0.5, 0.375, 0.25, 0.125, 0.0)),
+    ],
+)
+def test_refining_starts_at_the_levels_asked_for(words, levels):
+    model, _ = add_lora(Recorder(), Lora(Path("a")))
+    assert refining_levels(words, model, None, latents().shape) == levels
+
+
+@pytest.mark.parametrize("words", ["a bit", "0", "1.5", "-0.5", "nan", "0.5 of it"])
+def test_refining_by_other_words_is_refused(words):
+    with pytest.raises(WorkflowError, match="use spatial or temporal after Lockstep Latent Upscale"):
+        refining_levels(words, Recorder(), None, latents().shape)
+
+
+def test_a_reference_stands_at_no_frame():
+    picture = types.to_picture(torch.rand(1, 3, 5, 3), None, 1.0)
+    assert types.frame_of(picture, latents().shape) is None
 
 
 # What comes out
