@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="picture of the object, which the prompt may leave nameless",
     )
+    add(
+        "--image-crf",
+        metavar="N",
+        type=_crf,
+        help="H.264 quality that given pictures are brought to, as in training: 1 (finest) to 51, 0 is off",
+    )
     add("--seconds", metavar="S", type=_positive, help="duration")
     add("--fps", metavar="F", type=_positive, help="frames per second")
     add("--size", metavar="WxH", help="size in pixels such as 128x128, or an aspect such as 16:9")
@@ -321,6 +327,7 @@ def _request(parsed: argparse.Namespace) -> "GenerateRequest":
         image=read_image(parsed.image) if parsed.image else None,
         last_image=read_image(parsed.last_image) if parsed.last_image else None,
         reference=read_image(parsed.reference) if parsed.reference else None,
+        image_crf=parsed.image_crf,
         sound_alone=parsed.output.suffix.lower() == ".wav",
         seconds=parsed.seconds,
         fps=parsed.fps,
@@ -397,7 +404,7 @@ def _disclosure(parsed: argparse.Namespace) -> "tuple[Disclosure | None, str | N
 def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: "GenerateResult") -> dict:
     """What makes the same clip again, kept as a tag of the file; of files their names, folders are nobody's business."""
     said = {"prompt": request.prompt, "negative": request.negative, "seed": result.seed}
-    names = ("seconds", "fps", "size", "steps", "cfg", "recipe")
+    names = ("seconds", "fps", "size", "steps", "cfg", "recipe", "image_crf")
     settings = {name: getattr(request, name) for name in names}
     pictures = {
         name: getattr(parsed, name) and getattr(parsed, name).name
@@ -562,6 +569,10 @@ def _whole(text: str, least: int, most: int) -> int:
 
 def _count(text: str) -> int:
     return _whole(text, 1, 1000)
+
+
+def _crf(text: str) -> int:
+    return _whole(text, 0, 51)
 
 
 def _seed(text: str) -> int:

@@ -57,7 +57,7 @@ from .latents.patchify import tokens_to_audio, tokens_to_video
 from .layers.attention_backends import ATTENTION, attention_by, check_attention
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
-from .media import fit_image, fit_sound
+from .media import compress_image, fit_image, fit_sound
 from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
 from .residency import Plan, Residence, StageNeed, free_bytes, stepping_down
 from .sampler.guidance import UNGUIDED, Guidance
@@ -225,6 +225,17 @@ class Engine:
         distilled = any("distilled" in lora.path.name.lower() for lora in loras if lora.strength)
         return choose_recipe(self.fingerprint, name, distilled, force)
 
+    def within_layers(self, guidance: Guidance) -> Guidance:
+        """A recipe's guidance, without STG where its block lies beyond the layers of this model, which the log says.
+
+        Files smaller than the published ones share their recipes; a block that someone asks for is refused instead.
+        """
+        if max(guidance.stg_blocks, default=-1) < self.blocks:
+            return guidance
+        told = (self.header.path.name, self.blocks, max(guidance.stg_blocks))
+        _logger.warning("%s has %d layers, none for the recipe's STG at block %d: made without STG", *told)
+        return replace(guidance, stg_video=0.0, stg_audio=0.0, stg_blocks=())
+
     @property
     def compression(self) -> Compression:
         return self._video_config.compression
@@ -357,9 +368,11 @@ class Engine:
         strength: float = 1.0,
         progress: ProgressCallback = _nothing,
         mask_HW: Tensor | None = None,
+        crf: int | None = None,
     ) -> Guide:
         """A picture (H, W, 3), 0..1, covering the clip's frame, to a guide at pixel frame `frame`, None a reference.
 
+        crf: the H.264 quality that the picture is brought to, as in training; 0 leaves it, None takes the recipe's.
         mask_HW: as large as the picture, above 0.5 where the clip is free; a latent is held only if all of it is.
         Raises MediaError for a picture of another layout or with values that are no numbers.
         """
@@ -367,7 +380,9 @@ class Engine:
             raise MediaError(
                 f"an image must be (rows, columns, 3) finite values, got {tuple(image_HWC.shape)}"
             )
-        pixels = fit_image(image_HWC, shape.height, shape.width).permute(2, 0, 1)[None, :, None] * 2 - 1
+        fitted_HWC = fit_image(image_HWC, shape.height, shape.width)
+        shown_HWC = compress_image(fitted_HWC, self.recipe.image_crf if crf is None else crf)
+        pixels = rearrange(shown_HWC, "H W C -> 1 C 1 H W") * 2 - 1
         guide = Guide(self.encode_video(pixels), frame, strength, self._latent_mask(mask_HW, shape))
         progress(Progress("image", 1, 1))
         return guide
@@ -435,7 +450,12 @@ class Engine:
             )
         settings = settings or SampleSettings()
         recipe = self.choose_recipe(loras=settings.loras)
-        guidance = settings.guidance or recipe.guidance
+        guidance = settings.guidance or self.within_layers(recipe.guidance)
+        beyond = [block for block in guidance.stg_blocks if not 0 <= block < self.blocks]
+        if beyond:
+            raise WorkflowError(
+                f"STG at block {beyond[0]}: this model has {self.blocks} layers, use 0 to {self.blocks - 1}"
+            )
         sigmas = settings.sigmas or self.sigmas(settings.steps, shape, recipe)
         if start is not None:
             self._check_owner(start)
@@ -965,13 +985,13 @@ class Engine:
     def _guides(self, request: GenerateRequest, shape: ClipShape, progress: ProgressCallback) -> list[Guide]:
         pictures = [(request.image, 0), (request.last_image, shape.frames - 1), (request.reference, None)]
         return [
-            self.encode_image(image, shape, frame, progress=progress)
+            self.encode_image(image, shape, frame, progress=progress, crf=request.image_crf)
             for image, frame in pictures
             if image is not None
         ]
 
     def _settings(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> SampleSettings:
-        guidance = recipe.guidance
+        guidance = self.within_layers(recipe.guidance)
         if request.cfg is not None:
             guidance = replace(guidance, cfg_video=request.cfg, cfg_audio=request.cfg)
         sigmas = self.sigmas(request.steps, shape, recipe)

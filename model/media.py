@@ -4,6 +4,7 @@ Legend: F frames, H rows, W columns, C audio channels, S samples. Pixels are flo
 """
 
 import heapq
+import io
 import json
 import os
 import re
@@ -34,6 +35,7 @@ AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64
 _AAC_FRAME_SAMPLES = 1024
 _LAYOUTS = {1: "mono", 2: "stereo"}
 _MAX_PIXELS = 100_000_000  # a 10000x10000 picture takes 1.2 GB as float32
+_COARSEST_CRF = 51
 _LEAST_FPS, _MOST_FPS = 0.1, 1000
 _FEW_FRAMES, _MOST_REPEATS = (
     3000,
@@ -216,6 +218,37 @@ def fit_image(image_HWC: Tensor, height: int, width: int) -> Tensor:
     batch = rearrange(crop_HWC, "H W C -> 1 C H W")
     resized = functional.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)
     return rearrange(resized.clamp(0, 1), "1 C H W -> H W C")  # bicubic overshoots at edges
+
+
+def compress_image(image_HWC: Tensor, crf: int) -> Tensor:
+    """A picture (H, W, 3), 0..1, as one H.264 frame of this quality shows it; crf 0 (as it is) to 51 (coarsest).
+
+    Video models are trained on frames of compressed clips; a picture without any such trace tends to stand still.
+    Sides must be even. Raises MediaError. Source: spec sections 1.7, 2.9.
+    """
+    if not isinstance(crf, int) or isinstance(crf, bool) or not 0 <= crf <= _COARSEST_CRF:
+        raise MediaError(f"H.264 quality {crf!r} is no CRF: use 0 (off) to {_COARSEST_CRF} (coarsest)")
+    if crf == 0:
+        return image_HWC
+    height, width = image_HWC.shape[:2]
+    if height % 2 or width % 2:
+        raise MediaError(f"H.264 needs even sizes, got {width}x{height}")
+    pixels = (image_HWC.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous().numpy()
+    memory = io.BytesIO()
+    try:
+        with av.open(memory, "w", format="mp4") as container:
+            # one thread: x264 with more gives other bytes from run to run
+            options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+            stream = container.add_stream("libx264", rate=1, options=options)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode(None))
+        memory.seek(0)
+        with av.open(memory) as container:
+            shown = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    except FFmpegError as error:
+        raise MediaError(f"cannot compress a picture of {width}x{height}: {_reason(error)}") from error
+    return torch.from_numpy(shown).to(image_HWC.device).float() / 255
 
 
 def fit_sound(waveform_CS: Tensor, rate_hz: int, wanted_hz: int, channels: int) -> Tensor:

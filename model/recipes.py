@@ -30,6 +30,7 @@ class Recipe:
     temporal_sigmas: Sigmas = TEMPORAL_UPSAMPLE
     schedule_tokens: int | None = 4096  # None: the clip's own count
     text_length: int = 1024
+    image_crf: int = 0  # H.264 quality of given pictures, as in training; 0 leaves them as they are
     side_limits: tuple[int, int] | None = None  # pixels
     seconds_limits: tuple[float, float] | None = None
     fps_limits: tuple[float, float] | None = None
@@ -116,15 +117,24 @@ RECIPE_NAMES = ("full", "hq", "distilled")  # that people can ask for
 def published_recipe(name: str, version: str) -> Recipe:
     """One of RECIPE_NAMES for a version's files (spec sections 1.7, 2.10 to 2.12)."""
     first = version == "2.0"
+    crf = 33 if version in ("2.0", "2.3") else 18
     if name == "distilled":
         # since 2.5 the few steps forget their start
         sampler = "euler" if version in ("2.0", "2.3") else "ancestral"
         return Recipe(
-            name=name, steps=len(DISTILLED) - 1, sigmas=DISTILLED, sampler=sampler, guidance=UNGUIDED
+            name=name,
+            steps=len(DISTILLED) - 1,
+            sigmas=DISTILLED,
+            sampler=sampler,
+            guidance=UNGUIDED,
+            image_crf=crf,
         )
     if name == "hq":
-        return Recipe(name=name, steps=15, sampler="res2s", guidance=HQ_GUIDANCE, schedule_tokens=None)
-    return Recipe(name="full", steps=40 if first else 30, guidance=full_guidance(29 if first else 28))
+        return Recipe(
+            name=name, steps=15, sampler="res2s", guidance=HQ_GUIDANCE, schedule_tokens=None, image_crf=crf
+        )
+    guidance = full_guidance(29 if first else 28)
+    return Recipe(name="full", steps=40 if first else 30, guidance=guidance, image_crf=crf)
 
 
 def choose_recipe(

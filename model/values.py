@@ -131,6 +131,7 @@ class GenerateRequest:
     image: Tensor | None = None  # (H, W, 3), 0..1, becomes the first frame
     last_image: Tensor | None = None  # (H, W, 3), 0..1, becomes the last frame
     reference: Tensor | None = None  # (H, W, 3), 0..1, a picture of the object, at no moment of the clip
+    image_crf: int | None = None  # H.264 quality that these pictures get first, 0 off; None: the model's own
     sound_alone: bool = False  # no pictures at all
     seconds: float | None = None
     fps: float | None = None

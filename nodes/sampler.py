@@ -241,6 +241,7 @@ def guide(
     model: Engine, own: Guidance, cfg_video: float, cfg_audio: float, stg: float, stg_block: int
 ) -> Guidance:
     """The guidance `own` with what the user says in its place. Raises WorkflowError for a block the model does not have."""
+    own = model.within_layers(own)
     guidance = replace(own, cfg_video=cfg_video or own.cfg_video, cfg_audio=cfg_audio or own.cfg_audio)
     if stg_block >= model.blocks:
         raise WorkflowError(

@@ -101,7 +101,7 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     for name in ("first.png", "last.png", "thing.png"):
         Image.fromarray(np.full((8, 12, 3), 255, np.uint8)).save(tmp_path / name)
     pictures = ("--image", tmp_path / "first.png", "--last-image", tmp_path / "last.png")
-    pictures += ("--reference", tmp_path / "thing.png")
+    pictures += ("--reference", tmp_path / "thing.png", "--image-crf", 20)
     numbers = ("--seconds", "2.5", "--fps", 24, "--steps", 8, "--cfg", 3, "--seed", 2**63 - 1)
     code, *_ = generate(
         *pictures, *numbers, "--size", "16:9", "--negative", "rain", "--model", "m", "--device", "cpu"
@@ -113,6 +113,7 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     assert (request.seconds, request.fps, request.steps, request.cfg) == (2.5, 24, 8, 3)
     assert request.seed == 2**63 - 1
     assert request.image.shape == request.last_image.shape == request.reference.shape == (8, 12, 3)
+    assert request.image_crf == 20
     assert not request.sound_alone
 
 
@@ -153,6 +154,7 @@ def test_warnings_are_printed_and_reported(generate, engine):
         (["--image", "absent.png"], "no such file: absent.png"),
         (["--last-image", "absent.png"], "no such file: absent.png"),
         (["--reference", "absent.png"], "no such file: absent.png"),
+        (["--image-crf", "52"], "argument --image-crf"),
         (["--image", __file__], "as a picture: cannot identify image file"),
     ],
 )

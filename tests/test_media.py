@@ -13,7 +13,15 @@ from PIL import Image
 
 from lockstep.model import media
 from lockstep.model.errors import MediaError
-from lockstep.model.media import fit_image, fit_sound, read_clip, read_image, write_clip, write_image
+from lockstep.model.media import (
+    compress_image,
+    fit_image,
+    fit_sound,
+    read_clip,
+    read_image,
+    write_clip,
+    write_image,
+)
 from lockstep.model.values import Clip
 
 # What the embedded model paints with; plain areas must come back as they were.
@@ -379,3 +387,21 @@ def test_names_of_any_language_and_long_paths_are_written_and_read(tmp_path):
     write_image(path.with_suffix(".png"), torch.zeros(2, 2, 3))
     assert read_image(path.with_suffix(".png")).shape == (2, 2, 3)
     assert sorted(found.suffix for found in folder.iterdir()) == [".mp4", ".png"]
+
+
+def test_a_picture_is_brought_to_the_quality_of_compressed_clips():
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 96), indexing="ij")
+    grain = torch.rand(64, 96, 3, generator=torch.Generator().manual_seed(0)) * 0.2
+    image = (torch.stack([rows, columns, rows * columns], dim=-1) * 0.8 + grain).clamp(0, 1)
+    assert compress_image(image, 0) is image
+    fine, trained, coarse = (compress_image(image, crf) for crf in (5, 33, 51))
+    errors = [(made - image).square().mean().sqrt().item() for made in (fine, trained, coarse)]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.2
+    assert abs((trained - image).mean().item()) < 0.02  # colours stay, grain goes
+    assert (trained.shape, trained.dtype) == (image.shape, torch.float32)
+    assert torch.equal(trained, compress_image(image, 33))
+    for crf in (-1, 52, 33.0, True):
+        with pytest.raises(MediaError, match=r"use 0 \(off\) to 51"):
+            compress_image(image, crf)
+    with pytest.raises(MediaError, match="even sizes, got 95x64"):
+        compress_image(image[:, :95], 33)

@@ -1,11 +1,13 @@
 """Which recipe a checkpoint gets: from its fingerprint, by name, refused where it does not suit, forced all the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from published_models import config, write_gemma, write_monolith
 
-from lockstep.model.engine import Engine
+from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import WorkflowError
 from lockstep.model.recipes import Fingerprint, choose_recipe, fingerprint, published_recipe
 from lockstep.model.sampler.guidance import HQ_GUIDANCE, UNGUIDED, full_guidance
@@ -25,7 +27,7 @@ def test_full_checkpoints_get_the_published_steps_and_guidance():
     first, later = choose_recipe(full("2.0")), choose_recipe(full("2.3"))
     assert (first.name, first.steps, first.guidance) == ("full", 40, full_guidance(29))
     assert (later.name, later.steps, later.guidance) == ("full", 30, full_guidance(28))
-    assert choose_recipe(full("2.5")) == later
+    assert choose_recipe(full("2.5")) == replace(later, image_crf=18)
     for recipe in (first, later):
         assert (recipe.width, recipe.height, recipe.frames, recipe.fps) == (768, 512, 121, 24)
         assert (recipe.sampler, recipe.sigmas, recipe.schedule_tokens) == ("euler", None, 4096)
@@ -124,3 +126,32 @@ def test_a_model_with_its_own_recipe_keeps_it():
     with pytest.raises(WorkflowError, match="has a recipe of its own"):
         engine.choose_recipe("hq")
     assert engine.choose_recipe("hq", force=True).sampler == "res2s"
+
+
+def test_given_pictures_are_compressed_as_the_training_clips_were(files):
+    assert {version: published_recipe("full", version).image_crf for version in ("2.0", "2.3", "2.5")} == {
+        "2.0": 33,
+        "2.3": 33,
+        "2.5": 18,
+    }
+    assert Engine("embedded", "cpu").recipe.image_crf == 0
+    engine = Engine(files / "ltx-2.3-22b-dev.safetensors", "cpu")
+    shape, image = engine.shape("64x32", 0.375), torch.rand(32, 64, 3)
+    own, same, plain = (engine.encode_image(image, shape, crf=crf).latent for crf in (None, 33, 0))
+    assert torch.equal(own, same)
+    assert not torch.equal(own, plain)
+
+
+def test_a_perturbed_block_beyond_the_layers_is_refused(files, caplog):
+    engine = Engine(files / "ltx-2.3-22b-dev.safetensors", "cpu", files=[files / "gemma.safetensors"])
+    conditioning, shape = engine.encode_text("a red ball"), engine.shape("64x32", 0.375)
+    for block in (engine.blocks, 28, -1):
+        settings = SampleSettings(1, full_guidance(block))
+        with pytest.raises(
+            WorkflowError, match=rf"STG at block {block}: this model has {engine.blocks} layers"
+        ):
+            engine.sample(conditioning, shape, settings=settings)
+    engine.sample(conditioning, shape, settings=SampleSettings(1, full_guidance(engine.blocks - 1)))
+    assert caplog.text == ""
+    engine.sample(conditioning, shape, settings=SampleSettings(1))
+    assert "none for the recipe's STG at block 28: made without STG" in caplog.text

@@ -31,7 +31,7 @@ from .video_vae import (
     no_tick,
 )
 
-WINDOW_BYTES = 2**24  # the largest tensor of one window in one layer; a single frame may be larger
+WINDOW_BYTES = 2**23  # the largest tensor of one window in one layer; a single frame may be larger
 
 
 class _Frames:
