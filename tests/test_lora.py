@@ -1,6 +1,7 @@
 """LoRA files in the field's formats: the change that they make, several at once, taken off again, and their refusals."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,3 +298,31 @@ def test_a_lora_works_on_packed_weights(models, tmp_path):
     torch.testing.assert_close(layer(x), before + 0.5 * x @ torch.ones(32, RANK) @ torch.ones(RANK, 32))
     stack.take_off("transformer")
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"A": torch.zeros(0, 32), "B": torch.zeros(32, 0)}, "has rank 0, at least 1 expected"),
+        ({"alpha": torch.tensor(float("inf"))}, "has alpha inf, one finite number expected"),
+        ({"alpha": torch.tensor(float("nan"))}, "has alpha nan, one finite number expected"),
+        ({"alpha": torch.tensor([1.0, 2.0])}, "has alpha 1.0, 2.0, one finite number expected"),
+        ({"alpha": torch.zeros(0)}, "has alpha nothing, one finite number expected"),
+        ({"told": json.dumps({"transformer.lora_alpha": "4"})}, "has alpha 4, one finite number expected"),
+        ({"twice": True}, f"{TO_Q} is changed twice, by transformer.{TO_Q} and another name"),
+    ],
+)
+def test_a_change_that_is_no_number_or_told_twice_is_refused(models, tmp_path, changed, sentence):
+    layers = layers_of(models)
+    outputs, inputs = layers["transformer", TO_Q]
+    a, b = changed.get("A", torch.ones(RANK, inputs)), changed.get("B", torch.ones(outputs, RANK))
+    names = ["diffusion_model", "transformer"] if "twice" in changed else ["diffusion_model"]
+    made = {
+        f"{name}.{TO_Q}.lora_{half}.weight": x.clone() for name in names for half, x in (("A", a), ("B", b))
+    }
+    if "alpha" in changed:
+        made[f"diffusion_model.{TO_Q}.alpha"] = changed["alpha"]
+    metadata = {"lora_adapter_metadata": changed["told"]} if "told" in changed else None
+    save_file(made, tmp_path / "lora.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
+        read_lora(tmp_path / "lora.safetensors", layers)

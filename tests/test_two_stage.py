@@ -183,7 +183,7 @@ def test_second_stages_take_the_short_lists_unguided_with_pictures_of_their_own_
     assert second.guidance == third.guidance == UNGUIDED
     assert (guides[0].latent.shape[3:], more[0].latent.shape[3:]) == ((2, 2), (4, 4))
     assert (shape.height, seed, other) == (64, 5, 6)
-    assert first.guidance == engine.recipe.guidance
+    assert first.guidance == engine.within_layers(engine.recipe.guidance)
 
 
 def test_what_is_no_upscaler_of_this_model_is_refused_before_any_work(engine, files, tmp_path):

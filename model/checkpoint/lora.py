@@ -119,6 +119,10 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
             if target is None:
                 unmatched += names.values()
                 continue
+            if target in changes:
+                raise CheckpointError(
+                    f"{header.path}: {target[1]} is changed twice, by {own_path} and another name"
+                )
             tensors = {kind: file.get_tensor(name) for kind, name in names.items()}
             changes[target] = _change(header, own_path, tensors, layers[target], scale_of)
     if not changes:
@@ -193,13 +197,18 @@ def _change(
             f"{header.path}: {path} is made for a layer of {up.shape[0]} outputs and {down.shape[1]} inputs with rank "
             f"{rank} and {up.shape[1]}, this model's has {widths[0]} and {widths[1]}: it belongs to another model"
         )
+    if rank == 0:
+        raise CheckpointError(f"{header.path}: {path} has rank 0, at least 1 expected: fetch the file again")
     for half in (down, up):
         if not half.is_floating_point() or not torch.isfinite(half.float()).all():
             raise CheckpointError(
                 f"{header.path}: {path} holds values that are no numbers: fetch the file again"
             )
-    alpha = tensors["alpha"].item() if "alpha" in tensors else told.get("lora_alpha", rank)
-    scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+    alpha = tensors["alpha"].flatten().tolist() if "alpha" in tensors else [told.get("lora_alpha", rank)]
+    if len(alpha) != 1 or type(alpha[0]) not in (int, float) or not math.isfinite(alpha[0]):
+        told_alpha = ", ".join(map(str, alpha[:3])) or "nothing"
+        raise CheckpointError(f"{header.path}: {path} has alpha {told_alpha}, one finite number expected")
+    scale = alpha[0] / (math.sqrt(rank) if told.get("use_rslora") else rank)
     return Change(down, up, float(scale))
 
 
