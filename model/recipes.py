@@ -49,7 +49,14 @@ class Recipe:
     def _from_section(cls, section: Mapping) -> "Recipe":
         options = Options(section, "recipe")
         guidance = options.section("guidance", {})
-        names = ("cfg_video", "cfg_audio", "rescale_video", "rescale_audio")
+        names = (
+            "cfg_video",
+            "cfg_audio",
+            "rescale_video",
+            "rescale_audio",
+            "modality_video",
+            "modality_audio",
+        )
         weights = {name: guidance.take(name) for name in names if name in section.get("guidance", {})}
         guidance.close()
         plain = ("width", "height", "fps", "frames", "steps", "schedule_tokens", "text_length")

@@ -12,10 +12,19 @@ from torch import nn
 
 from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import read_header
-from lockstep.model.embedded import WEIGHTS, language, world
+from lockstep.model.embedded import WEIGHTS, config, language, world
+from lockstep.model.embedded.dataset import FORMATS, Batch, format_of
 from lockstep.model.embedded.pack import pack, unpack
 from lockstep.model.embedded.sound import synthesize
-from lockstep.model.embedded.train_transformer import tokenizer
+from lockstep.model.embedded.train_transformer import (
+    _MODES,
+    _USUAL_MODES,
+    Generator,
+    encode_prompts,
+    flow_loss,
+    initialise_generator,
+    tokenizer,
+)
 from lockstep.model.embedded.training import (
     Run,
     TrainSettings,
@@ -25,6 +34,7 @@ from lockstep.model.embedded.training import (
     save_start,
 )
 from lockstep.model.errors import PromptError
+from lockstep.model.shapes import ClipShape, Compression
 
 
 def scenes(count: int, **fixed: str) -> list[world.Scene]:
@@ -116,6 +126,54 @@ def test_sound_is_silent_without_motion_and_loud_at_events():
                     wave[start : start + 800].square().mean()
                     > 100 * wave[start - 400 : start - 16].square().mean()
                 )
+
+
+def test_a_reference_shows_the_object_and_the_prompt_may_leave_it_nameless():
+    rng = random.Random(0)
+    for scene in scenes(20):
+        other = world.draw_reference(scene, rng)
+        assert (other.color, other.shape, other.motion) == (scene.color, scene.shape, "still")
+        prompt = language.describe(scene, rng, nameless=True)
+        unsaid = [*language.WORDS[scene.color], *language.WORDS[scene.shape]]
+        # "orange" and "blue" may still name what they do not stand for
+        said = prompt.replace("dark blue", "").replace("navy blue", "").replace("midnight blue", "")
+        assert not set(said.split()) & set(unsaid), prompt
+        assert tokenizer().encode(prompt).unknown == ()
+
+
+@pytest.mark.parametrize("mode", sorted({*_USUAL_MODES, *_MODES}))
+def test_every_mode_of_training_teaches_what_it_should(mode):
+    shape = ClipShape(9, 32, 48, 12.0, Compression(4, 16))
+    torch.manual_seed(0)
+    grid = (shape.latent_height, shape.latent_width)
+    channels = config.TRANSFORMER["in_channels"]
+    video = torch.randn(2, channels, shape.latent_frames, *grid)
+    batch = Batch(
+        video,
+        torch.randn(2, 4, shape.audio_latents, 16),
+        torch.randn(2, channels, 1, *grid),
+        8,
+        torch.randn(2, channels, 1, *grid),
+        scenes(2),
+        shape,
+    )
+    model = Generator()
+    initialise_generator(model, seed=0)
+    ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
+    loss, figures = flow_loss(model, batch, ids, mask, mode, random.Random(1))
+    loss.backward()
+    # a stream that is given has nothing to learn; an untrained model answers 0, so that the loss is the size of the velocity
+    assert (figures["video"] == 0) == (mode == "video")
+    assert (figures["audio"] == 0) == (mode == "audio")
+    assert 1.2 < loss.item() < 5
+    assert model.transformer.proj_out.weight.grad is not None
+
+
+def test_shards_of_the_usual_format_are_the_most():
+    formats = [format_of(index) for index in range(len(FORMATS) * 20)]
+    assert set(formats) == set(FORMATS)
+    assert max(set(formats), key=formats.count) == FORMATS[0]
+    assert all(min(height, width) >= 96 for height, width, *_ in FORMATS)
 
 
 class _Line(nn.Module):

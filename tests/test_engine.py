@@ -144,11 +144,11 @@ def test_only_the_masked_part_of_a_given_stream_changes(engine):
 
 def test_an_image_s_mask_frees_every_latent_that_it_touches(engine):
     shape = engine.shape(seconds=1.0)
-    mask = torch.zeros(64, 64)
+    mask = torch.zeros(96, 96)
     mask[:, 33] = 1
-    guide = engine.encode_image(torch.rand(64, 64, 3), shape, mask_HW=mask)
+    guide = engine.encode_image(torch.rand(96, 96, 3), shape, mask_HW=mask)
     assert guide.mask is not None
-    assert guide.mask[0, 0, 0].tolist() == [[0, 0, 1, 0]] * 4
+    assert guide.mask[0, 0, 0].tolist() == [[0, 0, 1, 0, 0, 0]] * 6
 
 
 @pytest.mark.parametrize(("seconds", "fps"), [(1.0, 12.0), (2.0, 16.0), (3.3, 24.0)])
@@ -246,10 +246,10 @@ def test_values_of_another_model_are_refused(engine):
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        (replace(RED_BALL, size="65x64"), "use 64 or 80"),
-        (replace(RED_BALL, size="512x512"), "use 112"),
-        (replace(RED_BALL, size="big"), "use 64x64 or 16:9"),
-        (replace(RED_BALL, size="0x64"), "WIDTHxHEIGHT"),
+        (replace(RED_BALL, size="97x96"), "use 96 or 112"),
+        (replace(RED_BALL, size="512x512"), "use 176"),
+        (replace(RED_BALL, size="big"), "use 96x96 or 16:9"),
+        (replace(RED_BALL, size="0x96"), "WIDTHxHEIGHT"),
         (replace(RED_BALL, size="9:1"), "16:9"),
         (replace(RED_BALL, seconds=90.0), "use 4.2"),
         (replace(RED_BALL, fps=240.0), "use 24"),

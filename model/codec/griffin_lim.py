@@ -19,7 +19,7 @@ from ..options import Options
 from .mel import FLOOR
 
 _MOMENTUM = 0.99
-_HIGHEST_PEAK = 0.8  # leaves room for what lossy coding adds: true peaks stay below -1 dBFS
+_HIGHEST_PEAK = 0.7  # leaves room for what lossy coding adds: true peaks stay below -1 dBFS
 _TINY = 1e-10
 _SPECTRA_HELD = (
     7.4  # complex spectrograms alive at once in the search, windows and waveforms counted as such; measured
@@ -69,7 +69,7 @@ class GriffinLimConfig:
 
 
 class GriffinLim(nn.Module):
-    """Log-mel (B, C, T, M) to a waveform (B, C, T * hop_samples) within 0.8; the same mel gives the same waveform.
+    """Log-mel (B, C, T, M) to a waveform (B, C, T * hop_samples) within 0.7; the same mel gives the same waveform.
 
     mel_basis: (M, K), the filters that made the mels, kept in the checkpoint as those of the published vocoders are.
     """

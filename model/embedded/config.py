@@ -1,7 +1,7 @@
 """The embedded model as a small config of the LTX family, in the published nested form."""
 
 NAME = "Lockstep-Embedded"
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 SAMPLE_RATE_HZ = 16000
 
 VIDEO_VAE = {
@@ -57,7 +57,7 @@ AUDIO_VAE = {
         }
     },
     "preprocessing": {
-        "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
+        "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 512, "causal": True},
         "mel": {"n_mel_channels": 64, "mel_fmin": 0, "mel_fmax": 8000},
     },
 }
@@ -67,6 +67,7 @@ VOCODER = {
     "_class_name": "GriffinLim",
     "num_mels": 64,
     "n_fft": 1024,
+    "win_length": 512,
     "hop_length": 160,
     "output_sampling_rate": SAMPLE_RATE_HZ,
 }
@@ -124,15 +125,15 @@ def text_encoder(words: int) -> dict:
 
 # how the packed model wants to be sampled, and the limits of what it was trained on
 RECIPE = {
-    "width": 64,
-    "height": 64,
+    "width": 96,
+    "height": 96,
     "fps": 12.0,
     "frames": 25,
     "steps": 20,
     "schedule_tokens": 1024,
     "text_length": TEXT_LENGTH,
-    "guidance": {"cfg_video": 2.0, "cfg_audio": 2.0},
-    "side_limits": [64, 112],
+    "guidance": {"cfg_video": 2.0, "cfg_audio": 2.0, "modality_video": 1.5, "modality_audio": 2.0},
+    "side_limits": [96, 176],
     "seconds_limits": [1.0, 4.2],
     "fps_limits": [12.0, 24.0],
 }

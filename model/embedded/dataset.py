@@ -21,22 +21,21 @@ from ..shapes import ClipShape
 from . import world
 from .sound import synthesize
 
-# (rows, columns, frames, fps) and how many shards of each in one round
+# (rows, columns, frames, fps); the first is the usual one
 FORMATS = (
-    (64, 64, 25, 12.0),
-    (64, 64, 25, 12.0),
-    (64, 64, 13, 12.0),
-    (64, 64, 37, 12.0),
-    (64, 64, 49, 12.0),
-    (64, 64, 33, 16.0),
-    (64, 64, 49, 24.0),
-    (64, 112, 25, 12.0),
-    (64, 112, 37, 12.0),
-    (112, 64, 25, 12.0),
-    (112, 64, 37, 12.0),
-    (64, 80, 25, 12.0),
-    (80, 64, 25, 12.0),
+    (96, 96, 25, 12.0),
+    (96, 96, 13, 12.0),
+    (96, 96, 37, 12.0),
+    (96, 96, 49, 12.0),
+    (96, 96, 33, 16.0),
+    (96, 96, 49, 24.0),
+    (96, 176, 25, 12.0),
+    (176, 96, 25, 12.0),
+    (96, 128, 37, 12.0),
+    (128, 96, 37, 12.0),
 )
+# so many shards of each in one round
+_SHARDS = (5, 1, 1, 1, 1, 1, 3, 3, 1, 1)
 SHARD = 48
 
 
@@ -48,6 +47,7 @@ class Batch:
     audio: Tensor  # (B, z, L, M), normalized
     guide: Tensor  # (B, C, 1, H, W), the picture at guide_frame alone
     guide_frame: int
+    reference: Tensor  # (B, C, 1, H, W), the same object elsewhere
     scenes: list[world.Scene]
     shape: ClipShape
 
@@ -56,7 +56,7 @@ class Batch:
 def encode_shard(index: int, folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, seed: int) -> None:
     """Draws and encodes one shard of SHARD scenes; its number alone decides what is in it."""
     rng = random.Random(f"{seed}/shard/{index}")
-    height, width, frames, fps = FORMATS[index % len(FORMATS)]
+    height, width, frames, fps = format_of(index)
     shape = ClipShape(frames, height, width, fps, video_vae.config.compression, audio_vae.config.rate)
     # half of the guides are the last picture, which is what users give
     guide_frame = frames - 1 if rng.random() < 0.5 else rng.randrange(1, frames)
@@ -70,7 +70,9 @@ def encode_shard(index: int, folder: Path, video_vae: VideoVAE, audio_vae: Audio
     video = torch.cat([video_vae.encode(part) for part in pixels.split(8)])
     guide = video_vae.encode(pixels[:, :, guide_frame : guide_frame + 1])
     audio = audio_vae.encode(LogMel(audio_vae.config.mel)(waves))
-    encoded = {"video": video, "audio": audio, "guide": guide}
+    others = [world.render(world.draw_reference(scene, rng), 1, height, width, fps) for scene in scenes]
+    reference = video_vae.encode(rearrange(torch.stack(others), "B F H W C -> B C F H W") * 2 - 1)
+    encoded = {"video": video, "audio": audio, "guide": guide, "reference": reference}
     tensors = {name: tensor.half().contiguous() for name, tensor in encoded.items()}
     truth = {"scenes": [asdict(scene) for scene in scenes], "guide_frame": guide_frame}
     save_file(tensors, folder / f"{index:05}.partial", {"truth": json.dumps(truth)})
@@ -87,17 +89,20 @@ def encode_shards(
             encode_shard(index, folder, video_vae, audio_vae, seed)
 
 
-def format_of(path: Path) -> tuple[int, int, int, float]:
+def format_of(index: int) -> tuple[int, int, int, float]:
     """Rows, columns, frames and fps of a shard, by its number."""
-    return FORMATS[int(path.stem) % len(FORMATS)]
+    round_of_shards = [form for form, count in zip(FORMATS, _SHARDS, strict=True) for _ in range(count)]
+    return round_of_shards[index % len(round_of_shards)]
 
 
 def load_shard(path: Path, video_vae: VideoVAE, audio_vae: AudioVAE) -> Batch:
     """One encoded shard as a batch."""
-    height, width, frames, fps = format_of(path)
+    height, width, frames, fps = format_of(int(path.stem))
     with safe_open(path, "pt") as file:
         truth = json.loads(file.metadata()["truth"])
-        video, audio, guide = (file.get_tensor(key).float() for key in ("video", "audio", "guide"))
+        video, audio, guide, reference = (
+            file.get_tensor(key).float() for key in ("video", "audio", "guide", "reference")
+        )
     shape = ClipShape(frames, height, width, fps, video_vae.config.compression, audio_vae.config.rate)
     scenes = [world.Scene(**scene) for scene in truth["scenes"]]
-    return Batch(video, audio, guide, truth["guide_frame"], scenes, shape)
+    return Batch(video, audio, guide, truth["guide_frame"], reference, scenes, shape)

@@ -143,13 +143,19 @@ _FILLER = (
 FILLER = _FILLER.split()
 
 
-def describe(scene: Scene, rng: random.Random, held_out: bool = False) -> str:
-    """A random way of saying `scene`; held_out takes the phrasings that training never uses."""
+def describe(scene: Scene, rng: random.Random, held_out: bool = False, nameless: bool = False) -> str:
+    """A random way of saying `scene`.
+
+    held_out: in phrasings that training never uses. nameless: without colour and shape, which a picture shows.
+    """
     order = rng.choice(HELD_OUT_ORDERS if held_out else ORDERS)
     color, shape = rng.choice(WORDS[scene.color]), rng.choice(WORDS[scene.shape])
     subject = rng.choice(
         [f"a {color} {shape}"] * 4 + [f"the {color} {shape}", f"a {shape} that is {color} and"]
     )
+    if nameless:
+        color, shape = "", rng.choice(["thing", "object"])
+        subject = rng.choice([f"this {shape}", f"the {shape}", "it", "this"])
     tempo = rng.choice(TEMPO[scene.tempo])
     slots = {
         "s": subject,

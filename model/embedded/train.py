@@ -1,9 +1,9 @@
 """Trains the embedded model from nothing, stage by stage; every stage resumes where its folder stands.
 
-python -m lockstep.model.embedded.train video       RUNS --steps 2400
-python -m lockstep.model.embedded.train audio       RUNS --steps 500
-python -m lockstep.model.embedded.train shards      RUNS --steps 130
-python -m lockstep.model.embedded.train transformer RUNS --steps 2500
+python -m lockstep.model.embedded.train video       RUNS --steps 3500
+python -m lockstep.model.embedded.train audio       RUNS --steps 1500
+python -m lockstep.model.embedded.train shards      RUNS --steps 200
+python -m lockstep.model.embedded.train transformer RUNS --steps 5280
 python -m lockstep.model.embedded.train pack        RUNS
 """
 

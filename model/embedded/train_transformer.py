@@ -30,20 +30,25 @@ from .dataset import FORMATS, Batch, format_of, load_shard
 from .training import Run
 
 _DROP_PROMPT = 0.1
-# six steps in ten are the usual format with nothing given: it teaches the words fastest, and one layout can be compiled
-_USUAL_SHARE = 0.6
+# so many steps are of the usual format without tokens beside the clip's own: one layout, which can be compiled
+_USUAL_SHARE = 0.45
 _USUAL_FORMAT = FORMATS[0]
-_TENSORS = ("video", "audio", "guide")
-# what is given in a step, and how often
+_TENSORS = ("video", "audio", "guide", "reference")
+# what is given in a step, and how often; "beginning": of both streams, a clip that goes on
+_USUAL_MODES = {"nothing": 0.62, "first": 0.2, "audio": 0.05, "video": 0.05, "beginning": 0.08}
 _MODES = {
-    "nothing": 0.5,
-    "first": 0.16,
-    "guide": 0.06,
-    "first and guide": 0.08,
-    "audio": 0.06,
-    "video": 0.06,
-    "beginning": 0.08,  # of both streams: a clip that goes on
+    "nothing": 0.32,
+    "first": 0.1,
+    "audio": 0.03,
+    "video": 0.03,
+    "beginning": 0.06,
+    "guide": 0.07,
+    "first and guide": 0.1,
+    "reference": 0.19,
+    "apart": 0.1,  # no attention between the streams: sound alone, and what modality guidance compares with
 }
+# how often the prompt leaves colour and shape to the picture
+_NAMELESS = {"reference": 0.7, "first": 0.25, "first and guide": 0.25}
 
 
 def tokenizer() -> WordTokenizer:
@@ -84,11 +89,15 @@ def initialise_generator(model: Generator, seed: int) -> None:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
 
-def encode_prompts(batch: Batch, rng: random.Random, words: WordTokenizer) -> tuple[Tensor, Tensor]:
-    """A fresh prompt for every scene: ids and mask (B, L); some prompts are dropped for guidance."""
-    rows = [
-        words.encode(language.interrupt(language.describe(scene, rng), rng)).ids for scene in batch.scenes
-    ]
+def encode_prompts(
+    batch: Batch, rng: random.Random, words: WordTokenizer, nameless: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """A fresh prompt for every scene: ids and mask (B, L); some prompts are dropped for guidance.
+
+    nameless: the share of prompts that say neither colour nor shape.
+    """
+    prompts = [language.describe(scene, rng, nameless=rng.random() < nameless) for scene in batch.scenes]
+    rows = [words.encode(language.interrupt(prompt, rng), required=False).ids for prompt in prompts]
     longest = max(len(row) for row in rows)
     ids = torch.stack([functional.pad(row, (0, longest - len(row))) for row in rows])
     mask = torch.stack([(torch.arange(longest) < len(row)).float() for row in rows])
@@ -108,7 +117,13 @@ def _layouts(batch: Batch, mode: str, rng: random.Random) -> tuple[Layout, Layou
     shape, channels, (_, z, _, bins) = batch.shape, batch.video.shape[1], batch.audio.shape
     first = Guide(batch.video[:1, :, :1], 0, 1.0)
     other = Guide(batch.guide[:1], batch.guide_frame, 1.0)
-    guides = {"first": [first], "guide": [other], "first and guide": [first, other]}.get(mode, [])
+    reference = Guide(batch.reference[:1], None, 1.0)
+    guides = {
+        "first": [first],
+        "guide": [other],
+        "first and guide": [first, other],
+        "reference": [reference],
+    }.get(mode, [])
     given_video = batch.video[:1] if mode == "video" else None
     given_audio, audio_mask = batch.audio[:1] if mode == "audio" else None, None
     if mode == "beginning":
@@ -125,13 +140,13 @@ def _stream(layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor) -> tu
     """Noisy tokens as the network reads them, and the velocity that it should answer."""
     noise = torch.randn_like(clean)
     level = sigma.view(-1, 1, 1) * layout.mask.to(clean)
-    several = len(layout.masks) > 1
+    # one form for all modes, so that one compiled layout serves them: tokens are held or noised as far as all others
     return StreamInput(
         tokens=torch.lerp(clean, noise, level),
         context=context,
         sigma=torch.zeros_like(sigma) if layout.frozen else sigma,
-        levels=sigma[:, None] * torch.tensor(layout.masks, device=sigma.device) if several else None,
-        level_of_token=layout.level_of_token.to(sigma.device).expand(len(sigma), -1) if several else None,
+        levels=torch.stack([torch.zeros_like(sigma), sigma], dim=1),
+        level_of_token=(layout.mask[..., 0] > 0).long().to(sigma.device).expand(len(sigma), -1),
     ), noise - clean
 
 
@@ -156,15 +171,16 @@ def flow_loss(
     device = batch.video.device
     sigma = draw_sigma(len(batch.scenes), batch.shape.video_tokens).to(device)
     clean_video = video_to_tokens(batch.video)
-    if "guide" in mode:
-        clean_video = torch.cat([clean_video, video_to_tokens(batch.guide)], dim=1)
+    beside = {"guide": batch.guide, "first and guide": batch.guide, "reference": batch.reference}.get(mode)
+    if beside is not None:
+        clean_video = torch.cat([clean_video, video_to_tokens(beside)], dim=1)
     forward = model.transformer if network is None else network
     with torch.autocast(device.type, torch.bfloat16):
         video_context, audio_context = model.contexts(ids, mask)
         video, video_wanted = _stream(video_layout, clean_video, sigma, video_context)
         audio, audio_wanted = _stream(audio_layout, audio_to_tokens(batch.audio), sigma, audio_context)
         rope = model.transformer.rope_tables(video_layout.positions, audio_layout.positions).to(device)
-        video_velocity, audio_velocity = forward(video, audio, rope)
+        video_velocity, audio_velocity = forward(video, audio, rope, isolated=mode == "apart")
     video_loss = _error(video_velocity, video_wanted, video_layout)
     audio_loss = _error(audio_velocity, audio_wanted, audio_layout)
     return video_loss + audio_loss, {"video": video_loss.item(), "audio": audio_loss.item()}
@@ -180,12 +196,16 @@ def _to(batch: Batch, device: str) -> Batch:
     return replace(batch, **{name: getattr(batch, name).to(device) for name in _TENSORS})
 
 
+def _format(path: Path) -> tuple[int, int, int, float]:
+    return format_of(int(path.stem))
+
+
 def _draw_clips(
     paths: list[Path], rng: random.Random, count: int, mode: str, video_vae: VideoVAE, audio_vae: AudioVAE
 ) -> Batch:
     """Clips of one format from two shards, or from one if a guide is given: it stands at one frame for all."""
     first = rng.choice(paths)
-    alike = [path for path in paths if format_of(path) == format_of(first)]
+    alike = [path for path in paths if _format(path) == _format(first)]
     chosen = [first] if "guide" in mode else [first, rng.choice(alike)]
     parts = []
     for path in chosen:
@@ -216,14 +236,17 @@ def train_transformer(
         rng = random.Random(f"{run.settings.seed}/flow/{step}")
         paths = sorted(folder.glob("*.safetensors"))
         usual = rng.random() < _USUAL_SHARE
-        mode = "nothing" if usual else rng.choices(list(_MODES), weights=list(_MODES.values()))[0]
-        chosen = [path for path in paths if format_of(path) == _USUAL_FORMAT] if usual else paths
+        modes = _USUAL_MODES if usual else _MODES
+        mode = rng.choices(list(modes), weights=list(modes.values()))[0]
+        of_usual_format = usual or rng.random() < 0.25
+        chosen = [path for path in paths if (_format(path) == _USUAL_FORMAT) == of_usual_format]
         # all processes share the format, so that none waits for another; each has clips of its own
-        clips = _draw_clips(chosen, rng, batch * run.processes, mode, video_vae, audio_vae)
+        count = batch if usual else batch // 2  # these are longer or larger, and never compiled
+        clips = _draw_clips(chosen, rng, count * run.processes, mode, video_vae, audio_vae)
         clips = _to(_part(clips, list(range(len(clips.scenes)))[run.rank :: run.processes]), device)
         rng = random.Random(f"{run.settings.seed}/flow/{step}/{run.rank}")
         torch.manual_seed(rng.randrange(2**31))
-        ids, mask = encode_prompts(clips, rng, words)
+        ids, mask = encode_prompts(clips, rng, words, _NAMELESS.get(mode, 0.0))
         network = fast if usual else None
         # on CPUs the fused attention's backward takes longer than that of plain products, at these sizes twice as long
         with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():

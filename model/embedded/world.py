@@ -6,7 +6,7 @@ F frames, H rows, W columns (pixels).
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ PLACES = ("center", "left", "right")
 # motions whose place is free; the others fill the width
 PLACED = ("bounces", "pulses", "still")
 # seconds between two events at normal tempo: floor contacts, wall contacts, sides, largest sizes, turns
-_PERIODS = {"bounces": 0.66, "slides": 0.95, "swings": 0.85, "pulses": 0.8, "orbits": 1.6, "still": 1.0}
+PERIODS = {"bounces": 0.66, "slides": 0.95, "swings": 0.85, "pulses": 0.8, "orbits": 1.6, "still": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,18 @@ def draw_scene(rng: random.Random, allow_held_out: bool = False, **fixed: str) -
         x=center + rng.uniform(-0.04, 0.04),
         y=rng.uniform(0.42, 0.58),
         reach=rng.uniform(0.75, 1.0),
-        period=_PERIODS[words["motion"]] * TEMPOS[words["tempo"]] * rng.uniform(0.92, 1.08),
+        period=PERIODS[words["motion"]] * TEMPOS[words["tempo"]] * rng.uniform(0.92, 1.08),
         phase=rng.random(),
         clockwise=rng.random() < 0.5,
         noise_seed=rng.randrange(2**31),
     )
+
+
+def draw_reference(scene: Scene, rng: random.Random) -> Scene:
+    """A picture of the scene's object somewhere else, of another size and on any background."""
+    background = rng.choice(list(BACKGROUNDS))
+    x, y, radius = rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7), rng.uniform(0.15, 0.25)
+    return replace(scene, background=background, motion="still", x=x, y=y, radius=radius)
 
 
 @dataclass(frozen=True, slots=True)

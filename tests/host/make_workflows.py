@@ -293,7 +293,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
     "clip_to_sound": (
         """**Sound for a silent clip.** Choose a clip in Load Video.
 
-- Count and size of its frames must be ones that the model holds: ImageScale and ImageFromBatch see to that. For the embedded model 64x64 and 4k+1 frames, here 25.
+- Count and size of its frames must be ones that the model holds: ImageScale and ImageFromBatch see to that. For the embedded model 96x96 and 4k+1 frames, here 25.
 - The pictures go into the new file as they are; the sampler makes the sound alone. **Prompt**: what is seen and heard.""",
         [
             {
@@ -308,8 +308,8 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
                     {
                         "image": ("some", 0),
                         "upscale_method": "area",
-                        "width": 64,
-                        "height": 64,
+                        "width": 96,
+                        "height": 96,
                         "crop": "center",
                     },
                 ),

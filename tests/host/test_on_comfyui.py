@@ -129,7 +129,7 @@ def test_text_becomes_a_clip_with_sound(server: ComfyUI, graph: dict):
     clip = server.clip_of(server.run(graph))
     with av.open(str(clip)) as container:
         picture, sound = container.streams.video[0], container.streams.audio[0]
-        assert (picture.width, picture.height, picture.average_rate) == (64, 64, Fraction(12))
+        assert (picture.width, picture.height, picture.average_rate) == (96, 96, Fraction(12))
         frames = sum(1 for _ in container.decode(picture))
     with av.open(str(clip)) as container:
         samples = sum(frame.samples for frame in container.decode(audio=0))
@@ -208,7 +208,7 @@ def test_first_and_last_image_and_another_aspect(server: ComfyUI):
     clip = server.clip_of(server.run(graph))
     with av.open(str(clip)) as container:
         picture = container.streams.video[0]
-        assert (picture.width, picture.height, picture.average_rate) == (112, 64, Fraction(16))
+        assert (picture.width, picture.height, picture.average_rate) == (176, 96, Fraction(16))
         assert sum(1 for _ in container.decode(picture)) == 17
 
 
@@ -299,10 +299,10 @@ def test_both_streams_travel_in_one_latent(server: ComfyUI, graph: dict):
 def test_only_the_masked_part_of_a_clip_is_made_anew(server: ComfyUI):
     graph = twin("clip_to_sound")
     (encoder,), (sampler,) = nodes_of(graph, "LockstepVideoEncode"), nodes_of(graph, "LockstepSampler")
-    size = {"width": 64, "height": 64}
+    size = {"width": 96, "height": 96}
     graph |= {
         "zero": {"class_type": "SolidMask", "inputs": {"value": 0.0, **size}},
-        "one": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 32, "height": 64}},
+        "one": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 96}},
         "mask": {
             "class_type": "MaskComposite",
             "inputs": {"destination": ["zero", 0], "source": ["one", 0], "x": 32, "y": 0, "operation": "add"},
@@ -501,7 +501,7 @@ def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, n
         ("2", {"prompt": "xyzzy plugh"}, "it knows"),
         ("3", {"seconds": 90.0}, "use 4.2"),
         ("3", {"fps": 5.0}, "use 12"),
-        ("3", {"aspect": "custom", "width": 80, "height": 1024}, "use 112"),
+        ("3", {"aspect": "custom", "width": 112, "height": 1024}, "use 176"),
         ("3", {"stg": 1.0, "stg_block": 99}, "stg_block 99 is none of this model's blocks"),
         ("3", {"latent": ["short", 0]}, "images: frames must be 4k+1, got 14: use 13 or 17"),
         ("3", {"latent": ["odd", 0]}, "width must be a multiple of 16 pixels, got 70: use 64 or 80"),
@@ -559,8 +559,8 @@ def spare_nodes() -> dict:
         inputs = {"conditioning": [text, 0], "image": [image, 0], "frame": frame, "strength": 1.0}
         return {"class_type": "LockstepImageEncode", "inputs": inputs}
 
-    def empty_image(batch: int, width: int = 64) -> dict:
-        inputs = {"width": width, "height": 64, "batch_size": batch, "color": 0}
+    def empty_image(batch: int, width: int = 96) -> dict:
+        inputs = {"width": width, "height": 96, "batch_size": batch, "color": 0}
         return {"class_type": "EmptyImage", "inputs": inputs}
 
     def video_encode(pictures: str) -> dict:
@@ -572,7 +572,7 @@ def spare_nodes() -> dict:
         return {"class_type": "LockstepAudioEncode", "inputs": inputs}
 
     def empty_latent(model: str, seconds: float) -> dict:
-        inputs = {"aspect": "1:1", "width": 64, "height": 64, "seconds": seconds, "fps": 0.0}
+        inputs = {"aspect": "1:1", "width": 96, "height": 96, "seconds": seconds, "fps": 0.0}
         return {"class_type": "LockstepEmptyAVLatent", "inputs": {"model": [model, 0], **inputs}}
 
     def silence(seconds: float) -> dict:
@@ -589,14 +589,14 @@ def spare_nodes() -> dict:
         return {"class_type": "LockstepLatentUpscale", "inputs": inputs}
 
     both = {"conditioning_1": ["2", 0], "conditioning_2": ["2", 0]}
-    size = {"width": 64, "height": 64, "length": 9, "batch_size": 1}
+    size = {"width": 96, "height": 96, "length": 9, "batch_size": 1}
     return {
         "empty": {"class_type": "EmptyLTXVLatentVideo", "inputs": size},
         "zeroed": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["2", 0]}},
         "both": {"class_type": "ConditioningCombine", "inputs": both},
         "one": empty_image(1),
         "two": empty_image(2),
-        "white": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 64}},
+        "white": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 96, "height": 96}},
         "fourteen": empty_image(14),
         "thirteen": empty_image(13),
         "seventy": empty_image(13, 70),
@@ -650,7 +650,7 @@ def test_a_decode_can_be_interrupted(server: ComfyUI, graph: dict):
 
 
 @pytest.mark.parametrize(
-    ("node", "task"), [("3", "sampling 13 frames of 64x64"), ("4", "decoding 13 frames")]
+    ("node", "task"), [("3", "sampling 13 frames of 96x96"), ("4", "decoding 13 frames")]
 )
 def test_missing_memory_is_told_by_the_node_that_needs_it(server: ComfyUI, graph: dict, node: str, task: str):
     graph["poor"] = {"class_type": "AnotherNoMemory", "inputs": {"model": ["1", 0]}}
