@@ -702,6 +702,9 @@ class Engine:
         """
         if request.sound_alone and (request.upscalers or request.trajectory):
             raise WorkflowError("a sound alone has no pictures: leave upscalers and trajectory out")
+        given = (request.image, request.last_image, request.reference)
+        if request.sound_alone and any(picture is not None for picture in given):
+            raise WorkflowError("a sound alone has no pictures to guide: leave given pictures out")
         clock = StageMeter(self.device, energy)
         # what cannot be done is told before gigabytes are read
         recipe = self.choose_recipe(request.recipe, request.loras, request.force)

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
+from .clip_inputs import fps_input, seconds_input
 from .sockets import CATEGORY, LockstepModel
 from .types import from_audio, to_kept_audio
 
@@ -21,22 +22,10 @@ class LockstepAudioEncode(io.ComfyNode):
             inputs=[
                 LockstepModel.Input("model", tooltip="The model that will sample."),
                 io.Audio.Input("audio", tooltip="One sound of any rate, mono or stereo."),
-                io.Float.Input(
-                    "seconds",
-                    default=0.0,
-                    min=0.0,
-                    max=120.0,
-                    step=0.1,
-                    tooltip="How long the clip will be: the sound is cut, or followed by silence. 0: as long as the sound.",
+                seconds_input(
+                    "How long the clip will be: the sound is cut, or followed by silence. 0: as long as the sound."
                 ),
-                io.Float.Input(
-                    "fps",
-                    default=0.0,
-                    min=0.0,
-                    max=120.0,
-                    step=1.0,
-                    tooltip="Frames per second of the clip. 0: the model's own.",
-                ),
+                fps_input("Frames per second of the clip. 0: the model's own."),
             ],
             outputs=[
                 io.Latent.Output(

@@ -1,4 +1,4 @@
-"""The inputs that say how large, how long and how fast a clip is to be: the same on every node that asks."""
+"""The inputs that say how large, how long and how fast a clip is or is to be: the same on every node that asks."""
 
 from comfy_api.latest import io
 
@@ -32,20 +32,26 @@ def clip_inputs() -> list:
             step=16,
             tooltip="Pixels; counts only where aspect is custom. Published models need multiples of 32.",
         ),
-        io.Float.Input(
-            "seconds",
-            default=0.0,
-            min=0.0,
-            max=120.0,
-            step=0.1,
-            tooltip="How long the clip is, to the nearest count of frames that the model holds. 0: the model's own.",
+        seconds_input(
+            "How long the clip is, to the nearest count of frames that the model holds. 0: the model's own."
         ),
-        io.Float.Input(
-            "fps",
-            default=0.0,
-            min=0.0,
-            max=120.0,
-            step=1.0,
-            tooltip="Frames per second. 0: the model's own.",
-        ),
+        fps_input("Frames per second. 0: the model's own."),
+    ]
+
+
+def seconds_input(tooltip: str) -> io.Float.Input:
+    """How long a clip is to be; 0 leaves it to the node."""
+    return io.Float.Input("seconds", default=0.0, min=0.0, max=120.0, step=0.1, tooltip=tooltip)
+
+
+def fps_input(tooltip: str) -> io.Float.Input:
+    """Of a clip to be made; 0 is the model's own."""
+    return io.Float.Input("fps", default=0.0, min=0.0, max=120.0, step=1.0, tooltip=tooltip)
+
+
+def finished_inputs(fps_tooltip: str) -> list:
+    """Pictures and fps of a finished clip, of any model or none."""
+    return [
+        io.Image.Input("images", tooltip="All frames of one clip, in order."),
+        io.Float.Input("fps", default=12.0, min=0.1, max=240.0, step=0.1, tooltip=fps_tooltip),
     ]

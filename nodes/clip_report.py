@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..model.measure.report import draw_report, report_clip
 from . import history
+from .clip_inputs import finished_inputs
 from .sockets import CATEGORY
 from .types import from_joint_latent, to_clip
 
@@ -21,14 +22,8 @@ class LockstepClipReport(io.ComfyNode):
             description="Measures a clip: whether its sound fits its picture, loudness, peaks, clicks, black, frozen and "
             "flashing frames, motion, seams. Works on any clip and needs no model.",
             inputs=[
-                io.Image.Input("images", tooltip="All frames of one clip, in order."),
-                io.Float.Input(
-                    "fps",
-                    default=12.0,
-                    min=0.1,
-                    max=240.0,
-                    step=0.1,
-                    tooltip="Frames per second, such as the fps of Lockstep VAE Decode or Get Video Components.",
+                *finished_inputs(
+                    "Frames per second, such as the fps of Lockstep VAE Decode or Get Video Components."
                 ),
                 io.Audio.Input(
                     "audio", optional=True, tooltip="The clip's sound; without it the pictures alone."

@@ -7,6 +7,7 @@ from ..model.errors import ProvenanceError
 from ..model.media import write_clip
 from ..model.provenance import MADE, SOURCE_TYPES, Disclosure, find_signer
 from . import host
+from .clip_inputs import finished_inputs
 from .sampler import check_choices
 from .sockets import CATEGORY
 from .types import to_clip, to_encodable
@@ -25,15 +26,7 @@ class LockstepSaveClip(io.ComfyNode):
             description="Writes pictures and sound to an mp4, equally long, with the workflow and a statement that it was made "
             "by AI; on request signed with your certificate.",
             inputs=[
-                io.Image.Input("images", tooltip="All frames of one clip, in order."),
-                io.Float.Input(
-                    "fps",
-                    default=12.0,
-                    min=0.1,
-                    max=240.0,
-                    step=0.1,
-                    tooltip="Frames per second, such as the fps of Lockstep VAE Decode.",
-                ),
+                *finished_inputs("Frames per second, such as the fps of Lockstep VAE Decode."),
                 io.String.Input(
                     "filename_prefix",
                     default="video/lockstep",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..model.engine import Engine
 from . import host
+from .clip_inputs import fps_input
 from .sockets import CATEGORY, LockstepModel
 from .types import to_kept_video, to_pixels
 
@@ -26,13 +27,8 @@ class LockstepVideoEncode(io.ComfyNode):
                     "images",
                     tooltip="Frames of one clip. Their count and size must be ones that the model holds; the nearest are named.",
                 ),
-                io.Float.Input(
-                    "fps",
-                    default=0.0,
-                    min=0.0,
-                    max=120.0,
-                    step=1.0,
-                    tooltip="Frames per second of the clip, such as the fps of Get Video Components. 0: the model's own.",
+                fps_input(
+                    "Frames per second of the clip, such as the fps of Get Video Components. 0: the model's own."
                 ),
             ],
             outputs=[

@@ -69,6 +69,8 @@ def test_a_reference_may_be_smaller_by_a_whole_number_and_stand_alone():
     assert torch.equal(layout.positions[:, :, -12:], reference_positions(shape, 2, 2, 3, downscale=2))
     with pytest.raises(ShapeError, match="guide has latents"):
         lay_out_video(shape, 4, [Guide(torch.randn(1, 4, 1, 3, 3), None, 1.0)])
+    with pytest.raises(ShapeError, match=r"needs \(1, 4, 1, 4, 6\)"):  # too large
+        lay_out_video(shape, 4, [Guide(torch.randn(1, 4, 1, 9, 13), None, 1.0)])
     with pytest.raises(WorkflowError, match="two references"):
         lay_out_video(SHAPE, 4, [Guide(latent(), None, 1.0), Guide(latent(), None, 1.0)])
 

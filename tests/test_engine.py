@@ -107,8 +107,11 @@ def test_a_sound_alone_has_no_pictures_and_hears_none(engine):
     assert result.latent_sha256 == engine.generate(alone).latent_sha256
     # the size of the pictures that are not made does not matter
     assert torch.equal(engine.generate(replace(alone, size="16:9")).clip.waveform, result.clip.waveform)
-    with pytest.raises(WorkflowError, match="no pictures to guide"):
-        engine.generate(replace(alone, image=torch.rand(96, 96, 3)))
+    ticks: list[Progress] = []
+    for name in ("image", "last_image", "reference"):
+        with pytest.raises(WorkflowError, match="no pictures to guide"):
+            engine.generate(replace(alone, **{name: torch.rand(96, 96, 3)}), ticks.append)
+    assert ticks == []  # told before any work
 
 
 def test_a_reference_stands_beside_the_clip(engine):

@@ -130,8 +130,8 @@ def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
 
 def _appended_positions(guide: Guide, shape: ClipShape, channels: int) -> Tensor:
     frames, rows, columns = guide.latent.shape[2:]
-    times = shape.latent_height // rows if guide.frame is None and rows else 1
-    needed = (shape.latent_height // times, shape.latent_width // times) if times else (0, 0)
+    times = max(1, shape.latent_height // rows) if guide.frame is None else 1
+    needed = (shape.latent_height // times, shape.latent_width // times)
     _check_latent("guide", guide.latent, (1, channels, frames, *needed))
     if guide.frame is not None:
         return frame_positions(shape, guide.frame, frames)
