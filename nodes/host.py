@@ -1,6 +1,7 @@
 """All dealings with ComfyUI's inside: devices, memory, model folders, progress, interruption, previews."""
 
 import difflib
+import hashlib
 import json
 import logging
 import threading
@@ -167,13 +168,28 @@ def find_file(kind: str, choice: str) -> Path:
     raise CheckpointError(f"no file {choice!r} in ComfyUI's folder {kind}: {advice}")
 
 
-def signature_of(kind: str, choice: str | None) -> tuple[str, int, int]:
-    """Path, time and size of a choice: another file under the same name is another one; None is not known yet."""
+def check_file(kind: str, choice: str | None) -> bool | str:
+    """What validate_inputs returns for a choice of files; None is a linked one, not known yet."""
+    try:
+        if choice is not None:
+            find_file(kind, choice)
+    except CheckpointError as error:
+        return str(error)
+    return True
+
+
+def signature_of(kind: str, choice: str | None) -> str:
+    """Another file under the same name has another one; None is not known yet."""
     if choice is None:
-        return "", 0, 0
+        return ""
     path = find_file(kind, choice)
     facts = path.stat()
-    return str(path), facts.st_mtime_ns, facts.st_size
+    return digest(str(path), facts.st_mtime_ns, facts.st_size)
+
+
+def digest(*facts: object) -> str:
+    """Stands for facts in a fingerprint: ComfyUI writes it into files that are shown around, folders are nobody's business."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 # Files of latents

@@ -3,7 +3,6 @@
 from comfy_api.latest import io
 
 from ..model.engine import Engine
-from ..model.errors import LockstepError
 from . import host
 from .sockets import CATEGORY, LockstepModel
 from .types import from_joint_latent, to_latents
@@ -45,15 +44,10 @@ class LockstepLatentUpscale(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, upscaler: str | None) -> bool | str:
-        try:
-            if upscaler is not None:
-                host.find_file(host.UPSCALERS, upscaler)
-        except LockstepError as error:
-            return str(error)
-        return True
+        return host.check_file(host.UPSCALERS, upscaler)
 
     @classmethod
-    def fingerprint_inputs(cls, model: Engine | None, latent: dict | None, upscaler: str | None) -> tuple:
+    def fingerprint_inputs(cls, model: Engine | None, latent: dict | None, upscaler: str | None) -> str:
         return host.signature_of(host.UPSCALERS, upscaler)
 
     @classmethod

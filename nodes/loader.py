@@ -1,7 +1,5 @@
 """Lockstep Loader: a choice of weights to a model that all other nodes share."""
 
-import hashlib
-
 from comfy_api.latest import io
 
 from ..model.engine import ATTENTION_NAMES, PRECISIONS, check_attention
@@ -105,8 +103,7 @@ class LockstepLoader(io.ComfyNode):
         attention: str | None = None,
     ) -> tuple:
         file = host.file_signature(model) if model else ()  # None: linked, not known yet
-        # a digest: ComfyUI writes this into files that are shown around, and folders are nobody's business
-        return (hashlib.sha256(repr(file).encode()).hexdigest(), device, precision, offload)
+        return (host.digest(*file), device, precision, offload)
 
     @classmethod
     def execute(

@@ -3,7 +3,6 @@
 from comfy_api.latest import io
 
 from ..model.engine import Engine
-from ..model.errors import LockstepError
 from ..model.values import Lora
 from . import host
 from .sockets import CATEGORY, LockstepModel
@@ -50,16 +49,11 @@ class LockstepLoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora: str | None) -> bool | str:
-        try:
-            if lora is not None:
-                host.find_file(host.LORAS, lora)
-        except LockstepError as error:
-            return str(error)
-        return True
+        return host.check_file(host.LORAS, lora)
 
     @classmethod
     def fingerprint_inputs(cls, model: Engine | None, lora: str | None, strength: float | None) -> tuple:
-        return (*host.signature_of(host.LORAS, lora), strength)
+        return (host.signature_of(host.LORAS, lora), strength)
 
     @classmethod
     def execute(cls, model: Engine, lora: str, strength: float) -> io.NodeOutput:

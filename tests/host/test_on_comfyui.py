@@ -260,6 +260,14 @@ def test_a_saved_clip_holds_its_workflow_and_says_that_it_was_made_by_ai(server:
         assert "xmp" not in container.metadata
 
 
+@pytest.mark.parametrize("name", ["ltx_lora", "ltx_two_stage"])
+def test_a_clip_made_with_other_files_tells_no_folder(server: ComfyUI, name: str):
+    with av.open(str(server.clip_of(server.run(twin(name))))) as container:
+        said = container.metadata["prompt"]
+    assert "LockstepLoader" in said
+    assert str(server.base) not in said
+
+
 def test_an_unknown_disclosure_is_refused_with_those_that_are_known(server: ComfyUI):
     graph = twin("save_clip")
     (save,) = nodes_of(graph, "LockstepSaveClip")
