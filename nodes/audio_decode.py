@@ -4,11 +4,12 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import history, host
+from .base import Node
 from .sockets import CATEGORY, LockstepModel
 from .types import from_audio_latent, to_audio
 
 
-class LockstepAudioDecode(io.ComfyNode):
+class LockstepAudioDecode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -27,7 +28,7 @@ class LockstepAudioDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Engine, audio: dict) -> io.NodeOutput:
+    def run(cls, model: Engine, audio: dict) -> io.NodeOutput:
         latents = from_audio_latent(audio)
         reporter = host.Reporter(cls.hidden.unique_id, f"decoding {latents.shape.seconds:.1f} s of sound")
         with reporter as report, history.measured(model, "audio") as meter:

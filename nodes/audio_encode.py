@@ -6,12 +6,13 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
+from .base import Node
 from .clip_inputs import fps_input, seconds_input
 from .sockets import CATEGORY, LockstepModel
 from .types import from_audio, to_kept_audio
 
 
-class LockstepAudioEncode(io.ComfyNode):
+class LockstepAudioEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -38,7 +39,7 @@ class LockstepAudioEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Engine, audio: dict, seconds: float, fps: float) -> io.NodeOutput:
+    def run(cls, model: Engine, audio: dict, seconds: float, fps: float) -> io.NodeOutput:
         waveform_CS, rate_hz = from_audio(audio)
         shape = model.shape(None, seconds or waveform_CS.shape[1] / rate_hz, fps or None)
         with host.Reporter(cls.hidden.unique_id, f"encoding {shape.seconds:.1f} s of sound") as report:

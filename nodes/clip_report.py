@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..model.measure.report import draw_report, report_clip
 from . import history
+from .base import Node
 from .clip_inputs import finished_inputs
 from .sockets import CATEGORY
 from .types import from_joint_latent, to_clip
 
 
-class LockstepClipReport(io.ComfyNode):
+class LockstepClipReport(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -49,7 +50,7 @@ class LockstepClipReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def run(
         cls, images: Tensor, fps: float, audio: dict | None = None, latent: dict | None = None
     ) -> io.NodeOutput:
         clip = to_clip(images, fps, audio)

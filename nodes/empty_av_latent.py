@@ -4,13 +4,13 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
+from .base import Node, check_choices
 from .clip_inputs import ASPECTS, clip_inputs
-from .sampler import check_choices
 from .sockets import CATEGORY, LockstepModel
 from .types import size_of, to_latents
 
 
-class LockstepEmptyAVLatent(io.ComfyNode):
+class LockstepEmptyAVLatent(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -37,7 +37,7 @@ class LockstepEmptyAVLatent(io.ComfyNode):
         return check_choices(("aspect", aspect, ASPECTS))
 
     @classmethod
-    def execute(
+    def run(
         cls, model: Engine, aspect: str, width: int, height: int, seconds: float, fps: float
     ) -> io.NodeOutput:
         shape = model.shape(size_of(aspect, width, height), seconds or None, fps or None)

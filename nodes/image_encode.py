@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 from torch import Tensor
 
+from .base import Node, check_choices
 from .sockets import CATEGORY
 from .types import to_picture, with_picture
 
@@ -10,7 +11,7 @@ _MOST_FRAMES = 10_000
 USES = ("frame", "reference")
 
 
-class LockstepImageEncode(io.ComfyNode):
+class LockstepImageEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -64,12 +65,10 @@ class LockstepImageEncode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, use_as: str | None = None) -> bool | str:
-        if use_as is not None and use_as not in USES:
-            return f"unknown use_as {use_as!r}: use {' or '.join(USES)}"
-        return True
+        return check_choices(("use_as", use_as, USES))
 
     @classmethod
-    def execute(
+    def run(
         cls,
         conditioning: list,
         image: Tensor,

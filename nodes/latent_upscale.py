@@ -4,11 +4,12 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
+from .base import Node
 from .sockets import CATEGORY, LockstepModel
 from .types import from_joint_latent, to_latents
 
 
-class LockstepLatentUpscale(io.ComfyNode):
+class LockstepLatentUpscale(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         choices = host.file_choices(host.UPSCALERS)
@@ -51,7 +52,7 @@ class LockstepLatentUpscale(io.ComfyNode):
         return host.signature_of(host.UPSCALERS, upscaler)
 
     @classmethod
-    def execute(cls, model: Engine, latent: dict, upscaler: str) -> io.NodeOutput:
+    def run(cls, model: Engine, latent: dict, upscaler: str) -> io.NodeOutput:
         latents = from_joint_latent(latent)
         with host.Reporter(cls.hidden.unique_id, "upscaling latents") as report:
             grown = model.upscale(latents, host.find_file(host.UPSCALERS, upscaler), report)

@@ -5,11 +5,12 @@ from comfy_api.latest import io
 from ..model.errors import LockstepError
 from ..model.latents.file import read_latents
 from . import host
+from .base import Node
 from .sockets import CATEGORY
 from .types import to_latents
 
 
-class LockstepLoadAVLatent(io.ComfyNode):
+class LockstepLoadAVLatent(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         choices = host.latent_choices()
@@ -52,6 +53,6 @@ class LockstepLoadAVLatent(io.ComfyNode):
         return (file, facts.st_mtime_ns, facts.st_size)
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
+    def run(cls, file: str) -> io.NodeOutput:
         _video, _audio, joint = to_latents(read_latents(host.latent_path(file)), host.join_latents)
         return io.NodeOutput(joint)

@@ -5,10 +5,11 @@ from comfy_api.latest import io
 from ..model.engine import ATTENTION_NAMES, PRECISIONS, check_attention
 from ..model.errors import LockstepError
 from . import host
+from .base import Node, check_choices
 from .sockets import CATEGORY, LockstepModel
 
 
-class LockstepLoader(io.ComfyNode):
+class LockstepLoader(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -75,15 +76,14 @@ class LockstepLoader(io.ComfyNode):
         offload: str | None = None,
         attention: str | None = None,
     ) -> bool | str:
-        choices = (
+        known = check_choices(
             ("device", device, host.DEVICES),
-            ("precision", precision, PRECISIONS),
+            ("precision", precision, tuple(PRECISIONS)),
             ("offload", offload, host.OFFLOADS),
             ("attention", attention, ATTENTION_NAMES),
         )
-        for name, value, known in choices:
-            if value is not None and value not in known:
-                return f"unknown {name} {value!r}: use {' or '.join(known)}"
+        if known is not True:
+            return known
         try:
             if model is not None:
                 host.open_engine(model, "cpu")  # reads the header alone
@@ -94,19 +94,11 @@ class LockstepLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(
-        cls,
-        model: str | None,
-        device: str | None,
-        precision: str | None = None,
-        offload: str | None = None,
-        attention: str | None = None,
-    ) -> tuple:
-        file = host.file_signature(model) if model else ()  # None: linked, not known yet
-        return (host.digest(*file), device, precision, offload)
+    def fingerprint_inputs(cls, model: str | None, **_choices: str | None) -> str:
+        return host.digest(*host.file_signature(model)) if model else ""  # None: linked, not known yet
 
     @classmethod
-    def execute(
+    def run(
         cls,
         model: str,
         device: str,

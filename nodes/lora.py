@@ -5,11 +5,12 @@ from comfy_api.latest import io
 from ..model.engine import Engine
 from ..model.values import Lora
 from . import host
+from .base import Node
 from .sockets import CATEGORY, LockstepModel
 from .with_loras import add_lora
 
 
-class LockstepLoRA(io.ComfyNode):
+class LockstepLoRA(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         choices = host.file_choices(host.LORAS)
@@ -56,7 +57,7 @@ class LockstepLoRA(io.ComfyNode):
         return (host.signature_of(host.LORAS, lora), strength)
 
     @classmethod
-    def execute(cls, model: Engine, lora: str, strength: float) -> io.NodeOutput:
+    def run(cls, model: Engine, lora: str, strength: float) -> io.NodeOutput:
         changed, warnings = add_lora(model, Lora(host.find_file(host.LORAS, lora), strength))
         host.warn(cls.hidden.unique_id, warnings)
         return io.NodeOutput(changed)

@@ -1,6 +1,6 @@
 """Lockstep Sampler: noise to the latents of one clip, picture and sound together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -13,6 +13,7 @@ from ..model.shapes import ClipShape
 from ..model.trajectory import Trajectory
 from ..model.values import AVLatents, Guide
 from . import history, host
+from .base import Node, check_choices
 from .clip_inputs import ASPECTS, clip_inputs
 from .refining import STAGES, refining_levels
 from .sockets import CATEGORY, LockstepModel
@@ -31,7 +32,7 @@ OWN_STG, OWN_SAMPLER = -1.0, "model default"
 SAMPLERS = (OWN_SAMPLER, *SAMPLER_NAMES)
 
 
-class LockstepSampler(io.ComfyNode):
+class LockstepSampler(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -163,7 +164,7 @@ class LockstepSampler(io.ComfyNode):
         return check_choices(("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLERS))
 
     @classmethod
-    def execute(
+    def run(
         cls,
         model: Engine,
         conditioning: list,
@@ -227,14 +228,6 @@ class LockstepSampler(io.ComfyNode):
         model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
         history.note(latents, meter, seed=seed, **model_facts)
         return io.NodeOutput(*to_latents(latents, host.join_latents), pictures)
-
-
-def check_choices(*choices: tuple[str, str | None, Sequence[str]]) -> bool | str:
-    """What validate_inputs returns for inputs (name, value, known values); None is a linked one, not known yet."""
-    for name, value, known in choices:
-        if value is not None and value not in known:
-            return f"unknown {name} {value!r}: use {', '.join(known)}"
-    return True
 
 
 def guide(

@@ -4,11 +4,12 @@ from comfy_api.latest import io
 
 from ..model.latents.file import write_latents
 from . import host
+from .base import Node, check_prefix
 from .sockets import CATEGORY
 from .types import from_joint_latent
 
 
-class LockstepSaveAVLatent(io.ComfyNode):
+class LockstepSaveAVLatent(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -30,7 +31,11 @@ class LockstepSaveAVLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent: dict, filename_prefix: str) -> io.NodeOutput:
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        return check_prefix(filename_prefix)
+
+    @classmethod
+    def run(cls, latent: dict, filename_prefix: str) -> io.NodeOutput:
         latents = from_joint_latent(latent)
         path, shown = host.new_output_path(filename_prefix, host.LATENT_SUFFIX)
         write_latents(path, latents, host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo))

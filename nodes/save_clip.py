@@ -7,8 +7,8 @@ from ..model.errors import ProvenanceError
 from ..model.media import write_clip
 from ..model.provenance import MADE, SOURCE_TYPES, Disclosure, find_signer
 from . import host
+from .base import Node, check_choices, check_prefix
 from .clip_inputs import finished_inputs
-from .sampler import check_choices
 from .sockets import CATEGORY
 from .types import to_clip, to_encodable
 
@@ -16,7 +16,7 @@ UNDISCLOSED = "none"
 DISCLOSURES = (*SOURCE_TYPES, UNDISCLOSED)
 
 
-class LockstepSaveClip(io.ComfyNode):
+class LockstepSaveClip(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -55,11 +55,12 @@ class LockstepSaveClip(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, disclosure: str | None) -> bool | str:
-        return check_choices(("disclosure", disclosure, DISCLOSURES))
+    def validate_inputs(cls, disclosure: str | None, filename_prefix: str | None) -> bool | str:
+        known = check_choices(("disclosure", disclosure, DISCLOSURES))
+        return check_prefix(filename_prefix) if known is True else known
 
     @classmethod
-    def execute(
+    def run(
         cls,
         images: Tensor,
         fps: float,

@@ -4,11 +4,12 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
+from .base import Node
 from .sockets import CATEGORY, LockstepModel
 from .types import Script, to_conditioning
 
 
-class LockstepTextEncode(io.ComfyNode):
+class LockstepTextEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -48,7 +49,7 @@ class LockstepTextEncode(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model: Engine, prompt: str, negative: str) -> io.NodeOutput:
+    def run(cls, model: Engine, prompt: str, negative: str) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
         with host.Reporter(node_id, "encoding the prompt") as report:
             text = model.encode_text(prompt, negative, report)

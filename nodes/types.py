@@ -85,21 +85,30 @@ def to_picture(
 
     mask_BHW: a MASK of any size, stretched over the picture; one of zeros, as pictures without alpha have it, is none.
     """
-    if image_BHWC.ndim != 4 or image_BHWC.shape[-1] not in (1, 3, 4):
-        raise MediaError(
-            f"image has the shape {tuple(image_BHWC.shape)}, (1, rows, columns, 3) is needed: connect an IMAGE"
-        )
+    image_BHWC = _to_rgb("image", image_BHWC).clamp(0, 1)
     if image_BHWC.shape[0] != 1:
         raise MediaError(
             f"image holds {image_BHWC.shape[0]} pictures, one is needed: choose it with ImageFromBatch, "
             "or give each its own Lockstep Image Encode"
         )
-    image_HWC = rearrange(image_BHWC, "1 H W C -> H W C").float().cpu().clamp(0, 1)
-    if image_HWC.shape[-1] == 4:
-        color, alpha = image_HWC[..., :3], image_HWC[..., 3:]
-        image_HWC = color * alpha + (1 - alpha)
-    image_HWC = image_HWC.expand(-1, -1, 3)
+    image_HWC = rearrange(image_BHWC, "1 H W C -> H W C")
     return Picture(image_HWC, frame, strength, _picture_mask(mask_BHW, image_HWC))
+
+
+def _to_rgb(name: str, images_BHWC: Tensor) -> Tensor:
+    """Any IMAGE as (B, H, W, 3), float32 on the CPU; grey becomes RGB, transparent parts lie on white.
+
+    Raises MediaError, naming the input, for another layout or no picture at all.
+    """
+    if images_BHWC.ndim != 4 or images_BHWC.shape[-1] not in (1, 3, 4) or not images_BHWC.numel():
+        raise MediaError(
+            f"{name} has the shape {tuple(images_BHWC.shape)}, (pictures, rows, columns, 3) is needed: connect an IMAGE"
+        )
+    images_BHWC = images_BHWC.float().cpu()
+    if images_BHWC.shape[-1] == 4:
+        color, alpha = images_BHWC[..., :3], images_BHWC[..., 3:].clamp(0, 1)
+        images_BHWC = color * alpha + (1 - alpha)
+    return images_BHWC.expand(-1, -1, -1, 3)
 
 
 def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
@@ -203,19 +212,19 @@ def from_video_latent(latent: dict[str, Any]) -> AVLatents:
 
 def from_audio_latent(latent: dict[str, Any]) -> AVLatents:
     """Any LATENT with sound that began as ours and is as long, for its decoder. Raises as from_video_latent does."""
-    stream = _one_stream("audio", latent)
-    needed = stream.shape.audio_latents
-    if stream.samples.shape[2] != needed:
-        raise ShapeError(
-            f"audio has {stream.samples.shape[2]} latents, the sampler made {needed}: decode all of them and cut the sound"
-        )
+    stream = _whole_sound(_one_stream("audio", latent))
     return AVLatents(torch.empty(0), stream.samples, stream.shape, stream.origin.model_id)
 
 
 def from_joint_latent(latent: dict[str, Any]) -> AVLatents:
     """A LATENT with both streams. Raises as from_video_latent does."""
-    video, audio = from_video_latent(latent), from_audio_latent(latent)
-    return replace(video, audio=audio.audio)
+    streams = read_latent("latent", latent)
+    if len(streams) != 2:
+        raise ShapeError(
+            f"latent holds {next(iter(streams))} alone: connect an av_latent output, which holds picture and sound"
+        )
+    video, audio = streams["video"], _whole_sound(streams["audio"])
+    return AVLatents(video.samples, audio.samples, video.shape, video.origin.model_id)
 
 
 def given_streams(
@@ -330,6 +339,15 @@ def _one_stream(kind: str, latent: dict[str, Any]) -> Stream:
     return streams[kind]
 
 
+def _whole_sound(stream: Stream) -> Stream:
+    needed, given = stream.shape.audio_latents, stream.samples.shape[2]
+    if given != needed:
+        raise ShapeError(
+            f"audio has {given} latents, the sampler made {needed}: decode all of them and cut the sound"
+        )
+    return stream
+
+
 # Clips from outside
 
 
@@ -340,10 +358,7 @@ def to_pixels(
 
     shape_of: the model's, from (size, seconds, fps). Raises ShapeError with the nearest size or count that works.
     """
-    if images_FHWC.ndim != 4 or images_FHWC.shape[-1] != 3 or not images_FHWC.shape[0]:
-        raise MediaError(
-            f"images have the shape {tuple(images_FHWC.shape)}, (frames, rows, columns, 3) is needed"
-        )
+    images_FHWC = _to_rgb("images", images_FHWC).clamp(0, 1)
     frames, height, width, _ = images_FHWC.shape
     try:
         rate = shape_of(None, None, fps or None).fps
@@ -352,21 +367,18 @@ def to_pixels(
         raise ShapeError(
             f"images: {error} (ImageFromBatch takes some of them, ImageScale changes their size)"
         ) from error
-    pixels = rearrange(images_FHWC.float().cpu().clamp(0, 1), "F H W C -> 1 C F H W") * 2 - 1
+    pixels = rearrange(images_FHWC, "F H W C -> 1 C F H W") * 2 - 1
     return pixels, shape
 
 
 def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Clip:
     """IMAGE and AUDIO as one clip to be looked at; values that are no numbers stay, so that they can be told.
 
-    Raises MediaError for pictures of other channels, for a batch of sounds, or for one without samples.
+    Raises MediaError for what are no pictures, for a batch of sounds, or for one without samples.
     """
-    if images_FHWC.ndim != 4 or images_FHWC.shape[-1] != 3 or not images_FHWC.shape[0]:
-        raise MediaError(
-            f"images have the shape {tuple(images_FHWC.shape)}, (frames, rows, columns, 3) is needed"
-        )
+    images_FHWC = _to_rgb("images", images_FHWC)
     if audio is None:
-        return Clip(images_FHWC.float().cpu(), None, fps, 0)
+        return Clip(images_FHWC, None, fps, 0)
     waveform = audio["waveform"]
     if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.numel():
         raise MediaError(
@@ -375,7 +387,7 @@ def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Cl
     rate_hz = int(audio["sample_rate"])
     if rate_hz < 1:
         raise MediaError(f"audio says that it has {rate_hz} samples per second: load it again")
-    return Clip(images_FHWC.float().cpu(), waveform[0].float().cpu(), fps, rate_hz)
+    return Clip(images_FHWC, waveform[0].float().cpu(), fps, rate_hz)
 
 
 def to_encodable(clip: Clip) -> Clip:

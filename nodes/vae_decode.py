@@ -4,11 +4,12 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import history, host
+from .base import Node
 from .sockets import CATEGORY, LockstepModel
 from .types import from_video_latent
 
 
-class LockstepVAEDecode(io.ComfyNode):
+class LockstepVAEDecode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -34,7 +35,7 @@ class LockstepVAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Engine, video: dict) -> io.NodeOutput:
+    def run(cls, model: Engine, video: dict) -> io.NodeOutput:
         latents = from_video_latent(video)
         shape = latents.shape
         task = f"decoding {shape.frames} frames of {shape.width}x{shape.height}"

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..model.engine import Engine
 from . import host
+from .base import Node
 from .clip_inputs import fps_input
 from .sockets import CATEGORY, LockstepModel
 from .types import to_kept_video, to_pixels
 
 
-class LockstepVideoEncode(io.ComfyNode):
+class LockstepVideoEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -42,7 +43,7 @@ class LockstepVideoEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Engine, images: Tensor, fps: float) -> io.NodeOutput:
+    def run(cls, model: Engine, images: Tensor, fps: float) -> io.NodeOutput:
         pixels_BCFHW, shape = to_pixels(images, fps, model.shape)
         task = f"encoding {shape.frames} frames of {shape.width}x{shape.height}"
         with host.Reporter(cls.hidden.unique_id, task) as report:

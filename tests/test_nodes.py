@@ -157,6 +157,9 @@ def test_latents_come_back_as_they_went():
         back = types.from_audio_latent(source)
         assert torch.equal(back.audio, made.audio)
         assert (back.shape, back.model_id) == (made.shape, made.model_id)
+    for alone in (video, audio):
+        with pytest.raises(ShapeError, match="connect an av_latent output"):
+            types.from_joint_latent(alone)
     both = types.from_joint_latent(joint)
     assert torch.equal(both.video, made.video)
     assert torch.equal(both.audio, made.audio)
@@ -291,13 +294,24 @@ def test_pictures_become_pixels_and_measures():
     [
         ((8, 32, 48, 3), ShapeError, "images: frames must be 4k.1, got 8: use 5 or 9"),
         ((9, 30, 48, 3), ShapeError, "images: height must be a multiple of 16 pixels, got 30: use 16 or 32"),
-        ((9, 32, 48, 4), MediaError, "images have the shape"),
-        ((0, 32, 48, 3), MediaError, "images have the shape"),
+        ((9, 32, 48, 2), MediaError, "images has the shape"),
+        ((0, 32, 48, 3), MediaError, "images has the shape"),
     ],
 )
 def test_pictures_that_the_codec_cannot_hold_are_refused(size, error, sentence):
     with pytest.raises(error, match=sentence):
         types.to_pixels(torch.zeros(size), 0.0, shape_of)
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 0.25), (3, 0.25), (4, 0.625)])
+def test_pictures_of_every_kind_become_rgb(channels, shown):
+    """Half transparent on white: 0.25 * 0.5 + 0.5."""
+    images = torch.full((9, 32, 48, channels), 0.25)
+    images[..., 3:] = 0.5
+    pixels, _ = types.to_pixels(images, 0.0, shape_of)
+    assert pixels.shape == (1, 3, 9, 32, 48)
+    assert torch.allclose(pixels, torch.tensor(shown * 2 - 1))
+    assert torch.allclose(types.to_clip(images, 12.0, None).frames, torch.tensor(shown))
 
 
 def test_sound_comes_with_its_rate():
@@ -327,7 +341,7 @@ def test_a_clip_to_be_looked_at_keeps_what_is_wrong_with_it():
     assert clip.waveform is not None
     assert (tuple(clip.waveform.shape), clip.sample_rate_hz) == ((2, 9), 8000)
     assert types.to_clip(frames, 12.0, None).waveform is None
-    with pytest.raises(MediaError, match="images have the shape"):
+    with pytest.raises(MediaError, match="images has the shape"):
         types.to_clip(frames[..., :2], 12.0, None)
     with pytest.raises(MediaError, match="one sound"):
         types.to_clip(frames, 12.0, {"waveform": torch.zeros(2, 1, 9), "sample_rate": 8000})

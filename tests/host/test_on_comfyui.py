@@ -464,9 +464,9 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("1", {"model": "no-such.safetensors"}, "no model file 'no-such.safetensors'"),
         ("1", {"model": "damaged.safetensors"}, "damaged.safetensors"),
         ("1", {"device": "abacus"}, "use auto or cpu"),
-        ("1", {"precision": "float8"}, "use auto or float32"),
+        ("1", {"precision": "float8"}, "use auto, float32, bfloat16 or float16"),
         ("1", {"offload": "never"}, "use auto or always"),
-        ("1", {"attention": "magic"}, "use auto or pytorch"),
+        ("1", {"attention": "magic"}, "use auto, pytorch"),
         ("1", {"attention": "sageattention"}, "attention 'sageattention' needs a CUDA device"),
         ("2", {"prompt": "  "}, "prompt is empty"),
         ("3", {"aspect": "1:7"}, "use model default"),
@@ -489,6 +489,7 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("lora", {"lora": "../checkpoints/random.safetensors"}, "no file '../checkpoints"),
         ("lora", {"strength": 11.0}, "strength"),
         ("upscale", {"upscaler": "no-such.safetensors"}, "in ComfyUI's folder latent_upscale_models: use"),
+        ("keep", {"filename_prefix": " "}, "filename_prefix is empty: use a name such as"),
         ("file", {"file": "no-such.latent"}, "no latent file 'no-such.latent'"),
         ("file", {"file": "../../models/checkpoints/random.safetensors"}, "no latent file"),
     ],
@@ -497,6 +498,8 @@ def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, n
     graph |= spare_nodes()
     graph["3"]["inputs"] |= {"model": ["lora", 0], "conditioning": ["late", 0], "latent": ["file", 0]}
     graph["5"]["inputs"]["audio"] = ["upscale", 0]
+    save = {"latent": ["3", 2], "filename_prefix": "latents/spare"}
+    graph["keep"] = {"class_type": "LockstepSaveAVLatent", "inputs": save}
     graph[node]["inputs"] |= wrong
     status, answer = server.post("/prompt", {"prompt": graph})
     assert status == 400
@@ -544,7 +547,12 @@ def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, n
         ("3", {"latent": ["long", 0], "refine": "0.5, 0.7, 0"}, "sigmas must fall from step to step"),
         ("3", {"model": ["foreign", 0]}, "nothing in this LoRA fits this model"),
         ("4", {"video": ["mistaken", 0]}, "no latent upscaler: it holds"),
-        ("4", {"video": ["silent", 0]}, "audio got a latent of video alone"),
+        ("4", {"video": ["silent", 0]}, "latent holds video alone: connect an av_latent output"),
+        ("3", {"conditioning": None}, "conditioning holds nothing: connect an output of type CONDITIONING"),
+        ("3", {"model": "embedded"}, "model holds 'embedded': connect an output of type LOCKSTEP_MODEL"),
+        ("3", {"latent": "none"}, "latent holds 'none': connect an output of type LATENT"),
+        ("4", {"video": 5}, "video holds 5: connect an output of type LATENT"),
+        ("late", {"image": "example.png"}, "image holds 'example.png': connect an output of type IMAGE"),
     ],
 )
 def test_what_shows_only_in_the_run_is_told_in_one_sentence(
