@@ -94,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", metavar="WxH", help="size in pixels such as 128x128, or an aspect such as 16:9")
     add("--steps", metavar="N", type=_count, help="sampling steps")
     add("--cfg", metavar="G", type=_not_negative, help="text guidance, 1 is none")
+    add(
+        "--step-cache",
+        metavar="SHARE",
+        type=_share,
+        default=0.0,
+        help="approximate: steps reuse what changes by less than this share, if a probe cannot be heard; 0 (off) to 1",
+    )
     add("--seed", metavar="K", type=_seed, help="same seed, same clip; drawn at random if not given")
     add("--model", metavar="NAME_OR_FILE", default="embedded", help="a model's name or a checkpoint file")
     _add_files(generate)
@@ -333,6 +340,7 @@ def _request(parsed: argparse.Namespace) -> "GenerateRequest":
         size=parsed.size,
         steps=parsed.steps,
         cfg=parsed.cfg,
+        step_cache=parsed.step_cache,
         seed=random.randrange(2**32) if parsed.seed is None else parsed.seed,
         recipe=parsed.recipe,
         force=parsed.force,
@@ -403,7 +411,7 @@ def _disclosure(parsed: argparse.Namespace) -> "tuple[Disclosure | None, str | N
 def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: "GenerateResult") -> dict:
     """What makes the same clip again, kept as a tag of the file; of files their names, folders are nobody's business."""
     said = {"prompt": request.prompt, "negative": request.negative, "seed": result.seed}
-    names = ("seconds", "fps", "size", "steps", "cfg", "recipe", "image_crf")
+    names = ("seconds", "fps", "size", "steps", "cfg", "step_cache", "recipe", "image_crf")
     settings = {name: getattr(request, name) for name in names}
     pictures = {
         name: getattr(parsed, name) and getattr(parsed, name).name
@@ -456,6 +464,7 @@ def _report(
         "latent_sha256": result.latent_sha256,
         "nondeterministic": list(result.nondeterministic),
         "model": _model(result),
+        "step_cache": result.step_cache and asdict(result.step_cache),
         "warnings": list(result.warnings),
         **{name: found[name] for name in ("sync", "difference_ms", "picture", "sound", "findings")},
     }

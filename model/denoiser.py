@@ -17,6 +17,7 @@ from .shapes import ClipShape
 from .transformer.model import AVTransformer, RopeTables, StreamInput
 from .transformer.modulation import Modulation
 from .transformer.sharing import SharedPass, SharedStep, SharedText
+from .transformer.step_cache import StepCache
 from .values import Conditioning
 
 
@@ -67,6 +68,7 @@ def _started(start: tuple[Tensor, Tensor], guide_noise_BTC: Tensor) -> tuple[Ten
 
 
 TEXT_MEMORY_BYTES = 2**32  # keys and values of texts may take this much; beyond it they are made anew
+MEETING_MEMORY_BYTES = 2**32  # and those of the video, kept for steps in which it stands still
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class JointDenoiser:
     what passes of a step have in common once per step.
     passes: those that each step will ask for, the first of a text before those that reuse it: "cond", "uncond",
     "perturbed" (stg_blocks give their values), "isolated" (streams apart). apart: the streams are apart in all passes.
+    cache: of this run, if steps may reuse what earlier ones made: "cond" is the first pass of a step then.
     """
 
     transformer: AVTransformer
@@ -88,6 +91,7 @@ class JointDenoiser:
     passes: tuple[str, ...] = ("cond",)
     text_memory_bytes: int = TEXT_MEMORY_BYTES
     apart: bool = False
+    cache: StepCache | None = None
     _rope: RopeTables = field(init=False)
     _streams: tuple["_Stream", "_Stream"] = field(init=False)
     _levels: dict[float, tuple[Modulation, Modulation]] = field(init=False, default_factory=dict)
@@ -103,6 +107,8 @@ class JointDenoiser:
             _Stream(self.video, {name: c.video.to(first) for name, c in contexts.items()}),
             _Stream(self.audio, {name: c.audio.to(first) for name, c in contexts.items()}),
         )
+        if self.cache is not None:
+            self.cache.keeps_video = self._meeting_bytes(self.video) <= MEETING_MEMORY_BYTES
 
     @torch.inference_mode()
     def tabulate(self, sigmas: Iterable[float]) -> None:
@@ -125,6 +131,7 @@ class JointDenoiser:
             isolated=self.apart or pass_name == "isolated",
             modulations=self._modulations(sigma),
             shared=self._shared(video_BTC, audio_BSC, sigma, text),
+            cached=self.cache.view(pass_name) if self.cache and self.transformer.config.layers > 1 else None,
         )
         # differences of nearly equal numbers: float32, whatever the weights are
         return (
@@ -158,6 +165,19 @@ class JointDenoiser:
     def _texts_last(self) -> bool:
         """Whether keys and values of the texts are those of every level."""
         return not self.transformer.config.prompt_timestep
+
+    @property
+    def kept_meeting_bytes(self) -> int:
+        """Keys and values that the streams give each other and the cache keeps, in all blocks and passes."""
+        if self.cache is None:
+            return 0
+        return self._meeting_bytes(self.audio) + self.cache.keeps_video * self._meeting_bytes(self.video)
+
+    def _meeting_bytes(self, layout: Layout) -> int:
+        config, first = self.transformer.config, self._streams[0].contexts["positive"]
+        met = 0 if self.apart else len(set(self.passes) - {"isolated"})
+        values = 2 * config.layers * layout.clean.shape[1] * config.audio.heads * config.audio.head_width
+        return met * values * first.element_size()
 
     @property
     def kept_text_bytes(self) -> int:

@@ -39,7 +39,7 @@ from .codec.streaming import WINDOW_BYTES, decode_stream, encode_stream
 from .codec.video_vae import VideoVAE, VideoVAEConfig
 from .codec.vocoder import Generator
 from .codec.windows import decode_audio_stream, encode_audio_stream, vocode_stream
-from .conditioning.layout import lay_out_audio, lay_out_video
+from .conditioning.layout import Layout, lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser, starting_state
 from .embedded import WEIGHTS
 from .errors import (
@@ -65,12 +65,14 @@ from .sampler.loop import denoise
 from .sampler.schedule import shifted_schedule
 from .sampler.step import SAMPLERS
 from .shapes import AudioRate, ClipShape, Compression
+from .step_probe import Heard, check_threshold, probe, probe_shape
 from .text.duration_head import DurationHead, frames_for
 from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
 from .trajectory import Trajectory
 from .transformer.compiled import compile_blocks
 from .transformer.model import AVTransformer
+from .transformer.step_cache import StepCache
 from .two_stage import Upscale, carried_audio, first_fps, first_size
 from .values import (
     AVLatents,
@@ -84,6 +86,7 @@ from .values import (
     ModelInfo,
     Progress,
     ProgressCallback,
+    StepCacheReport,
 )
 
 _logger = logging.getLogger("lockstep")
@@ -111,6 +114,8 @@ class SampleSettings:
     sampler: str | None = None
     sigmas: Sequence[float] | None = None  # in place of steps
     loras: Sequence[Lora] = ()
+    # approximate: blocks are left out where what the first one adds changes by at most this share; 0 is off
+    step_cache: float = 0.0
 
 
 def _nothing(_progress: Progress) -> None:
@@ -164,6 +169,7 @@ class Engine:
         self._loras = LoraStack(self._places)
         self._upscalers: dict[Path, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
+        self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
         self._compiled = compiled
         self._lock = threading.RLock()
@@ -441,6 +447,8 @@ class Engine:
         start: latents to go on from (of upscale), mixed with noise at the first of the sigmas, which must be given.
         sound_alone: the sound is made without pictures, whose latents come back as zeros.
         Noise: one CPU generator, the video's first, then the audio's, then that of appended guides.
+        settings.step_cache: tried on a short clip first, once for each prompt and settings; what came of it is told by the
+        latents' step_cache.
         Raises WorkflowError for a conditioning of another model; what progress raises ends the run.
         """
         if conditioning.model_id != self.model_id:
@@ -463,37 +471,86 @@ class Engine:
                 raise WorkflowError(
                     "latents to go on from need sigmas of their own, and a shape that is theirs"
                 )
-        wanted = shape
+        inside = shape  # what the transformer sees
         if sound_alone:
             if guides or start is not None or given_video is not None:
                 raise WorkflowError("a sound alone has no pictures to guide: leave pictures and latents out")
-            shape = shape.sound_alone()
+            inside = shape.sound_alone()
             guidance = replace(guidance, modality_video=1.0, modality_audio=1.0)
-        with self._lock:
-            # from the configs: the codecs need not be on the device while the transformer is
-            channels = self._video_config.latent_channels
-            z, bins = self._audio_config.latent_channels, self._audio_config.latent_bins
-            video = lay_out_video(shape, channels, guides, given_video, video_mask)
-            audio = lay_out_audio(shape, z, bins, given_audio, audio_mask)
-            latents = None if start is None else (start.video, carried_audio(start.audio, shape))
-            state = starting_state(shape, video, audio, z, seed, sigmas[0], self.device, latents)
-            transformer = self._transformer
-            self._loras.put_on(keymap.TRANSFORMER, transformer, settings.loras)
-            denoiser = JointDenoiser(
-                transformer,
-                video,
-                audio,
-                conditioning,
-                guidance.stg_blocks,
-                guidance.passes,
-                apart=sound_alone,
+        check_threshold(settings.step_cache)
+        if settings.step_cache and start is not None:
+            raise WorkflowError(
+                "the step cache is for clips made from noise: leave it off to go on from latents"
             )
-            sampler = settings.sampler or recipe.sampler
-            with self._numbers(keymap.TRANSFORMER), attention_by(self._attention):
-                done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
+        sampler = settings.sampler or recipe.sampler
+        settings = replace(settings, guidance=guidance, sampler=sampler, sigmas=tuple(sigmas))
+        with self._lock:
+            layouts = self._layouts(inside, guides, given_video, video_mask, given_audio, audio_mask)
+            latents = None if start is None else (start.video, carried_audio(start.audio, inside))
+            report = self._probed(conditioning, shape, settings, sound_alone, progress)
+            cache = None
+            if report is not None and report.streams:
+                cache = StepCache(settings.step_cache, report.streams)
+            made = self._denoised(
+                conditioning, shape, settings, seed, layouts, progress, cache, sound_alone, latents
+            )
+        if report is None or cache is None:
+            return replace(made, step_cache=report)
+        _logger.info("step cache %g: of %d steps reused %s", report.threshold, cache.steps, cache.reused)
+        return replace(made, step_cache=replace(report, steps=cache.steps, reused=dict(cache.reused)))
+
+    def _layouts(
+        self,
+        shape: ClipShape,
+        guides: Sequence[Guide] = (),
+        given_video: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        given_audio: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+    ) -> tuple[Layout, Layout]:
+        # from the configs: the codecs need not be on the device while the transformer is
+        channels = self._video_config.latent_channels
+        z, bins = self._audio_config.latent_channels, self._audio_config.latent_bins
+        return (
+            lay_out_video(shape, channels, guides, given_video, video_mask),
+            lay_out_audio(shape, z, bins, given_audio, audio_mask),
+        )
+
+    def _denoised(
+        self,
+        conditioning: Conditioning,
+        shape: ClipShape,
+        settings: SampleSettings,
+        seed: int,
+        layouts: tuple[Layout, Layout],
+        progress: ProgressCallback,
+        cache: StepCache | None = None,
+        sound_alone: bool = False,
+        start: tuple[Tensor, Tensor] | None = None,
+    ) -> AVLatents:
+        """One run from settings that leave nothing open; layouts: of the shape, or of its sound alone."""
+        guidance, sigmas, sampler = settings.guidance, settings.sigmas, settings.sampler
+        assert guidance and sigmas and sampler, f"open {settings=}"  # noqa: PT018
+        (video, audio), z = layouts, self._audio_config.latent_channels
+        inside = shape.sound_alone() if sound_alone else shape
+        state = starting_state(inside, video, audio, z, seed, sigmas[0], self.device, start)
+        transformer = self._transformer
+        self._loras.put_on(keymap.TRANSFORMER, transformer, settings.loras)
+        denoiser = JointDenoiser(
+            transformer,
+            video,
+            audio,
+            conditioning,
+            guidance.stg_blocks,
+            guidance.passes,
+            apart=sound_alone,
+            cache=cache,
+        )
+        with self._numbers(keymap.TRANSFORMER), attention_by(self._attention):
+            done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
         if sound_alone:
-            return replace(self.empty_latents(wanted), audio=tokens_to_audio(audio_tokens, z))
+            return replace(self.empty_latents(shape), audio=tokens_to_audio(audio_tokens, z))
         grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         return AVLatents(
             tokens_to_video(video_tokens[:, : video.own_tokens], *grid),
@@ -501,6 +558,42 @@ class Engine:
             shape,
             self.model_id,
         )
+
+    def _probed(
+        self,
+        conditioning: Conditioning,
+        shape: ClipShape,
+        settings: SampleSettings,
+        sound_alone: bool,
+        progress: ProgressCallback,
+    ) -> StepCacheReport | None:
+        """Whether the step cache may be trusted, None if it is off; a short clip tells it, once for the same words."""
+        if not settings.step_cache:
+            return None
+        small = probe_shape(shape)
+        contexts = (conditioning.positive, conditioning.negative)
+        words = _sha256(*(tensor for context in contexts for tensor in (context.video, context.audio)))
+        key = (words, small, replace(settings, loras=tuple(settings.loras)), sound_alone)
+        if key not in self._probes:
+            layouts = self._layouts(small.sound_alone() if sound_alone else small)
+
+            def tick(at: Progress) -> None:
+                progress(replace(at, stage="probe", preview=None))
+
+            def run(cache: StepCache | None) -> AVLatents:
+                return self._denoised(
+                    conditioning, small, settings, 0, layouts, tick, cache, sound_alone=sound_alone
+                )
+
+            self._probes[key] = probe(settings.step_cache, run, self._hear)
+        return self._probes[key]
+
+    def _hear(self, latents: AVLatents) -> Heard:
+        with torch.inference_mode():
+            vae = self._audio_vae
+            mels = decode_audio_stream(vae, latents.audio.to(next(vae.parameters())))
+            log_mel = torch.cat([mel.float().cpu() for mel in mels], dim=2)
+        return Heard(log_mel, self.decode_audio(latents), self.sample_rate_hz)
 
     def read_loras(self, loras: Sequence[Lora]) -> tuple[str, ...]:
         """Reads these files ahead of their use; returns a sentence about each with keys that fit nothing.
@@ -705,6 +798,7 @@ class Engine:
         given = (request.image, request.last_image, request.reference)
         if request.sound_alone and any(picture is not None for picture in given):
             raise WorkflowError("a sound alone has no pictures to guide: leave given pictures out")
+        check_threshold(request.step_cache)
         clock = StageMeter(self.device, energy)
         # what cannot be done is told before gigabytes are read
         recipe = self.choose_recipe(request.recipe, request.loras, request.force)
@@ -736,7 +830,7 @@ class Engine:
                 progress=ticks,
                 sound_alone=request.sound_alone,
             )
-        pictures = None
+        report, pictures = latents.step_cache, None
         if steps is not None:
             with clock.stage("trajectory"):
                 pictures = self.trajectory(steps, shape, request.trajectory_moment, progress)
@@ -754,12 +848,13 @@ class Engine:
             clip,
             latent_sha256(latents),
             clock.seconds,
-            (*warnings, *conditioning.warnings),
+            (*warnings, *conditioning.warnings, *(() if report is None else report.warnings)),
             request.seed,
             self.info,
             clock.costs,
             pictures,
             self.nondeterministic,
+            report,
         )
 
     def load(self) -> None:
@@ -772,16 +867,18 @@ class Engine:
             for component in self._needed:
                 self._module(component)
 
-    def plan(self, shape: ClipShape, guidance: Guidance | None = None) -> Plan:
+    def plan(self, shape: ClipShape, guidance: Guidance | None = None, step_cache: float = 0.0) -> Plan:
         """The memory that a clip will need, from shapes alone; its policy, if none was given, rules from now on.
 
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
         guidance = guidance or self.recipe.guidance
-        key = (shape, guidance.passes)
+        key = (shape, guidance.passes, step_cache > 0)
         if key not in self._forecasts:
             forecast = Forecast(self.headers, self._needed, self._dtype, self.recipe.text_length)
-            self._forecasts[key] = forecast.needs(shape, guidance.passes, "perturbed" in guidance.passes)
+            self._forecasts[key] = forecast.needs(
+                shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
+            )
         budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
         return self._residence.follow(self._forecasts[key], budget)
 
@@ -829,7 +926,7 @@ class Engine:
             return
         for path in request.upscalers:
             shape = self.upscaler(path).grown(shape)
-        _plan_logger.info("%s", self.plan(shape, recipe.guidance).sentence())
+        _plan_logger.info("%s", self.plan(shape, recipe.guidance, request.step_cache).sentence())
 
     @property
     def _needed(self) -> tuple[str, ...]:
@@ -998,7 +1095,9 @@ class Engine:
         if request.cfg is not None:
             guidance = replace(guidance, cfg_video=request.cfg, cfg_audio=request.cfg)
         sigmas = self.sigmas(request.steps, shape, recipe)
-        return SampleSettings(None, guidance, recipe.sampler, sigmas, request.loras)
+        return SampleSettings(
+            None, guidance, recipe.sampler, sigmas, request.loras, step_cache=request.step_cache
+        )
 
     def _check_owner(self, latents: AVLatents) -> None:
         if latents.model_id != self.model_id:
@@ -1009,9 +1108,13 @@ class Engine:
 
 def latent_sha256(latents: AVLatents) -> str:
     """Fingerprint of a sampled clip: its float32 bytes, video then audio."""
+    return _sha256(latents.video, latents.audio)
+
+
+def _sha256(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
-    for stream in (latents.video, latents.audio):
-        digest.update(stream.float().contiguous().numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

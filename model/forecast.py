@@ -26,6 +26,7 @@ from .denoiser import JointDenoiser
 from .residency import MemoryCount, StageNeed
 from .shapes import ClipShape
 from .transformer.model import AVTransformer
+from .transformer.step_cache import StepCache
 from .values import Conditioning, Context
 
 _BLOCKS = 4  # as many tell what a whole stack needs
@@ -51,12 +52,13 @@ class Forecast:
         passes: tuple[str, ...] = ("cond",),
         perturbed: bool = False,
         window_bytes: int = WINDOW_BYTES,
+        cached: bool = False,
     ) -> tuple[StageNeed, ...]:
-        """Text, sampling, video and audio of one clip; perturbed: whether one of the passes is STG's."""
+        """Text, sampling, video and audio of one clip; perturbed: one of the passes is STG's; cached: with the step cache."""
         with torch.inference_mode():
             return (
                 self._text(),
-                self._sample(shape, passes, perturbed),
+                self._sample(shape, passes, perturbed, cached),
                 self._video(shape, window_bytes),
                 self._audio(shape),
             )
@@ -77,7 +79,7 @@ class Forecast:
             connectors(encoder(ids, mask), mask, self._text_length)
         return StageNeed("text", _bytes(encoder, connectors), count.peak)
 
-    def _sample(self, shape: ClipShape, passes: tuple[str, ...], perturbed: bool) -> StageNeed:
+    def _sample(self, shape: ClipShape, passes: tuple[str, ...], perturbed: bool, cached: bool) -> StageNeed:
         transformer = cast(AVTransformer, self._module(keymap.TRANSFORMER))
         config, layers = transformer.config, len(transformer.transformer_blocks)
         weights, block = _bytes(transformer), _bytes(transformer.transformer_blocks[0])
@@ -100,6 +102,7 @@ class Forecast:
                     Conditioning(context, context, model_id=""),
                     (min(_BLOCKS, layers) // 2,) if perturbed else (),
                     passes,
+                    cache=StepCache(1.0) if cached else None,
                 )
                 latents = torch.empty(video.clean.shape), torch.empty(audio.clean.shape)
                 # what a sampler holds: free and held parts beside the tokens, one estimate per pass
@@ -107,7 +110,8 @@ class Forecast:
                 made = [denoiser(*latents, 0.5, name) for name in passes]
                 peak = count.peak
                 del state, made
-        unseen = denoiser.kept_text_bytes * (layers - min(layers, _BLOCKS)) // max(1, layers)
+        kept = denoiser.kept_text_bytes + denoiser.kept_meeting_bytes
+        unseen = kept * (layers - min(layers, _BLOCKS)) // max(1, layers)
         return StageNeed("sample", weights, peak + unseen, block, weights - (layers - 1) * block)
 
     def _video(self, shape: ClipShape, window_bytes: int) -> StageNeed:

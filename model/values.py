@@ -3,7 +3,7 @@
 B batch, C channels, F frames (pixels or latents), H rows, W columns, L latent or text steps, M mel bins, S samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .shapes import ClipShape
 class Progress:
     """One tick of a stage; a callback that raises stops the run between two ticks."""
 
-    stage: str  # "text", "image", "sample", "upscale", "trajectory", "video", "audio"
+    stage: str  # "text", "image", "probe", "sample", "upscale", "trajectory", "video", "audio"
     step: int  # ticks done
     steps: int  # ticks in all
     preview: Tensor | None = None  # (B, T, C) estimate of the clean video tokens, while sampling
@@ -54,6 +54,28 @@ class Guide:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheError:
+    """How far a short clip with the step cache was from the same clip without it."""
+
+    loudness_lu: float | None  # of the sound, BS.1770; None if only one of them has a loudness
+    log_mel: float  # mean absolute difference of natural logarithms
+    video_latents: float  # root mean square of the difference over that of the exact ones
+    audio_latents: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepCacheReport:
+    """What the step cache did to one run, and its error in the probe that came before."""
+
+    threshold: float
+    streams: tuple[str, ...]  # that were allowed to reuse steps; () turned off by the probe
+    error: CacheError  # of the probe with these streams, or of the last one that was refused
+    warnings: tuple[str, ...] = ()
+    steps: int = 0  # model calls with the prompt
+    reused: Mapping[str, int] = field(default_factory=dict)  # by stream, of those
+
+
+@dataclass(frozen=True, slots=True)
 class AVLatents:
     """A sampled clip before decoding, normalized float32 on the CPU."""
 
@@ -61,6 +83,7 @@ class AVLatents:
     audio: Tensor  # (1, C, L, M)
     shape: ClipShape
     model_id: str
+    step_cache: StepCacheReport | None = None  # if they are approximate
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +161,7 @@ class GenerateRequest:
     size: str | None = None  # "WIDTHxHEIGHT" in pixels or an aspect such as "16:9"
     steps: int | None = None
     cfg: float | None = None  # text guidance of both streams
+    step_cache: float = 0.0  # 0 is off, see SampleSettings
     seed: int = 0
     recipe: str | None = None  # "full", "hq" or "distilled" in place of the checkpoint's own
     force: bool = False  # take a recipe that does not suit the checkpoint
@@ -165,3 +189,4 @@ class GenerateResult:
     costs: dict[str, StageCost] = field(default_factory=dict)  # by stage, with peak memory and joules
     trajectory: Tensor | None = None  # (N, H, W, 3), 0..1, one picture for each chosen step
     nondeterministic: tuple[str, ...] = ()  # options with which the same seed may give another clip next time
+    step_cache: StepCacheReport | None = None

@@ -68,7 +68,7 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
     report = json.loads(stdout.splitlines()[-1])
     assert list(report) == [
         *("output", "prompt", "seed", "size", "frames", "fps", "seconds", "sample_rate", "stages", "costs"),
-        *("peak_rss_bytes", "latent_sha256", "nondeterministic", "model", "warnings"),
+        *("peak_rss_bytes", "latent_sha256", "nondeterministic", "model", "step_cache", "warnings"),
         *("sync", "difference_ms", "picture", "sound", "findings", "energy", "provenance", "trajectory"),
     ]
     assert (report["output"], report["prompt"]) == (str(tmp_path / "clip.mp4"), "a red ball")
@@ -103,6 +103,7 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     pictures = ("--image", tmp_path / "first.png", "--last-image", tmp_path / "last.png")
     pictures += ("--reference", tmp_path / "thing.png", "--image-crf", 20)
     numbers = ("--seconds", "2.5", "--fps", 24, "--steps", 8, "--cfg", 3, "--seed", 2**63 - 1)
+    numbers += ("--step-cache", 0.1)
     code, *_ = generate(
         *pictures, *numbers, "--size", "16:9", "--negative", "rain", "--model", "m", "--device", "cpu"
     )
@@ -114,6 +115,7 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     assert request.seed == 2**63 - 1
     assert request.image.shape == request.last_image.shape == request.reference.shape == (8, 12, 3)
     assert request.image_crf == 20
+    assert request.step_cache == 0.1
     assert not request.sound_alone
 
 
@@ -122,6 +124,7 @@ def test_what_is_not_said_is_left_to_the_model_except_the_seed(generate, engine)
     generate()
     first, second = engine.requests
     assert (first.image, first.seconds, first.fps, first.size, first.steps, first.cfg) == (None,) * 6
+    assert first.step_cache == 0
     assert engine.made_with[0] == ("embedded", "auto")
     assert stdout.splitlines()[0] == f"seed {first.seed}"
     assert json.loads(stdout.splitlines()[-1])["seed"] == first.seed
@@ -155,6 +158,7 @@ def test_warnings_are_printed_and_reported(generate, engine):
         (["--last-image", "absent.png"], "no such file: absent.png"),
         (["--reference", "absent.png"], "no such file: absent.png"),
         (["--image-crf", "52"], "argument --image-crf"),
+        (["--step-cache", "1.5"], "argument --step-cache"),
         (["--image", __file__], "as a picture: cannot identify image file"),
     ],
 )

@@ -512,6 +512,7 @@ words = st.one_of(
             "--size",
             "--seed",
             "--steps",
+            "--step-cache",
             "--fps",
             "--trajectory",
             "--trajectory-steps",

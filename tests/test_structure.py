@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "recipes": BASE | {"sampler"},
     "two_stage": BASE,
     "trajectory": BASE,
+    "step_probe": BASE | {"measure", "transformer"},
     "engine": BASE
     | STAGES
     | {
@@ -51,6 +52,7 @@ MAY_IMPORT = {
         "recipes",
         "two_stage",
         "trajectory",
+        "step_probe",
         "forecast",
     },
     "cli": BASE | {"engine", "checkpoint", "media", "measure", "provenance", "recipes", "trajectory"},

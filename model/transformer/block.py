@@ -3,7 +3,7 @@
 B batch, T video tokens, S audio tokens, L text tokens, D width (spec section 2.6).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,19 @@ class StreamState:
 
 
 TextMemory = dict[str, KeysValues]  # by stream; what one block made of the text
+_PREFIXES = {"video": "", "audio": "audio_"}
+
+
+@dataclass(slots=True)
+class Meeting:
+    """Keys and values that the streams gave each other in one block, for a step in which one of them stands still."""
+
+    kept: tuple[str, ...]  # streams whose own are worth keeping
+    given: TextMemory = field(default_factory=dict)  # by prefix of the stream that they are of
+
+    def keep(self, prefix: str, keys_values: KeysValues) -> None:
+        if any(_PREFIXES[stream] == prefix for stream in self.kept):
+            self.given[prefix] = keys_values
 
 
 class Block(nn.Module):
@@ -67,21 +80,28 @@ class Block(nn.Module):
 
     def forward(
         self,
-        video_BTD: Tensor,
-        audio_BSD: Tensor,
+        video_BTD: Tensor | None,
+        audio_BSD: Tensor | None,
         video: StreamState,
         audio: StreamState,
         perturbed: bool = False,
         isolated: bool = False,
         texts: TextMemory | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        meeting: Meeting | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Both streams through the block; perturbed: self-attention gives its values; isolated: no step 3.
 
-        texts: keys and values of the text by stream, read if there, filled if not.
+        texts: keys and values of the text by stream, read if there, filled if not. meeting: where those of step 3 are kept;
+        a stream that is None stands still, and the other reads there what it gave when it last went through.
         """
+        if video_BTD is None or audio_BSD is None:
+            return (
+                self._alone("", video_BTD, video, perturbed, isolated, texts, meeting),
+                self._alone("audio_", audio_BSD, audio, perturbed, isolated, texts, meeting),
+            )
         video_BTD, audio_BSD = self.attend_selves(video_BTD, audio_BSD, video, audio, perturbed)
         video_BTD, audio_BSD = self.read_texts(video_BTD, audio_BSD, video, audio, texts)
-        return self.meet_and_feed(video_BTD, audio_BSD, video, audio, isolated)
+        return self.meet_and_feed(video_BTD, audio_BSD, video, audio, isolated, meeting)
 
     def attend_selves(
         self,
@@ -118,10 +138,11 @@ class Block(nn.Module):
         video: StreamState,
         audio: StreamState,
         isolated: bool = False,
+        meeting: Meeting | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Steps 3, which isolated leaves out, and 4."""
+        """Steps 3, which isolated leaves out, and 4; meeting as in forward."""
         if not isolated:
-            video_BTD, audio_BSD = self._attend_each_other(video_BTD, audio_BSD, video, audio)
+            video_BTD, audio_BSD = self._attend_each_other(video_BTD, audio_BSD, video, audio, meeting)
         return (
             self._feed(self.ff, video_BTD, video, self.scale_shift_table),
             self._feed(self.audio_ff, audio_BSD, audio, self.audio_scale_shift_table),
@@ -158,28 +179,68 @@ class Block(nn.Module):
         return modulate(stream.context_BLD, scale, shift)
 
     def _attend_each_other(
-        self, video_BTD: Tensor, audio_BSD: Tensor, video: StreamState, audio: StreamState
+        self,
+        video_BTD: Tensor,
+        audio_BSD: Tensor,
+        video: StreamState,
+        audio: StreamState,
+        meeting: Meeting | None,
     ) -> tuple[Tensor, Tensor]:
         # both directions read the streams as they were before either update
         video_normed, audio_normed = rms_norm(video_BTD, self.eps), rms_norm(audio_BSD, self.eps)
-        video_table, audio_table = self.scale_shift_table_a2v_ca_video, self.scale_shift_table_a2v_ca_audio
-        v_scale_a2v, v_shift_a2v, v_scale_v2a, v_shift_v2a = video.modulation.av_rows.plus(video_table[:4])
-        a_scale_a2v, a_shift_a2v, a_scale_v2a, a_shift_v2a = audio.modulation.av_rows.plus(audio_table[:4])
-        (a2v_gate,) = video.modulation.av_gate.plus(video_table[4:])
-        (v2a_gate,) = audio.modulation.av_gate.plus(audio_table[4:])
-        to_video = self.audio_to_video_attn(
-            modulate(video_normed, v_scale_a2v, v_shift_a2v),
-            modulate(audio_normed, a_scale_a2v, a_shift_a2v),
-            rope=video.cross_rope,
-            context_rope=audio.cross_rope,
+        of_audio = self._show("audio_", audio_normed, audio, meeting)
+        to_video = self._look("", video_BTD, video_normed, video, of_audio)
+        of_video = self._show("", video_normed, video, meeting)
+        return to_video, self._look("audio_", audio_BSD, audio_normed, audio, of_video)
+
+    def _show(self, prefix: str, normed: Tensor, stream: StreamState, meeting: Meeting | None) -> KeysValues:
+        """What the other stream attends to of this one."""
+        attention, table, first = (
+            (self.audio_to_video_attn, self.scale_shift_table_a2v_ca_audio, 0)
+            if prefix
+            else (self.video_to_audio_attn, self.scale_shift_table_a2v_ca_video, 2)
         )
-        to_audio = self.video_to_audio_attn(
-            modulate(audio_normed, a_scale_v2a, a_shift_v2a),
-            modulate(video_normed, v_scale_v2a, v_shift_v2a),
-            rope=audio.cross_rope,
-            context_rope=video.cross_rope,
+        scale, shift = stream.modulation.av_rows.plus(table[:4], first, first + 2)
+        made = attention.keys_values(modulate(normed, scale, shift), stream.cross_rope)
+        if meeting is not None:
+            meeting.keep(prefix, made)
+        return made
+
+    def _look(
+        self, prefix: str, x: Tensor, normed: Tensor, stream: StreamState, others: KeysValues
+    ) -> Tensor:
+        """One stream after it has attended to keys and values of the other."""
+        attention, table, first = (
+            (self.video_to_audio_attn, self.scale_shift_table_a2v_ca_audio, 2)
+            if prefix
+            else (self.audio_to_video_attn, self.scale_shift_table_a2v_ca_video, 0)
         )
-        return torch.addcmul(video_BTD, a2v_gate, to_video), torch.addcmul(audio_BSD, v2a_gate, to_audio)
+        scale, shift = stream.modulation.av_rows.plus(table[:4], first, first + 2)
+        (gate,) = stream.modulation.av_gate.plus(table[4:])
+        made = attention(modulate(normed, scale, shift), rope=stream.cross_rope, keys_values=others)
+        return torch.addcmul(x, gate, made)
+
+    def _alone(
+        self,
+        prefix: str,
+        x: Tensor | None,
+        stream: StreamState,
+        perturbed: bool,
+        isolated: bool,
+        texts: TextMemory | None,
+        meeting: Meeting | None,
+    ) -> Tensor | None:
+        if x is None:
+            return None
+        table = getattr(self, f"{prefix}scale_shift_table")
+        x = self._attend_self(getattr(self, f"{prefix}attn1"), x, stream, table, perturbed)
+        x = self._attend_text(getattr(self, f"{prefix}attn2"), x, stream, prefix, texts)
+        if not isolated:
+            assert meeting is not None, "a stream that goes alone needs what the other gave"
+            normed = rms_norm(x, self.eps)
+            self._show(prefix, normed, stream, meeting)
+            x = self._look(prefix, x, normed, stream, meeting.given["" if prefix else "audio_"])
+        return self._feed(getattr(self, f"{prefix}ff"), x, stream, table)
 
     def _feed(self, ff: FeedForward, x: Tensor, stream: StreamState, table: Tensor) -> Tensor:
         shift, scale, gate = stream.modulation.rows.plus(table, 3, 6)

@@ -57,7 +57,9 @@ def compile_blocks(transformer: AVTransformer) -> CompileReport:
 
 
 def _reported(eager: Forward, fast: Forward, report: CompileReport, compiled: set[tuple]) -> Forward:
-    def forward(video_BTD: Tensor, audio_BSD: Tensor, *state) -> tuple[Tensor, Tensor]:
+    def forward(video_BTD: Tensor | None, audio_BSD: Tensor | None, *state) -> tuple[Tensor, Tensor]:
+        if video_BTD is None or audio_BSD is None:  # a cache lets one stand still; seldom enough
+            return eager(video_BTD, audio_BSD, *state)
         if not report.eager_seconds:
             eager(video_BTD, audio_BSD, *state)  # warms up
             report.eager_seconds = _seconds(eager, video_BTD, audio_BSD, *state)[0]

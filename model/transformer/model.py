@@ -17,6 +17,7 @@ from .block import Block, StreamState
 from .config import StreamConfig, TransformerConfig
 from .modulation import AdaLN, Modulation, Rows, modulate
 from .sharing import SharedPass
+from .step_cache import CachedPass, Pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +103,13 @@ class AVTransformer(nn.Module):
         isolated: bool = False,
         modulations: tuple[Modulation, Modulation] | None = None,
         shared: SharedPass | None = None,
+        cached: CachedPass | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Velocities (B, T, C) and (B, S, C) in the tokens' dtype.
 
         perturbed_blocks: where self-attention gives its values (STG); isolated: no A<->V attention (spec section 2.8).
         modulations: of video and audio, from `modulations` at these levels; None makes them. shared: what passes over
-        the same tokens at the same levels have made already.
+        the same tokens at the same levels have made already. cached: what earlier steps have made, for two blocks or more.
         """
         # 1. noise levels and text
         video_levels, audio_levels = modulations or self.modulations(video, audio)
@@ -117,22 +119,33 @@ class AVTransformer(nn.Module):
         start, video_BTD, audio_BSD = 0, None, None
         if shared is not None and perturbed_blocks and not isolated:
             start, video_BTD, audio_BSD = shared.resume(min(perturbed_blocks))
-        if video_BTD is None or audio_BSD is None:
+        if start == 0:
             video_BTD = self._mark_keyframes(self.patchify_proj(video.tokens), video.marked)
             audio_BSD = self.audio_patchify_proj(audio.tokens)
-        # 3. blocks
+        # 3. blocks, as far as an earlier step has not made what they add
+        entered, after_first = (video_BTD, audio_BSD), None
         for index in range(start, len(self.transformer_blocks)):
-            block = cast(Block, self.transformer_blocks[index])
+            block, texts = cast(Block, self.transformer_blocks[index]), shared and shared.texts(index)
+            if cached is not None and index == 1 and start == 0:
+                after_first = (video_BTD, audio_BSD)
+                video_BTD, audio_BSD = cached.go_on(entered, after_first)
+            if video_BTD is None and audio_BSD is None:
+                break
             if shared is not None and not perturbed_blocks and not isolated:
                 shared.leave(index, video_BTD, audio_BSD)
             if shared is not None and index == 0 and 0 not in perturbed_blocks:
-                streams = shared.begin(block, video_BTD, audio_BSD, video_state, audio_state)
+                streams = shared.begin(block, *_both(entered), video_state, audio_state)
                 video_BTD, audio_BSD = block.meet_and_feed(*streams, video_state, audio_state, isolated)
             else:
-                texts, perturbed = shared and shared.texts(index), index in perturbed_blocks
-                video_BTD, audio_BSD = block(
-                    video_BTD, audio_BSD, video_state, audio_state, perturbed, isolated, texts
+                perturbed, meeting = (
+                    index in perturbed_blocks,
+                    cached and cached.meeting(index, perturbed_blocks),
                 )
+                video_BTD, audio_BSD = block(
+                    video_BTD, audio_BSD, video_state, audio_state, perturbed, isolated, texts, meeting
+                )
+        ended = (video_BTD, audio_BSD)
+        video_BTD, audio_BSD = _both(ended) if cached is None else cached.finish(after_first, ended)
         # 4. out of the streams
         video_BTD = self._head(video_BTD, video_levels.time, self.scale_shift_table)
         audio_BSD = self._head(audio_BSD, audio_levels.time, self.audio_scale_shift_table)
@@ -228,3 +241,9 @@ class AVTransformer(nn.Module):
 
     def _module(self, prefix: str, name: str) -> nn.Module:
         return getattr(self, prefix + name)
+
+
+def _both(streams: Pair) -> tuple[Tensor, Tensor]:
+    video_BTD, audio_BSD = streams
+    assert video_BTD is not None and audio_BSD is not None, "only a cache lets a stream stand still"  # noqa: PT018
+    return video_BTD, audio_BSD

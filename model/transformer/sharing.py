@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .block import Block, StreamState, TextMemory
+from .step_cache import Pair
 
 _Streams = tuple[Tensor, Tensor]  # video (B, T, D), audio (B, S, D)
 
@@ -31,7 +32,7 @@ class SharedStep:
     branch: int | None = None  # where a perturbed pass goes other ways, if there will be one
     after_self: _Streams | None = None
     after_text: dict[str, _Streams] = field(default_factory=dict)  # by the text's name
-    trunk: dict[str, _Streams] = field(default_factory=dict)
+    trunk: dict[str, Pair] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class SharedPass:
             self.step.after_text[self.name] = made
         return made
 
-    def leave(self, index: int, video_BTD: Tensor, audio_BSD: Tensor) -> None:
+    def leave(self, index: int, video_BTD: Tensor | None, audio_BSD: Tensor | None) -> None:
         """Keeps the streams before block `index` if a perturbed pass will go on from there."""
         if index == self.step.branch and self.reused and index > 0:
             self.step.trunk[self.name] = (video_BTD, audio_BSD)
