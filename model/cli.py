@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         help="picture of the object, which the prompt may leave nameless",
     )
     add(
+        "--reference-attention",
+        metavar="SHARE",
+        type=_share,
+        help="how much picture and reference see of each other: 0 nothing, 1 (default) as trained",
+    )
+    add(
         "--image-crf",
         metavar="N",
         type=_crf,
@@ -219,6 +225,8 @@ def _generate(parsed: argparse.Namespace) -> None:
         _check_pictures(parsed.trajectory)
     elif parsed.trajectory_steps is not None or parsed.trajectory_moment is not None:
         raise UsageError("--trajectory-steps and --trajectory-moment need --trajectory OUT")
+    if parsed.reference_attention is not None and parsed.reference is None:
+        raise UsageError("--reference-attention needs --reference FILE")
     for picture in filter(None, (parsed.image, parsed.last_image, parsed.reference)):
         if not picture.is_file():
             raise MediaError(f"no such file: {picture}")
@@ -333,6 +341,7 @@ def _request(parsed: argparse.Namespace) -> "GenerateRequest":
         image=read_image(parsed.image) if parsed.image else None,
         last_image=read_image(parsed.last_image) if parsed.last_image else None,
         reference=read_image(parsed.reference) if parsed.reference else None,
+        reference_attention=1.0 if parsed.reference_attention is None else parsed.reference_attention,
         image_crf=parsed.image_crf,
         sound_alone=parsed.output.suffix.lower() == ".wav",
         seconds=parsed.seconds,
@@ -411,7 +420,17 @@ def _disclosure(parsed: argparse.Namespace) -> "tuple[Disclosure | None, str | N
 def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: "GenerateResult") -> dict:
     """What makes the same clip again, kept as a tag of the file; of files their names, folders are nobody's business."""
     said = {"prompt": request.prompt, "negative": request.negative, "seed": result.seed}
-    names = ("seconds", "fps", "size", "steps", "cfg", "step_cache", "recipe", "image_crf")
+    names = (
+        "seconds",
+        "fps",
+        "size",
+        "steps",
+        "cfg",
+        "step_cache",
+        "recipe",
+        "image_crf",
+        "reference_attention",
+    )
     settings = {name: getattr(request, name) for name in names}
     pictures = {
         name: getattr(parsed, name) and getattr(parsed, name).name

@@ -217,6 +217,7 @@ class _Stream:
         self._masks = torch.tensor(layout.masks, device=device)[None] if several else None
         self._level_of_token = layout.level_of_token.to(device) if several else None
         self._marked = layout.marked.to(device)
+        self._groups = layout.groups
         self.mask = layout.mask.to(device)
 
     def input(self, tokens_BTC: Tensor, sigma: float, text: str) -> StreamInput:
@@ -228,6 +229,7 @@ class _Stream:
             levels=None if self._masks is None else (self._masks * sigma).expand(batch, -1),
             level_of_token=None if self._level_of_token is None else self._level_of_token.expand(batch, -1),
             marked=self._marked.expand(batch, -1),
+            groups=self._groups,
         )
 
     def nothing(self) -> Tensor:

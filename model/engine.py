@@ -375,11 +375,13 @@ class Engine:
         progress: ProgressCallback = _nothing,
         mask_HW: Tensor | None = None,
         crf: int | None = None,
+        attention: float = 1.0,
     ) -> Guide:
         """A picture (H, W, 3), 0..1, covering the clip's frame, to a guide at pixel frame `frame`, None a reference.
 
         crf: the H.264 quality that the picture is brought to, as in training; 0 leaves it, None takes the recipe's.
         mask_HW: as large as the picture, above 0.5 where the clip is free; a latent is held only if all of it is.
+        attention: how much clip and picture see of each other where it stands beside the clip or is appended to it.
         Raises MediaError for a picture of another layout or with values that are no numbers.
         """
         if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not torch.isfinite(image_HWC).all():
@@ -389,7 +391,8 @@ class Engine:
         fitted_HWC = fit_image(image_HWC, shape.height, shape.width)
         shown_HWC = compress_image(fitted_HWC, self.recipe.image_crf if crf is None else crf)
         pixels = rearrange(shown_HWC, "H W C -> 1 C 1 H W") * 2 - 1
-        guide = Guide(self.encode_video(pixels), frame, strength, self._latent_mask(mask_HW, shape))
+        mask = self._latent_mask(mask_HW, shape)
+        guide = Guide(self.encode_video(pixels), frame, strength, mask, attention)
         progress(Progress("image", 1, 1))
         return guide
 
@@ -585,11 +588,12 @@ class Engine:
                     conditioning, small, settings, 0, layouts, tick, cache, sound_alone=sound_alone
                 )
 
-            self._probes[key] = probe(settings.step_cache, run, self._hear)
+            self._probes[key] = probe(settings.step_cache, run, self.hear)
         return self._probes[key]
 
-    def _hear(self, latents: AVLatents) -> Heard:
-        with torch.inference_mode():
+    def hear(self, latents: AVLatents) -> Heard:
+        """The sound of latents, as two of them are compared."""
+        with self._lock, torch.inference_mode():
             vae = self._audio_vae
             mels = decode_audio_stream(vae, latents.audio.to(next(vae.parameters())))
             log_mel = torch.cat([mel.float().cpu() for mel in mels], dim=2)
@@ -1083,10 +1087,14 @@ class Engine:
             raise
 
     def _guides(self, request: GenerateRequest, shape: ClipShape, progress: ProgressCallback) -> list[Guide]:
-        pictures = [(request.image, 0), (request.last_image, shape.frames - 1), (request.reference, None)]
+        pictures = [
+            (request.image, 0, 1.0),
+            (request.last_image, shape.frames - 1, 1.0),
+            (request.reference, None, request.reference_attention),
+        ]
         return [
-            self.encode_image(image, shape, frame, progress=progress, crf=request.image_crf)
-            for image, frame in pictures
+            self.encode_image(image, shape, at, progress=progress, crf=request.image_crf, attention=attention)
+            for image, at, attention in pictures
             if image is not None
         ]
 

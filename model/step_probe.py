@@ -54,7 +54,7 @@ def probe(
     wanted, errors = listen(exact), []
     for streams in _ATTEMPTS:
         cached = run(StepCache(threshold, streams))
-        errors.append(_error(exact, cached, wanted, listen(cached)))
+        errors.append(compare(exact, cached, wanted, listen(cached)))
         _logger.info("step cache %g, %s: probe %s", threshold, " and ".join(streams), errors[-1])
         if _is_unheard(errors[-1]):
             refused = tuple(stream for stream in STREAMS if stream not in streams)
@@ -91,7 +91,8 @@ def _refusals(streams: tuple[str, ...], threshold: float, error: CacheError) -> 
     return (f"step cache {threshold:g} is off for the {streams[0]}: {changed}",)
 
 
-def _error(exact: AVLatents, cached: AVLatents, wanted: Heard, heard: Heard) -> CacheError:
+def compare(exact: AVLatents, cached: AVLatents, wanted: Heard, heard: Heard) -> CacheError:
+    """How far `cached` is from `exact`; wanted and heard are their sounds."""
     return CacheError(
         loudness_lu=_loudness_error(wanted, heard),
         log_mel=float((heard.log_mel - wanted.log_mel).abs().mean()),

@@ -51,6 +51,7 @@ class Guide:
     frame: int | None  # first pixel frame that it stands for; None: a reference
     strength: float  # 0 ignores it, 1 keeps it untouched
     mask: Tensor | None = None  # (1, 1, f, H, W), 1 where nothing is held; None holds all of it
+    attention: float = 1.0  # how much clip and guide see of each other, 0..1; 1 for one at frame 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ class GenerateRequest:
     image: Tensor | None = None  # (H, W, 3), 0..1, becomes the first frame
     last_image: Tensor | None = None  # (H, W, 3), 0..1, becomes the last frame
     reference: Tensor | None = None  # (H, W, 3), 0..1, a picture of the object, at no moment of the clip
+    reference_attention: float = 1.0  # how much clip and reference see of each other, 0..1
     image_crf: int | None = None  # H.264 quality that these pictures get first, 0 off; None: the model's own
     sound_alone: bool = False  # no pictures at all
     seconds: float | None = None

@@ -101,7 +101,7 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     for name in ("first.png", "last.png", "thing.png"):
         Image.fromarray(np.full((8, 12, 3), 255, np.uint8)).save(tmp_path / name)
     pictures = ("--image", tmp_path / "first.png", "--last-image", tmp_path / "last.png")
-    pictures += ("--reference", tmp_path / "thing.png", "--image-crf", 20)
+    pictures += ("--reference", tmp_path / "thing.png", "--image-crf", 20, "--reference-attention", 0.5)
     numbers = ("--seconds", "2.5", "--fps", 24, "--steps", 8, "--cfg", 3, "--seed", 2**63 - 1)
     numbers += ("--step-cache", 0.1)
     code, *_ = generate(
@@ -114,7 +114,7 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     assert (request.seconds, request.fps, request.steps, request.cfg) == (2.5, 24, 8, 3)
     assert request.seed == 2**63 - 1
     assert request.image.shape == request.last_image.shape == request.reference.shape == (8, 12, 3)
-    assert request.image_crf == 20
+    assert (request.image_crf, request.reference_attention) == (20, 0.5)
     assert request.step_cache == 0.1
     assert not request.sound_alone
 
@@ -124,7 +124,7 @@ def test_what_is_not_said_is_left_to_the_model_except_the_seed(generate, engine)
     generate()
     first, second = engine.requests
     assert (first.image, first.seconds, first.fps, first.size, first.steps, first.cfg) == (None,) * 6
-    assert first.step_cache == 0
+    assert (first.step_cache, first.reference_attention) == (0, 1)
     assert engine.made_with[0] == ("embedded", "auto")
     assert stdout.splitlines()[0] == f"seed {first.seed}"
     assert json.loads(stdout.splitlines()[-1])["seed"] == first.seed
@@ -159,6 +159,7 @@ def test_warnings_are_printed_and_reported(generate, engine):
         (["--reference", "absent.png"], "no such file: absent.png"),
         (["--image-crf", "52"], "argument --image-crf"),
         (["--step-cache", "1.5"], "argument --step-cache"),
+        (["--reference-attention", "0.5"], "--reference-attention needs --reference FILE"),
         (["--image", __file__], "as a picture: cannot identify image file"),
     ],
 )

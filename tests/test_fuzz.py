@@ -513,6 +513,7 @@ words = st.one_of(
             "--seed",
             "--steps",
             "--step-cache",
+            "--reference-attention",
             "--fps",
             "--trajectory",
             "--trajectory-steps",

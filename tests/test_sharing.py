@@ -25,7 +25,9 @@ PASSES = ("cond", "uncond", "perturbed", "isolated")
 LAYERS = 4
 
 
-def make(name: str, stg_blocks: tuple[int, ...], passes: tuple[str, ...], **options) -> JointDenoiser:
+def make(
+    name: str, stg_blocks: tuple[int, ...], passes: tuple[str, ...], guides=(), **options
+) -> JointDenoiser:
     config = replace(TransformerConfig.from_published(TRANSFORMERS[name]), layers=LAYERS)
     transformer = seeded(AVTransformer(config))
     generator = torch.Generator().manual_seed(1)
@@ -33,7 +35,7 @@ def make(name: str, stg_blocks: tuple[int, ...], passes: tuple[str, ...], **opti
     contexts = [
         Context(*(torch.randn(1, 5, width, generator=generator) for width in widths)) for _ in range(2)
     ]
-    layouts = lay_out_video(SHAPE, 4, ()), lay_out_audio(SHAPE, 2, 8)
+    layouts = lay_out_video(SHAPE, 4, guides), lay_out_audio(SHAPE, 2, 8)
     conditioning = Conditioning(*contexts, model_id="tiny")
     return JointDenoiser(transformer, *layouts, conditioning, stg_blocks, passes, **options)
 

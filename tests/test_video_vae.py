@@ -16,6 +16,7 @@ from lockstep.model.checkpoint.build import build
 from lockstep.model.checkpoint.header import read_header
 from lockstep.model.codec.video_vae import VideoVAE, VideoVAEConfig, patchify, unpatchify
 from lockstep.model.errors import Cancelled, ShapeError, UnsupportedModelError
+from lockstep.model.layers.norms import pixel_norm
 from lockstep.model.shapes import Compression
 
 
@@ -180,3 +181,12 @@ if FIXTURES:  # further references of published layout: collected only where a f
         assert_near(vae.decode(latent), reference["dec.out.pixels"])
         assert_near(vae.decode(latent[:, :, :1]), reference["dec1.out.pixels"])
         assert_near(vae.decode(reference["dec3.in.normalized"]), reference["dec3.out.pixels"])
+
+
+def test_the_norm_neither_overflows_nor_vanishes_in_16_bits():
+    """float16 knows no square of 300, and none of 0.0001; a pixel of zeros stays one."""
+    x = torch.randn(1, 8, 1, 2, 2)
+    for scale in (1.0, 300.0, 1e-4, 0.0):
+        made = pixel_norm((x * scale).half(), 1e-8)
+        assert made.dtype == torch.float16
+        assert_near(made.float(), pixel_norm((x * scale).half().float(), 1e-8), 2e-3)  # one rounding to 2^-11

@@ -4,13 +4,14 @@ B batch (1), T video tokens with appended guides, S audio tokens, C channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError, WorkflowError
 from ..latents.patchify import audio_to_tokens, video_to_tokens
+from ..layers.attention_groups import Groups
 from ..shapes import ClipShape, audio_positions, frame_positions, reference_positions, video_positions
 from ..values import Guide
 
@@ -26,6 +27,7 @@ class Layout:
     level_of_token: Tensor  # (1, T) int64 into masks
     own_tokens: int  # the clip's own
     marked: Tensor  # (1, T) bool, tokens that carry the keyframe marker
+    groups: Groups | None = None  # which tokens see which; None: each sees all
 
     @property
     def frozen(self) -> bool:
@@ -67,7 +69,8 @@ def lay_out_video(
         positions.append(_appended_positions(guide, shape, channels))
     total = sum(tokens.shape[1] for tokens in cleans)
     marked = torch.arange(total) < shape.latent_height * shape.latent_width
-    return _layout(cleans, masks, positions, shape.video_tokens, marked.unsqueeze(0))
+    layout = _layout(cleans, masks, positions, shape.video_tokens, marked.unsqueeze(0))
+    return replace(layout, groups=_groups([tokens.shape[1] for tokens in cleans], appended))
 
 
 def lay_out_audio(
@@ -111,10 +114,32 @@ def _layout(
     )
 
 
+def _groups(tokens: list[int], appended: Sequence[Guide]) -> Groups | None:
+    """Guides with an attention of their own see the clip to that degree, and nothing of each other (spec section 2.7)."""
+    degrees = [1.0, *(guide.attention for guide in appended)]
+    if all(degree == 1 for degree in degrees):
+        return None
+
+    def strength(one: int, other: int) -> float:
+        if one == other:
+            return 1.0
+        apart = degrees[one] != 1 and degrees[other] != 1
+        return 0.0 if apart else degrees[one] * degrees[other]
+
+    places = range(len(degrees))
+    return Groups(tuple(tokens), tuple(tuple(strength(one, other) for other in places) for one in places))
+
+
 def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
     for guide in guides:
         if not 0 <= guide.strength <= 1:
             raise WorkflowError(f"guide strength {guide.strength} must lie between 0 and 1")
+        if not 0 <= guide.attention <= 1:
+            raise WorkflowError(f"guide attention {guide.attention} must lie between 0 and 1")
+        if guide.attention != 1 and guide.frame == 0:
+            raise WorkflowError(
+                "a guide at frame 0 is part of the clip, which always sees it: give it attention 1, or another frame"
+            )
         if guide.latent.shape[2] > shape.latent_frames:
             raise WorkflowError(
                 f"a guide of {guide.latent.shape[2]} latent frames does not fit {shape.latent_frames}"

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention_backends import attend
+from .attention_groups import Groups, attend_in_groups
 from .norms import inverse_rms
 from .rope import Rope, rotate
 
@@ -50,12 +51,14 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
         values_only: bool = False,
         keys_values: KeysValues | None = None,
+        groups: Groups | None = None,
     ) -> Tensor:
         """(B, T, D) attends to itself or to (B, L, D); same shape back.
 
         rope, context_rope: of queries and keys (the same table if only one is given).
         bias: additive, broadcast to (B, N, T, L). values_only: the result is the value projection (STG, spec 2.8).
         keys_values: of an earlier call of keys_values with this context; it is not read again then.
+        groups: which tokens see which, in self-attention; in place of a bias.
         """
         source = x_BTD if context_BLD is None else context_BLD
         if values_only:
@@ -63,7 +66,10 @@ class Attention(nn.Module):
         else:
             key, value = keys_values or self.keys_values(source, context_rope or rope)
             query = self._positioned(self.to_q(x_BTD), self.q_norm, rope)
-            mixed_BNTK = attend(query, key, value, bias)
+            if groups is None:
+                mixed_BNTK = attend(query, key, value, bias)
+            else:
+                mixed_BNTK = attend_in_groups(query, key, value, groups)
         if self.to_gate_logits is not None:
             gate_BTN = 2 * torch.sigmoid(self.to_gate_logits(x_BTD))
             mixed_BNTK = mixed_BNTK * rearrange(gate_BTN, "B T N -> B N T 1")

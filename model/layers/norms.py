@@ -20,4 +20,8 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 def pixel_norm(x: Tensor, eps: float) -> Tensor:
     """The same over the channel axis 1 of (B, C, ...); any float dtype (spec sections 1.3 and 1.4)."""
+    if (
+        x.dtype == torch.float16
+    ):  # squares of 256 and more are infinite there, those below 0.0002 are 0, and so is eps
+        return (x.float() * torch.rsqrt(x.float().square().mean(dim=1, keepdim=True) + eps)).to(x.dtype)
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.attention import Attention, KeysValues
+from ..layers.attention_groups import Groups
 from ..layers.feed_forward import FeedForward
 from ..layers.norms import rms_norm
 from ..layers.rope import Rope
@@ -26,6 +27,7 @@ class StreamState:
     rope: Rope
     cross_rope: Rope
     self_bias: Tensor | None
+    groups: Groups | None = None
 
 
 TextMemory = dict[str, KeysValues]  # by stream; what one block made of the text
@@ -153,7 +155,9 @@ class Block(nn.Module):
     ) -> Tensor:
         shift, scale, gate = stream.modulation.rows.plus(table, 0, 3)
         normed = modulate(rms_norm(x, self.eps), scale, shift)
-        made = attention(normed, rope=stream.rope, bias=stream.self_bias, values_only=perturbed)
+        made = attention(
+            normed, rope=stream.rope, bias=stream.self_bias, values_only=perturbed, groups=stream.groups
+        )
         return torch.addcmul(x, gate, made)
 
     def _attend_text(

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..layers.attention_groups import Groups
 from ..layers.rope import Rope, make_rope, midpoints
 from .block import Block, StreamState
 from .config import StreamConfig, TransformerConfig
@@ -45,7 +46,8 @@ class StreamInput:
     levels: Tensor | None = None  # (B, U) distinct noise levels of tokens; None: sigma for all
     level_of_token: Tensor | None = None  # (B, T) int64 into levels
     marked: Tensor | None = None  # (B, T) bool, tokens that carry the keyframe marker (2.5)
-    self_bias: Tensor | None = None  # additive, broadcast to (B, heads, T, T)
+    self_bias: Tensor | None = None  # additive, broadcast to (B, heads, T, T); small masks of any kind
+    groups: Groups | None = None  # which of its tokens see which, in place of a bias
     context_bias: Tensor | None = None  # additive, broadcast to (B, heads, T, L)
 
 
@@ -206,7 +208,7 @@ class AVTransformer(nn.Module):
         else:
             context_BLD = shared.context(prefix, lambda: self._project_caption(stream.context, prefix))
         return StreamState(
-            modulation, context_BLD, stream.context_bias, rope, cross_rope, self_bias=stream.self_bias
+            modulation, context_BLD, stream.context_bias, rope, cross_rope, stream.self_bias, stream.groups
         )
 
     def _av_rows(self, prefix: str, own: Tensor, level_of_token: Tensor | None, others: Tensor) -> Rows:
