@@ -144,6 +144,24 @@ def _parser() -> argparse.ArgumentParser:
         help="where to compute; cuda may round otherwise",
     )
     add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the numbers computed with; auto: float32 for small models, bfloat16 for large ones",
+    )
+    add(
+        "--attention",
+        choices=("auto", "pytorch", "flash_attn", "sageattention"),
+        default="auto",
+        help="kernel of the transformer; auto: the fastest that proves exact here; sageattention differs a little",
+    )
+    add(
+        "--compile",
+        dest="compiled",
+        action="store_true",
+        help="compile the transformer's blocks first, which takes minutes and pays on long runs; told with --json",
+    )
+    add(
         "--memory",
         choices=("resident", "offload", "stream"),
         help="where weights stay, told with the memory needed; default: what fits",
@@ -246,6 +264,9 @@ def _generate(parsed: argparse.Namespace) -> None:
         folders=_folders(parsed.folders),
         tokenizer=parsed.tokenizer,
         memory=parsed.memory,
+        precision=parsed.precision,
+        compiled=parsed.compiled,
+        attention=parsed.attention,
     )
     _show_plan()
     meter = EnergyMeter(device=engine.device)
@@ -257,6 +278,8 @@ def _generate(parsed: argparse.Namespace) -> None:
     meter.close()
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if result.compiling:
+        print(result.compiling.sentence(), file=sys.stderr)
     started = time.perf_counter()
     made = _provenance(parsed, request, result)
     if request.sound_alone:
@@ -274,6 +297,7 @@ def _generate(parsed: argparse.Namespace) -> None:
             "content_credentials": unsigned or "signed",
         },
         "trajectory": None if parsed.trajectory is None else str(parsed.trajectory),
+        "compiling": result.compiling and asdict(result.compiling),
     }
     print(json.dumps(report) if parsed.json else _sentence(report), flush=True)
 
@@ -446,7 +470,8 @@ def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: 
         "latent_sha256": result.latent_sha256,
         "nondeterministic": list(result.nondeterministic),
     }
-    return {**said, **settings, **pictures, **loras, **upscalers, **made}
+    ways = {name: getattr(parsed, name) for name in ("precision", "attention", "compiled")}
+    return {**said, **settings, **pictures, **loras, **upscalers, **ways, **made}
 
 
 def _report(

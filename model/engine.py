@@ -70,13 +70,14 @@ from .text.duration_head import DurationHead, frames_for
 from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
 from .trajectory import Trajectory
-from .transformer.compiled import compile_blocks
+from .transformer.compiled import CompileReport, compile_blocks
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
 from .two_stage import Upscale, carried_audio, first_fps, first_size
 from .values import (
     AVLatents,
     Clip,
+    CompileCost,
     Conditioning,
     Context,
     GenerateRequest,
@@ -159,7 +160,7 @@ class Engine:
         self._folders, self._given_tokenizer = folders, tokenizer
         self._places = index(self.headers)
         self.device = device if isinstance(device, torch.device) else _pick_device(device)
-        check_attention(attention, self.device)
+        check_attention(attention, self.device, compiled)
         self._attention = attention
         self._place = place
         self._precision = PRECISIONS[precision]
@@ -172,6 +173,7 @@ class Engine:
         self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
         self._compiled = compiled
+        self._compile_report: CompileReport | None = None
         self._lock = threading.RLock()
 
     # -- what the checkpoint is ------------------------------------------------------------------------------------
@@ -271,6 +273,11 @@ class Engine:
         if self.device.type == "cuda":
             reasons.append("cuda: another board, driver or version of torch may round otherwise")
         return tuple(reasons)
+
+    @property
+    def compile_cost(self) -> CompileCost | None:
+        """What compiling took and saved so far; None where nothing is compiled."""
+        return self._compile_report and self._compile_report.cost
 
     @cached_property
     def blocks(self) -> int:
@@ -859,6 +866,7 @@ class Engine:
             pictures,
             self.nondeterministic,
             report,
+            self.compile_cost,
         )
 
     def load(self) -> None:
@@ -901,7 +909,7 @@ class Engine:
                 told = (component, names, size, seconds, size / seconds)
                 _logger.info("loaded %s of %s: %.1f MB in %.2f s, %.0f MB/s", *told)
                 if self._compiled and component == keymap.TRANSFORMER:
-                    compile_blocks(cast(AVTransformer, self._modules[component]))
+                    self._compile_report = compile_blocks(cast(AVTransformer, module))
             if self._place:
                 self._place(self._modules[component])
             else:

@@ -179,6 +179,21 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CompileCost:
+    """What compiling the transformer's blocks took and brought so far."""
+
+    compile_seconds: float
+    saved_seconds: float  # in all calls; negative if they were slower
+    calls: int  # of compiled blocks, those that compiled left out
+
+    def sentence(self) -> str:
+        return (
+            f"torch.compile took {self.compile_seconds:.1f} s and saved {self.saved_seconds:.1f} s "
+            f"in {self.calls} calls of a block"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateResult:
     """A clip and the record of how it came about."""
 
@@ -192,3 +207,4 @@ class GenerateResult:
     trajectory: Tensor | None = None  # (N, H, W, 3), 0..1, one picture for each chosen step
     nondeterministic: tuple[str, ...] = ()  # options with which the same seed may give another clip next time
     step_cache: StepCacheReport | None = None
+    compiling: CompileCost | None = None  # where blocks are compiled

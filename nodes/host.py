@@ -76,15 +76,16 @@ def open_engine(
     precision: str = "auto",
     offload: str = "auto",
     attention: str = "auto",
+    compiled: bool = False,
 ) -> Engine:
     """The engine of a model choice, shared with everyone who has it open; weights are read when they are used.
 
     device: a name in DEVICES, precision: in the engine's PRECISIONS, offload: in OFFLOADS,
-    attention: in the engine's ATTENTION.
+    attention: in the engine's ATTENTION, compiled: whether the transformer's blocks are.
     Raises CheckpointError for a file that is not there, and as Engine does for one that is no model of ours.
     """
     where = device_of(device)
-    key = (*file_signature(choice), str(where), precision, offload, attention)
+    key = (*file_signature(choice), str(where), precision, offload, attention, compiled)
     with _lock:
         engine = _engines.get(key)
         if engine is None:
@@ -95,6 +96,7 @@ def open_engine(
                 folders=_folders(),
                 precision=precision,
                 attention=attention,
+                compiled=compiled,
             )
             _engines[key] = engine
         return engine

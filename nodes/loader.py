@@ -57,6 +57,13 @@ class LockstepLoader(Node):
                     "pytorch: always torch's own. flash_attn, sageattention: that package, on a CUDA device; sageattention "
                     "computes in 8 bits.",
                 ),
+                io.Boolean.Input(
+                    "compile",
+                    default=False,
+                    optional=True,
+                    tooltip="Compiles the transformer's blocks at the first run of each size, which takes a minute or more and pays "
+                    "on long runs; the sampler says what it took and saved. Needs a C++ compiler on a processor, Triton on a GPU.",
+                ),
             ],
             outputs=[
                 LockstepModel.Output(
@@ -75,6 +82,7 @@ class LockstepLoader(Node):
         precision: str | None = None,
         offload: str | None = None,
         attention: str | None = None,
+        compile: bool | None = None,
     ) -> bool | str:
         known = check_choices(
             ("device", device, host.DEVICES),
@@ -88,7 +96,7 @@ class LockstepLoader(Node):
             if model is not None:
                 host.open_engine(model, "cpu")  # reads the header alone
             if attention is not None and device is not None:
-                check_attention(attention, host.device_of(device))
+                check_attention(attention, host.device_of(device), bool(compile))
         except LockstepError as error:
             return str(error)
         return True
@@ -105,5 +113,6 @@ class LockstepLoader(Node):
         precision: str = "auto",
         offload: str = host.OFFLOADS[0],
         attention: str = ATTENTION_NAMES[0],
+        compile: bool = False,
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.open_engine(model, device, precision, offload, attention))
+        return io.NodeOutput(host.open_engine(model, device, precision, offload, attention, compile))

@@ -225,6 +225,8 @@ class LockstepSampler(Node):
             pictures = host.blocked()
             if way is not None:
                 pictures = model.trajectory(way, shape, trajectory_moment, report)
+        if model.compile_cost:
+            host.tell(cls.hidden.unique_id, model.compile_cost.sentence())
         model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
         history.note(latents, meter, seed=seed, **model_facts)
         return io.NodeOutput(*to_latents(latents, host.join_latents), pictures)

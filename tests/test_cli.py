@@ -15,7 +15,7 @@ from PIL import Image
 from lockstep.model import cli, media
 from lockstep.model.embedded import WEIGHTS
 from lockstep.model.errors import PromptError, ShapeError
-from lockstep.model.values import Clip, GenerateResult, ModelInfo, Progress
+from lockstep.model.values import Clip, CompileCost, GenerateResult, ModelInfo, Progress
 
 
 class GreyEngine:
@@ -23,12 +23,15 @@ class GreyEngine:
 
     requests: list
     made_with: list
+    options: dict
     failure: BaseException | None = None
     warnings: tuple = ()
+    compiling: CompileCost | None = None
     device = torch.device("cpu")
 
-    def __init__(self, model, device, **_files):
+    def __init__(self, model, device, **options):
         self.made_with.append((model, device))
+        self.options.update(options)
 
     def generate(self, request, progress):
         self.requests.append(request)
@@ -40,13 +43,14 @@ class GreyEngine:
         clip = Clip(torch.full((9, 32, 48, 3), 0.5), torch.zeros(1, 12000), 12.0, 16000)
         model = ModelInfo("grey", "1.0", "ab" * 32)
         return GenerateResult(
-            clip, "cd" * 32, {"text": 0.1, "sample": 0.25}, self.warnings, request.seed, model
-        )
+            clip, "cd" * 32, {"text": 0.1, "sample": 0.25}, self.warnings, request.seed, model,
+            compiling=self.compiling,
+        )  # fmt: skip
 
 
 @pytest.fixture
 def engine(monkeypatch):
-    engine = type("Engine", (GreyEngine,), {"requests": [], "made_with": []})
+    engine = type("Engine", (GreyEngine,), {"requests": [], "made_with": [], "options": {}})
     monkeypatch.setitem(sys.modules, "lockstep.model.engine", types.SimpleNamespace(Engine=engine))
     return engine
 
@@ -70,6 +74,7 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
         *("output", "prompt", "seed", "size", "frames", "fps", "seconds", "sample_rate", "stages", "costs"),
         *("peak_rss_bytes", "latent_sha256", "nondeterministic", "model", "step_cache", "warnings"),
         *("sync", "difference_ms", "picture", "sound", "findings", "energy", "provenance", "trajectory"),
+        "compiling",
     ]
     assert (report["output"], report["prompt"]) == (str(tmp_path / "clip.mp4"), "a red ball")
     assert (report["seed"], report["size"], report["frames"]) == (7, "48x32", 9)
@@ -105,8 +110,11 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     numbers = ("--seconds", "2.5", "--fps", 24, "--steps", 8, "--cfg", 3, "--seed", 2**63 - 1)
     numbers += ("--step-cache", 0.1)
     code, *_ = generate(
-        *pictures, *numbers, "--size", "16:9", "--negative", "rain", "--model", "m", "--device", "cpu"
-    )
+        *pictures, *numbers, "--size", "16:9", "--negative", "rain", "--model", "m", "--device", "cpu",
+        "--precision", "float16", "--attention", "pytorch", "--compile", "--memory", "stream",
+    )  # fmt: skip
+    ways = {"precision": "float16", "attention": "pytorch", "compiled": True, "memory": "stream"}
+    assert ways.items() <= engine.options.items()
     (request,) = engine.requests
     assert code == 0
     assert engine.made_with == [("m", "cpu")]
@@ -130,6 +138,17 @@ def test_what_is_not_said_is_left_to_the_model_except_the_seed(generate, engine)
     assert json.loads(stdout.splitlines()[-1])["seed"] == first.seed
     assert 0 <= first.seed < 2**32
     assert first.seed != second.seed
+
+
+def test_what_compiling_took_is_printed_and_reported(generate, engine):
+    engine.compiling = CompileCost(61.5, 12.25, 380)
+    _, stdout, stderr = generate("--json")
+    assert "torch.compile took 61.5 s and saved 12.2 s in 380 calls of a block\n" in stderr
+    assert json.loads(stdout.splitlines()[-1])["compiling"] == {
+        "compile_seconds": 61.5,
+        "saved_seconds": 12.25,
+        "calls": 380,
+    }
 
 
 def test_warnings_are_printed_and_reported(generate, engine):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -182,6 +183,40 @@ def test_choices_that_may_give_another_clip_next_time_are_named():
     assert "compiled" in Engine("embedded", "cpu", compiled=True).nondeterministic[0]
     on_a_board = Engine("embedded", torch.device("cuda")).nondeterministic
     assert [reason.split(":")[0] for reason in on_a_board] == ["cuda, float32", "cuda"]
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Makes torch.compile use this backend; "eager" traces and needs no compiler of C++. Broken graphs are errors."""
+    compile_with = partial(torch.compile, fullgraph=True)
+    return lambda backend: monkeypatch.setattr(torch, "compile", partial(compile_with, backend=backend))
+
+
+def test_compiled_blocks_give_the_same_clip_and_tell_what_they_cost(engine, compiler):
+    """1e-5: the traced operations are the eager ones."""
+    compiler("eager")
+    compiled = Engine("embedded", "cpu", compiled=True)
+    assert compiled.compile_cost is None  # nothing is yet
+    made = compiled.sample(compiled.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+    plain = engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+    assert torch.allclose(made.video, plain.video, atol=1e-5)
+    assert torch.allclose(made.audio, plain.audio, atol=1e-5)
+    cost = compiled.compile_cost
+    assert cost is not None
+    assert cost.compile_seconds > 0
+    # the first block is not compiled; one compilation for texts that are new, one for those that are remembered
+    assert cost.calls == (compiled.blocks - 1) * 2 - 2
+    assert re.fullmatch(r"torch.compile took .* s and saved .* s in .* calls of a block", cost.sentence())
+
+
+def test_a_machine_that_cannot_compile_says_so(compiler):
+    def broken(*_):
+        raise RuntimeError("no compiler here")
+
+    compiler(broken)
+    engine = Engine("embedded", "cpu", compiled=True)
+    with pytest.raises(UnsupportedModelError, match=r"torch.compile does not work here .*: run without it"):
+        engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
 
 
 def test_every_component_s_loading_is_told_with_its_speed(caplog):

@@ -193,6 +193,8 @@ def test_attention_that_cannot_be_had_is_refused(monkeypatch):
         backends.check_attention("magic", torch.device("cpu"))
     with pytest.raises(UnsupportedModelError, match="needs a CUDA device"):
         backends.check_attention("flash_attn", torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="does not go with compiled blocks"):
+        backends.check_attention("flash_attn", torch.device("cuda"), compiled=True)
     monkeypatch.setattr(backends, "find_spec", lambda _name: None)
     with pytest.raises(UnsupportedModelError, match="package sageattention, which is not installed"):
         backends.check_attention("sageattention", torch.device("cuda"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .attention_backends import attend
 from .attention_groups import Groups, attend_in_groups
+from .inference import writes_in_place
 from .norms import inverse_rms
 from .rope import Rope, rotate
 
@@ -83,7 +84,7 @@ class Attention(nn.Module):
 
     def _positioned(self, x_BTD: Tensor, norm: nn.RMSNorm, rope: Rope | None) -> Tensor:
         """Norm, heads, rotation; in inference on a CPU all of it in one float32 copy."""
-        if x_BTD.device.type != "cpu" or not torch.is_inference_mode_enabled():
+        if x_BTD.device.type != "cpu" or not writes_in_place():
             x_BNTK = self._heads(norm(x_BTD))
             return x_BNTK if rope is None else rotate(x_BNTK, rope)
         normed = (

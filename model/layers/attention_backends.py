@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UnsupportedModelError
+from .inference import writes_in_place
 
 _logger = logging.getLogger("lockstep")
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,13 +38,20 @@ _chosen: dict[tuple, Kernel] = {}
 _wanted: ContextVar[str] = ContextVar("attention", default="auto")
 
 
-def check_attention(name: str, device: torch.device) -> None:
-    """Raises UnsupportedModelError for a name that is not in ATTENTION, or whose kernel cannot run here."""
+def check_attention(name: str, device: torch.device, compiled: bool = False) -> None:
+    """Raises UnsupportedModelError for a name that is not in ATTENTION, or whose kernel cannot run here.
+
+    compiled: whether the blocks are, which always takes torch's own kernel.
+    """
     if name not in ATTENTION:
         raise UnsupportedModelError(f"unknown attention {name!r}: use {', '.join(ATTENTION)}")
     if name in PACKAGES and device.type != "cuda":
         raise UnsupportedModelError(
             f"attention {name!r} needs a CUDA device, this is {device.type}: use 'auto'"
+        )
+    if name in PACKAGES and compiled:
+        raise UnsupportedModelError(
+            f"attention {name!r} does not go with compiled blocks: use 'auto', or do not compile"
         )
     if name in PACKAGES and not find_spec(name):
         raise UnsupportedModelError(
@@ -65,7 +73,7 @@ def attend(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor, bias: Tenso
     """Attention of (B, N, T, K) to (B, N, L, K); bias: additive, broadcast to (B, N, T, L)."""
     if query_BNTK.device.type == "meta":
         return torch.empty_like(query_BNTK)  # of no interest but its size
-    plain = bias is not None or not torch.is_inference_mode_enabled() or torch.compiler.is_compiling()
+    plain = bias is not None or not writes_in_place()
     if plain or (query_BNTK.device.type == "cpu" and query_BNTK.dtype == torch.float32):
         return functional.scaled_dot_product_attention(query_BNTK, key_BNLK, value_BNLK, attn_mask=bias)
     wanted = _wanted.get()

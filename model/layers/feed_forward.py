@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .inference import writes_in_place
+
 
 class _GELUProjection(nn.Module):
     def __init__(self, width: int, hidden: int, bias: bool):
@@ -12,7 +14,7 @@ class _GELUProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.proj(x)
-        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+        if writes_in_place():
             return torch.ops.aten.gelu_(
                 hidden, approximate="tanh"
             )  # the widest tensor of a block: once is enough

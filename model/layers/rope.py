@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
+from .inference import writes_in_place
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -53,7 +55,7 @@ def make_rope(
 def rotate(x_BNTK: Tensor, rope: Rope) -> Tensor:
     """Rotates the two halves of each head by the token's angles; computed in float32, returned in x's dtype."""
     x = x_BNTK.float()
-    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if not writes_in_place():
         first, second = x.chunk(2, dim=-1)
         halves = [first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin]
         return torch.cat(halves, dim=-1).to(x_BNTK.dtype)

@@ -1,6 +1,7 @@
 """torch.compile of the transformer's blocks, as an option that says what it cost and what it saved.
 
-All blocks are alike, so one compilation serves the stack; another number of tokens compiles once more.
+All blocks are alike, so one compilation serves the stack; another number of tokens, another kind of guidance pass, or
+texts that are remembered by now compile once more.
 """
 
 import logging
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
+from ..values import CompileCost
 from .model import AVTransformer
 
 _logger = logging.getLogger("lockstep")
@@ -19,6 +21,7 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
 _TIMED_CALLS = 4  # after these nothing waits for the device any more
+_MOST_VARIANTS = 64  # torch's own 8 would be two sizes of clips
 
 
 @dataclass(slots=True)
@@ -31,15 +34,10 @@ class CompileReport:
     calls: int = 0  # of compiled blocks, those that compiled left out
 
     @property
-    def saved_seconds(self) -> float:
-        """What the calls so far were faster in all; negative if they were slower."""
-        return self.calls * (self.eager_seconds - min(self.fast_seconds, default=self.eager_seconds))
-
-    def sentence(self) -> str:
-        return (
-            f"torch.compile took {self.compile_seconds:.1f} s and saved {self.saved_seconds:.1f} s "
-            f"in {self.calls} calls of a block"
-        )
+    def cost(self) -> CompileCost:
+        """As it stands now."""
+        saved = self.calls * (self.eager_seconds - min(self.fast_seconds, default=self.eager_seconds))
+        return CompileCost(self.compile_seconds, saved, self.calls)
 
 
 def compile_blocks(transformer: AVTransformer) -> CompileReport:
@@ -63,7 +61,8 @@ def _reported(eager: Forward, fast: Forward, report: CompileReport, compiled: se
         if not report.eager_seconds:
             eager(video_BTD, audio_BSD, *state)  # warms up
             report.eager_seconds = _seconds(eager, video_BTD, audio_BSD, *state)[0]
-        key = (video_BTD.shape, audio_BSD.shape, video_BTD.dtype, state[2:4])
+        kept = tuple(memory if memory is None else tuple(memory) for memory in state[4:])
+        key = (video_BTD.shape, audio_BSD.shape, video_BTD.dtype, state[2:4], kept)
         if key in compiled:
             report.calls += 1
             if len(report.fast_seconds) >= _TIMED_CALLS:
@@ -72,7 +71,8 @@ def _reported(eager: Forward, fast: Forward, report: CompileReport, compiled: se
             report.fast_seconds.append(seconds)
             return made
         try:
-            seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
+            with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS):
+                seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
         except Exception as error:
             raise UnsupportedModelError(
                 f"torch.compile does not work here ({str(error).splitlines()[0]}): run without it"

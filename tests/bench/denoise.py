@@ -286,8 +286,9 @@ def measure(
         print(f"| {size} | {args.steps} steps | {median(runs):.3f} | | | "
               f"{flop * args.steps / median(runs) / ceiling:.0%} | | {spread(runs):.0%} |")  # fmt: skip
     if compilation is not None:
-        print(compilation.sentence())
-        found |= {"compile_s": compilation.compile_seconds, "compile_saved_s": compilation.saved_seconds}
+        cost = compilation.cost
+        print(cost.sentence())
+        found |= {"compile_s": cost.compile_seconds, "compile_saved_s": cost.saved_seconds}
     return found
 
 
