@@ -180,15 +180,17 @@ class MemoryCount(TorchDispatchMode):
         self._users: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {_storage_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._see(tensor)
+                self._see(tensor, given)
         return made
 
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+    def _see(self, tensor: Tensor, given: Collection[int]) -> None:
+        key, size = _storage_key(tensor), tensor.untyped_storage().nbytes()
+        if key in given and key not in self._users:
+            return  # a view of what was there before, such as of a weight
         self._users[key] += 1
         if self._users[key] == 1:
             self.alive += size
@@ -200,6 +202,10 @@ class MemoryCount(TorchDispatchMode):
         if not self._users[key]:
             del self._users[key]
             self.alive -= size
+
+
+def _storage_key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 # Where weights are

@@ -127,6 +127,14 @@ def test_bytes_are_counted_while_they_live():
     assert (held, count.peak, count.alive) == (4000, 4000, 0)
 
 
+def test_views_of_what_was_there_before_are_not_counted():
+    weight = torch.zeros(1000)
+    with MemoryCount() as count:
+        part = weight[:10]
+        made = part + 1
+    assert count.peak == made.nbytes
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine("embedded", "cpu")

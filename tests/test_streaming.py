@@ -13,6 +13,7 @@ from test_audio_codec import AUDIO_VAES, CHANNELS, VOCODERS, WAVEFORM_TOLERANCE,
 from tiny_models import VIDEO_VAES
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lockstep.model.codec import streaming
 from lockstep.model.codec.audio_vae import AudioVAE, AudioVAEConfig
 from lockstep.model.codec.mel import MelConfig
 from lockstep.model.codec.streaming import decode_stream, encode_stream
@@ -21,6 +22,8 @@ from lockstep.model.codec.vocoder import VocoderConfig, build_vocoder
 from lockstep.model.codec.windows import decode_audio_stream, encode_audio_stream, vocode_stream
 from lockstep.model.embedded.config import VIDEO_VAE
 from lockstep.model.errors import Cancelled, ShapeError, UnsupportedModelError
+from lockstep.model.layers.causal_conv import CausalConv3d
+from lockstep.model.residency import MemoryCount
 
 SMALL_EMBEDDED = VIDEO_VAE | {"encoder_base_channels": 4, "decoder_base_channels": 4, "latent_channels": 4}
 STRUCTURES = {
@@ -92,6 +95,24 @@ def test_kept_frames_do_not_grow_with_the_clip():
         return watch.most
 
     assert largest(30) <= 1.05 * largest(10)
+
+
+def test_two_frames_of_each_convolution_are_all_that_a_stream_keeps(monkeypatch):
+    tails, honest = {}, streaming._Tail.push
+
+    def push(self, x_BFHWC):
+        honest(self, x_BFHWC)
+        tails[id(self)] = 0 if self.held is None else self.held.nbytes
+
+    monkeypatch.setattr(streaming._Tail, "push", push)
+    latent = torch.randn(1, 4, 12, 4, 4)
+    with MemoryCount() as count:
+        pieces = decode_stream(VAES["2.3"], latent, 1)
+        between = [count.alive - frames.nbytes for frames in pieces]
+    convolutions = sum(isinstance(module, CausalConv3d) for module in VAES["2.3"].decoder.modules())
+    assert len(tails) == convolutions
+    # beside them the frames of the windows under way
+    assert max(between) <= 1.5 * sum(tails.values())
 
 
 class _Watch(TorchDispatchMode):

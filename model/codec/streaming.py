@@ -5,13 +5,16 @@ of one window and of the kept frames, whatever the length of the clip. Frames ar
 B batch, F frames, H rows, W columns, C channels; p q patch offsets, t h w strides. Tensors lie channels last.
 """
 
+import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
 from einops import rearrange, reduce, repeat
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ShapeError
@@ -32,6 +35,8 @@ from .video_vae import (
 )
 
 WINDOW_BYTES = 2**23  # the largest tensor of one window in one layer; a single frame may be larger
+# on a CPU: of a convolution's input at a time, and of the weights that its kernel copies into an order of its own
+_BAND_BYTES, _REORDERED_BYTES = 2**22, 2**24
 
 
 class _Frames:
@@ -53,8 +58,35 @@ class _Frames:
         return x_BFHWC[:, :frames]
 
 
+class _Tail:
+    """The last frames of a stream, in memory of their own that is written over; the first one stands for what was before."""
+
+    def __init__(self, frames: int):
+        self._frames, self.came = frames, 0
+        self.held: Tensor | None = None
+
+    def push(self, x_BFHWC: Tensor) -> None:
+        fresh = min(x_BFHWC.shape[1], self._frames)
+        if not fresh:
+            return
+        if self.held is None:
+            self.held = repeat(x_BFHWC[:, :1], "B 1 H W C -> B F H W C", F=self._frames).contiguous()
+        self.held[:, : self._frames - fresh] = self.held[:, fresh:].clone()
+        self.held[:, self._frames - fresh :] = x_BFHWC[:, -fresh:]
+        self.came += x_BFHWC.shape[1]
+
+    def span(self, x_BFHWC: Tensor, first: int, frames: int) -> list[Tensor]:
+        """Frames from number `first` on, of those held and of x, which comes behind them, in at most two pieces."""
+        start, pieces = first - self.came, []
+        if start < 0 and self.held is not None:
+            held = self.held[:, start:] if frames >= -start else self.held[:, start : start + frames]
+            pieces.append(held)
+            start, frames = 0, frames - held.shape[1]
+        return [*pieces, x_BFHWC[:, start : start + frames]]
+
+
 class _Activation:
-    """Pixel norm, modulation if there are rows, SiLU, written in place."""
+    """Pixel norm, modulation if there are rows, SiLU."""
 
     def __init__(self, rows: Sequence[Tensor] = ()):
         self._rows = [rearrange(row, "B C 1 1 1 -> B 1 1 1 C") for row in rows]
@@ -77,55 +109,119 @@ class _Copy:
 
 
 class _Conv:
-    """An activation and a convolution over frames that come in pieces."""
+    """An activation and a convolution over frames that come in pieces, computed in bands of rows.
 
-    def __init__(self, layer: CausalConv3d, activation: _Activation | _Copy | None = None):
+    Frames may lie on another device than the weights: then one band at a time is there.
+    """
+
+    def __init__(
+        self,
+        layer: CausalConv3d,
+        band_bytes: int | None = None,
+        activation: _Activation | _Copy | None = None,
+        unit: int = 1,
+    ):
         self._layer, self._activation = layer, activation or _Copy()
-        self._held: Tensor | None = None  # the last frames, activated
+        self._band_bytes = _band_bytes(layer.conv.weight) if band_bytes is None else band_bytes
+        self._unit = unit  # output channels that must not be parted
+        self.tail = _Tail(layer.reach)
         self.growth = layer.conv.out_channels / layer.conv.in_channels
 
     def __call__(self, x_BFHWC: Tensor, last: bool) -> Tensor:
-        """Frames whose neighbours have all come; none if x brings too few."""
-        layer, (batch, frames, rows, columns, channels) = self._layer, x_BFHWC.shape
-        starts = self._held is None
-        if starts and not frames:
-            return x_BFHWC.new_empty(batch, 0, rows, columns, layer.conv.out_channels)
-        before = layer.frames_before if starts else self._held.shape[1]  # type: ignore[union-attr]
-        end = before + frames
-        buffer = x_BFHWC.new_empty(
-            batch, end + (layer.frames_after if last else 0), *self._padded(rows, columns), channels
-        )
-        inside = self._inside(buffer)
-        if frames:
-            self._activation.into(inside[:, before:end], x_BFHWC)
-        if starts:
-            inside[:, :before] = inside[:, before : before + 1]
-        else:
-            self._inside(buffer[:, :before]).copy_(self._inside(self._held))  # type: ignore[arg-type]
-        inside[:, end:] = inside[:, end - 1 : end]
-        self._reflect(buffer)
-        self._held = None if last else buffer[:, -layer.reach :].clone()
-        if buffer.shape[1] <= layer.reach:
-            return x_BFHWC.new_empty(batch, 0, rows, columns, layer.conv.out_channels)
-        return rearrange(
-            layer.convolve(rearrange(buffer, "B F H W C -> B C F H W")), "B C F H W -> B F H W C"
-        )
+        """Frames whose neighbours have all come, none if x brings too few; x is remembered."""
+        made = self.convolve(x_BFHWC, last)
+        self.tail.push(x_BFHWC)
+        return made
 
-    def _padded(self, rows: int, columns: int) -> tuple[int, int]:
-        edge = self._layer.mirrored
-        return rows + 2 * edge, columns + 2 * edge
+    def convolve(self, x_BFHWC: Tensor, last: bool) -> Tensor:
+        """The same, x not remembered yet."""
+        batch, _, rows, columns, _ = x_BFHWC.shape
+        shape = torch.Size((batch, self.ready(x_BFHWC, last), rows, columns, self._layer.conv.out_channels))
+        made = None
+        for first, end, channels, band in self.bands(x_BFHWC, last):
+            if band.shape == shape and band.device == x_BFHWC.device:
+                return band
+            made = x_BFHWC.new_empty(shape) if made is None else made
+            made[:, :, first:end, :, channels] = band
+        return x_BFHWC.new_empty(shape) if made is None else made
 
-    def _inside(self, buffer_BFHWC: Tensor) -> Tensor:
-        edge = self._layer.mirrored
-        return buffer_BFHWC[:, :, edge : buffer_BFHWC.shape[2] - edge, edge : buffer_BFHWC.shape[3] - edge]
+    def ready(self, x_BFHWC: Tensor, last: bool) -> int:
+        """How many frames a call with x will give."""
+        layer, frames = self._layer, x_BFHWC.shape[1]
+        before = layer.frames_before if self.tail.held is None else layer.reach
+        known = before + frames + layer.frames_after * last
+        return max(0, known - layer.reach) if frames or self.tail.came else 0
 
-    def _reflect(self, buffer_BFHWC: Tensor) -> None:
-        if self._layer.mirrored:
-            buffer_BFHWC[:, :, 0], buffer_BFHWC[:, :, -1] = buffer_BFHWC[:, :, 2], buffer_BFHWC[:, :, -3]
-            buffer_BFHWC[:, :, :, 0], buffer_BFHWC[..., -1, :] = (
-                buffer_BFHWC[:, :, :, 2],
-                buffer_BFHWC[..., -3, :],
-            )
+    def bands(self, x_BFHWC: Tensor, last: bool) -> Iterator[tuple[int, int, slice, Tensor]]:
+        """What a call gives, in pieces: first row and the one behind the last, channels, (B, F, rows, W, channels)."""
+        rows, ready = x_BFHWC.shape[2], self.ready(x_BFHWC, last)
+        if not ready:
+            return
+        layer = self._layer
+        row_bytes = x_BFHWC[:, :1, :1].nbytes * (ready + layer.reach) * max(1.0, self.growth)
+        bands = min(rows, math.ceil(rows * row_bytes / self._band_bytes))
+        edges = [rows * band // bands for band in range(bands + 1)]
+        for first, end in pairwise(edges):
+            buffer_BFHWC = self._gather(x_BFHWC, first, end, ready + layer.reach)
+            for channels in _output_channels(layer.conv, self._unit):
+                yield first, end, channels, _convolve(layer.conv, buffer_BFHWC, channels)
+
+    def _gather(self, x_BFHWC: Tensor, first: int, end: int, frames: int) -> Tensor:
+        """The activated neighbourhood of rows first to end, one row and column laid around."""
+        layer, (batch, _, rows, columns, channels) = self._layer, x_BFHWC.shape
+        edge = layer.reach // 2
+        top, bottom = max(0, first - edge), min(rows, end + edge)
+        weight = layer.conv.weight
+        buffer = weight.new_empty(batch, frames, end - first + 2 * edge, columns + 2 * edge, channels)
+        inside = buffer[:, :, top - first + edge : bottom - first + edge, edge:-edge]
+        place = 0
+        if self.tail.held is None:
+            place = layer.frames_before
+        for part in (self.tail.held, x_BFHWC):
+            if part is not None and part.shape[1]:
+                there = inside[:, place : place + part.shape[1]]
+                self._activation.into(there, part[:, :, top:bottom].to(weight.device))
+                place += part.shape[1]
+        if self.tail.held is None:
+            inside[:, : layer.frames_before] = inside[:, layer.frames_before :][:, :1]
+        inside[:, place:] = inside[:, place - 1 : place]
+        self._lay_edges(buffer, first == 0, end == rows)
+        return buffer
+
+    def _lay_edges(self, buffer_BFHWC: Tensor, top: bool, bottom: bool) -> None:
+        """What stands beside a frame: zeros, or its own rows and columns mirrored."""
+        mirrored = self._layer.mirrored
+        buffer_BFHWC[..., 0, :] = buffer_BFHWC[..., 2, :] if mirrored else 0
+        buffer_BFHWC[..., -1, :] = buffer_BFHWC[..., -3, :] if mirrored else 0
+        if top:
+            buffer_BFHWC[:, :, 0] = buffer_BFHWC[:, :, 2] if mirrored else 0
+        if bottom:
+            buffer_BFHWC[:, :, -1] = buffer_BFHWC[:, :, -3] if mirrored else 0
+
+
+def _band_bytes(weight: Tensor) -> int:
+    """On a CPU what its caches hold, but not so little that bringing the weights into a kernel's order costs more."""
+    return max(_BAND_BYTES, 2 * weight.nbytes) if weight.device.type == "cpu" else sys.maxsize
+
+
+def _output_channels(conv: nn.Conv3d, unit: int) -> Iterator[slice]:
+    """So many at a time that a CPU kernel's own copy of their weights stays small."""
+    parts = math.ceil(conv.weight.nbytes / _REORDERED_BYTES) if conv.weight.device.type == "cpu" else 1
+    step = math.ceil(conv.out_channels / parts / unit) * unit
+    for first in range(0, conv.out_channels, step):
+        yield slice(first, min(conv.out_channels, first + step))
+
+
+def _convolve(conv: nn.Conv3d, buffer_BFHWC: Tensor, channels: slice) -> Tensor:
+    x_BCFHW = rearrange(buffer_BFHWC, "B F H W C -> B C F H W")
+    weight, bias = conv.weight[channels], cast(Tensor, conv.bias)[channels]
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # conv3d leaves small inputs to a slow kernel that lays out all 27 neighbours of each place
+        once = (1, 1, 1)
+        made_BCFHW = torch.mkldnn_convolution(x_BCFHW, weight, bias, (0, 0, 0), once, once, 1)
+    else:
+        made_BCFHW = functional.conv3d(x_BCFHW, weight, bias)
+    return rearrange(made_BCFHW, "B C F H W -> B F H W C")
 
 
 class _ResStage:
@@ -133,9 +229,9 @@ class _ResStage:
 
     growth = 1.0
 
-    def __init__(self, stage: ResStage, levels_B: Tensor | None = None):
+    def __init__(self, stage: ResStage, band_bytes: int | None = None, levels_B: Tensor | None = None):
         rows_BRC = stage.time_embedder(levels_B) if stage.time_embedder else None
-        self._blocks = [_ResBlock(block, rows_BRC) for block in stage.blocks]
+        self._blocks = [_ResBlock(block, band_bytes, rows_BRC) for block in stage.blocks]
 
     def __call__(self, x_BFHWC: Tensor, last: bool) -> Tensor:
         for block in self._blocks:
@@ -144,40 +240,56 @@ class _ResStage:
 
 
 class _ResBlock:
-    def __init__(self, block: ResBlock, rows_BRC: Tensor | None):
+    def __init__(self, block: ResBlock, band_bytes: int | None, rows_BRC: Tensor | None):
         rows = aligned_rows(rows_BRC, block.scale_shift_table)
-        self._conv1 = _Conv(block.conv1, _Activation(rows[:2]))
-        self._conv2 = _Conv(block.conv2, _Activation(rows[2:]))
-        self._waiting = _Frames()
+        self._conv1 = _Conv(block.conv1, band_bytes, _Activation(rows[:2]))
+        self._conv2 = _Conv(block.conv2, band_bytes, _Activation(rows[2:]))
+        self._given = 0
 
     def __call__(self, x_BFHWC: Tensor, last: bool) -> Tensor:
-        self._waiting.push(x_BFHWC)
-        made = self._conv2(self._conv1(x_BFHWC, last), last)
-        return made.add_(self._waiting.pop(made.shape[1])) if made.shape[1] else made
+        made = self._conv2(self._conv1.convolve(x_BFHWC, last), last)
+        place = 0
+        for piece in self._conv1.tail.span(x_BFHWC, self._given, made.shape[1]):
+            made[:, place : place + piece.shape[1]] += piece
+            place += piece.shape[1]
+        self._given += place
+        self._conv1.tail.push(x_BFHWC)
+        return made
 
 
 class _Upsample:
     """Convolution and depth-to-space; the first frame of all is dropped where time grows."""
 
-    def __init__(self, layer: Upsample):
-        self._stage, self._conv, self._waiting = layer.stage, _Conv(layer.conv), _Frames()
-        self._drop = layer.stage.stride[0] - 1
+    def __init__(self, layer: Upsample, band_bytes: int | None = None):
+        self._stage, self._channels_out = layer.stage, layer.channels_out
+        self._conv = _Conv(layer.conv, band_bytes, unit=layer.stage.factor)
+        self._given = 0
         self.growth = layer.stage.factor / layer.stage.multiplier
 
     def __call__(self, x_BFHWC: Tensor, last: bool) -> Tensor:
-        stage = self._stage
+        stage, (batch, _, rows, columns, _) = self._stage, x_BFHWC.shape
+        t, h, w = stage.stride
+        ready = self._conv.ready(x_BFHWC, last)
+        made = x_BFHWC.new_empty(batch, ready * t, rows * h, columns * w, self._channels_out)
+        for first, end, channels, band in self._conv.bands(x_BFHWC, last):
+            inside = slice(channels.start // stage.factor, channels.stop // stage.factor)
+            _depth_to_space_into(made[:, :, first * h : end * h, :, inside], band, stage.stride)
         if stage.residual:
-            self._waiting.push(x_BFHWC)
-        made = self._conv(x_BFHWC, last)
-        frames = made.shape[1]
-        made = _depth_to_space(made, stage.stride)
-        if stage.residual and frames:
-            skip = _depth_to_space(self._waiting.pop(frames), stage.stride)
-            made += repeat(skip, "B F H W C -> B F H W (copy C)", copy=stage.factor // stage.multiplier)
-        if not frames:
-            return made
-        made, self._drop = made[:, self._drop :], 0
-        return made
+            self._add(made, self._conv.tail.span(x_BFHWC, self._given, ready))
+        self._conv.tail.push(x_BFHWC)
+        starts, self._given = not self._given, self._given + ready
+        return made[:, t - 1 :] if starts and ready else made
+
+    def _add(self, made_BFHWC: Tensor, pieces: Sequence[Tensor]) -> None:
+        """The input's own depth-to-space, its channels repeated whole."""
+        stage, place = self._stage, 0
+        copies = rearrange(
+            made_BFHWC, "B F H W (copy C) -> copy B F H W C", copy=stage.factor // stage.multiplier
+        )
+        for piece in pieces:
+            skip = _depth_to_space(piece, stage.stride)
+            copies[:, :, place : place + skip.shape[1]] += skip
+            place += skip.shape[1]
 
 
 class _Downsample:
@@ -226,6 +338,12 @@ def _depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return rearrange(x, "B F H W (C t h w) -> B (F t) (H h) (W w) C", t=t, h=h, w=w)
 
 
+def _depth_to_space_into(made: Tensor, x: Tensor, stride: tuple[int, int, int]) -> None:
+    t, h, w = stride
+    parts = rearrange(made, "B (F t) (H h) (W w) C -> B F H W C t h w", t=t, h=h, w=w)
+    parts.copy_(rearrange(x, "B F H W (C t h w) -> B F H W C t h w", t=t, h=h, w=w))
+
+
 def _space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     t, h, w = stride
     return rearrange(x, "B (F t) (H h) (W w) C -> B F H W (C t h w)", t=t, h=h, w=w)
@@ -267,10 +385,12 @@ def decoding_steps(decoder: VideoDecoder, timestep: float) -> list[_Step]:
     steps: list[_Step] = [_Edge(_Conv(decoder.conv_in))]
     for block in decoder.up_blocks:
         steps.append(
-            _ResStage(block, levels_B) if isinstance(block, ResStage) else _Upsample(cast(Upsample, block))
+            _ResStage(block, levels_B=levels_B)
+            if isinstance(block, ResStage)
+            else _Upsample(cast(Upsample, block))
         )
     last = _Activation(aligned_rows(rows_BRC, decoder.last_scale_shift_table))
-    return [*steps, _Edge(_Conv(decoder.conv_out, last))]
+    return [*steps, _Edge(_Conv(decoder.conv_out, activation=last))]
 
 
 def encoding_steps(encoder: VideoEncoder) -> list[_Step]:
@@ -280,7 +400,7 @@ def encoding_steps(encoder: VideoEncoder) -> list[_Step]:
         steps.append(
             _ResStage(block) if isinstance(block, ResStage) else _Downsample(cast(Downsample, block))
         )
-    return [*steps, _Edge(_Conv(encoder.conv_out, _Activation()))]
+    return [*steps, _Edge(_Conv(encoder.conv_out, activation=_Activation()))]
 
 
 @torch.inference_mode()
@@ -309,6 +429,7 @@ def decode_stream(
 
     for patches in _flow(steps, window, True, window_bytes, between):
         pixels = rearrange(patches, "B F H W (C q p) -> B C F (H p) (W q)", p=patch, q=patch)
+        del patches  # as large as the pixels
         done += pixels.shape[2]
         tick(done, frames)
         yield pixels

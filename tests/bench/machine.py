@@ -1,10 +1,11 @@
 """What the benchmarks share: device names, peak memory, medians, the matmul ceiling of this machine."""
 
+import ctypes
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,10 @@ def _read(path: str) -> str:
 
 @contextmanager
 def peak_above(device: str) -> Iterator[Peak]:
-    """Bytes at the peak above those at the start: the allocator's on a GPU, the resident set's on Linux's CPUs."""
+    """Bytes at the peak above those at the start: the allocator's on a GPU, the resident set's on Linux's CPUs.
+
+    What earlier work freed and the allocator kept is given back to the system first, where glibc can: it would be used again unseen.
+    """
     peak = Peak()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -40,6 +44,8 @@ def peak_above(device: str) -> Iterator[Peak]:
         torch.cuda.synchronize()
         peak.bytes = torch.cuda.max_memory_allocated() - before
         return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
     before = _status("VmRSS")
     yield peak
