@@ -1,5 +1,7 @@
 """Lockstep Image Encode: a picture that the clip has to show at a given frame, added to a CONDITIONING."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -55,6 +57,16 @@ class LockstepImageEncode(Node):
                     tooltip="frame: the clip shows the picture at its frame. reference: it stands beside the clip and shows what "
                     "the object looks like; frame does not count then.",
                 ),
+                io.Float.Input(
+                    "attention",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much clip and picture see of each other, where the picture is a reference or stands behind frame 0. "
+                    "1: as trained.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -76,6 +88,8 @@ class LockstepImageEncode(Node):
         strength: float,
         mask: Tensor | None = None,
         use_as: str = USES[0],
+        attention: float = 1.0,
     ) -> io.NodeOutput:
         place = frame if use_as == "frame" else None
-        return io.NodeOutput(with_picture(conditioning, to_picture(image, place, strength, mask)))
+        picture = replace(to_picture(image, place, strength, mask), attention=attention)
+        return io.NodeOutput(with_picture(conditioning, picture))

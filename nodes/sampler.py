@@ -140,6 +140,16 @@ class LockstepSampler(Node):
                     "own second stage after Lockstep Latent Upscale. A number such as 0.5: how much is made anew. Or noise "
                     "levels such as 0.9, 0.7, 0.4, 0. Empty: off.",
                 ),
+                io.Float.Input(
+                    "step_cache",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Approximate: steps reuse what changes by less than this share, 0.1 is careful. A short clip is tried "
+                    "first; where its sound changes, the cache turns itself off and says so. 0: off.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("video", display_name="video", tooltip="For Lockstep VAE Decode."),
@@ -185,6 +195,7 @@ class LockstepSampler(Node):
         trajectory: str = "",
         trajectory_moment: float = 0.5,
         refine: str = "",
+        step_cache: float = 0.0,
     ) -> io.NodeOutput:
         script = from_conditioning(conditioning)
         given = given_streams(latent, audio_latent, model.model_id)
@@ -194,7 +205,8 @@ class LockstepSampler(Node):
         guidance = guide(model, own, cfg_video, cfg_audio, stg, stg_block)
         # second stages are a few steps of euler
         own_sampler = "euler" if second else None
-        settings = SampleSettings(steps or None, guidance, own_sampler if sampler == OWN_SAMPLER else sampler)
+        chosen = own_sampler if sampler == OWN_SAMPLER else sampler
+        settings = SampleSettings(steps or None, guidance, chosen, step_cache=step_cache)
         start = None
         if refine.strip():
             levels = refining_levels(refine, model, steps or None, shape)
@@ -227,7 +239,11 @@ class LockstepSampler(Node):
                 pictures = model.trajectory(way, shape, trajectory_moment, report)
         if model.compile_cost:
             host.tell(cls.hidden.unique_id, model.compile_cost.sentence())
+        approximation = latents.step_cache
+        if approximation is not None:
+            host.warn(cls.hidden.unique_id, approximation.warnings)
         model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
+        model_facts["step_cache"] = approximation and asdict(approximation)
         history.note(latents, meter, seed=seed, **model_facts)
         return io.NodeOutput(*to_latents(latents, host.join_latents), pictures)
 
@@ -283,7 +299,9 @@ def wholly_kept_video(name: str, stream: Stream) -> bool:
 def encode_picture(model: Engine, picture: Picture, shape: ClipShape, report: host.Reporter) -> Guide:
     """A picture at its place in this clip."""
     frame = frame_of(picture, shape)
-    return model.encode_image(picture.image, shape, frame, picture.strength, report, picture.mask)
+    return model.encode_image(
+        picture.image, shape, frame, picture.strength, report, picture.mask, attention=picture.attention
+    )
 
 
 def kept_parts(given: dict[str, Stream], shape: ClipShape) -> dict[str, Tensor]:

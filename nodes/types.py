@@ -34,6 +34,7 @@ class Picture:
     )  # negative counts from the end, -1 is the last; None stands beside the clip, as a reference
     strength: float  # 0 ignores it, 1 keeps it untouched
     mask: Tensor | None = None  # (H, W), 1 where the clip is free
+    attention: float = 1.0  # how much clip and picture see of each other
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,11 +212,25 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
         """**A picture of the object beside the clip.** Choose it in Load Image and press Run.
 
 - **Use as** *reference*: the picture shows what the object looks like; the clip need not begin with it. *frame* would make the clip show the picture itself.
-- **Strength** below 1 makes it a hint. One reference a clip; pictures at frames can be added with further Lockstep Image Encode.""",
+- **Strength** below 1 makes it a hint. One reference a clip; pictures at frames can be added with further Lockstep Image Encode.
+- **Attention** below 1 lets clip and picture see less of each other.""",
         [
             {"loader": loader(), "image": picture()},
             {"text": text(), "look": image_encode("text", "image", 0, use_as="reference")},
             {"sampler": sampler("look")},
+            *clip_out(),
+        ],
+    ),
+    "quick_draft": (
+        """**A clip sooner, and nearly the same.** Press Run.
+
+- **Step cache**: steps leave out most of the model where the picture, or the sound, changes by less than this share. 0.1 is careful, 0 is off and exact.
+- The first run of a prompt tries a clip of a second with and without it. Where its sound changes, the cache turns itself off, wholly or for the sound, and the node says so.
+- Once you like a **seed**, set *step cache* to 0 and run it again.""",
+        [
+            {"loader": loader()},
+            {"text": text("a green triangle pulses on a black background")},
+            {"sampler": sampler(step_cache=0.1)},
             *clip_out(),
         ],
     ),
