@@ -61,7 +61,7 @@ from .media import compress_image, fit_image, fit_sound
 from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
 from .residency import Plan, Residence, StageNeed, free_bytes, stepping_down
 from .sampler.guidance import UNGUIDED, Guidance
-from .sampler.loop import denoise
+from .sampler.loop import denoise, model_levels
 from .sampler.schedule import shifted_schedule
 from .sampler.step import SAMPLERS
 from .shapes import AudioRate, ClipShape, Compression
@@ -557,6 +557,8 @@ class Engine:
             cache=cache,
         )
         with self._numbers(keymap.TRANSFORMER), attention_by(self._attention):
+            # all levels first: what embeds them need not be on the device while blocks run
+            denoiser.tabulate(model_levels(sigmas, sampler))
             done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
         if sound_alone:

@@ -23,7 +23,7 @@ from .codec.vocoder import ExtendedVocoder, Generator
 from .codec.windows import WINDOW_LATENTS, WINDOW_MELS, decode_audio_stream, vocode_stream
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser
-from .residency import MemoryCount, StageNeed
+from .residency import MemoryCount, StageNeed, level_embedders
 from .shapes import ClipShape
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
@@ -112,7 +112,9 @@ class Forecast:
                 del state, made
         kept = denoiser.kept_text_bytes + denoiser.kept_meeting_bytes
         unseen = kept * (layers - min(layers, _BLOCKS)) // max(1, layers)
-        return StageNeed("sample", weights, peak + unseen, block, weights - (layers - 1) * block)
+        levels = _bytes(*level_embedders(transformer))
+        fixed = weights - (layers - 1) * block - levels
+        return StageNeed("sample", weights, peak + unseen, block, fixed, levels)
 
     def _video(self, shape: ClipShape, window_bytes: int) -> StageNeed:
         vae = self._module(keymap.VIDEO_VAE) or self._module(keymap.VIDEO_VAE_DIFFUSION)

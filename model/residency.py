@@ -85,6 +85,7 @@ class StageNeed:
     working: int
     block: int = 0  # of these weights, those of one streamed block; 0: they cannot be streamed
     fixed: int = 0  # of these weights, those outside of streamed blocks
+    levels: int = 0  # of these weights, those that embed noise levels: gone before the second block runs
 
     @property
     def whole(self) -> int:
@@ -93,7 +94,7 @@ class StageNeed:
     @property
     def streamed(self) -> int:
         """With the block that runs, and the next one on its way."""
-        return self.fixed + 2 * self.block + self.working if self.block else self.whole
+        return self.fixed + max(2 * self.block + self.working, self.levels) if self.block else self.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +243,17 @@ class BlockStream:
     """Brings a stack's blocks to the device one ahead of their use, and lets each go after it.
 
     The first block stays, since what several passes share begins there. On a GPU copies run beside the computation, in
-    a stream of their own.
+    a stream of their own. What embeds noise levels comes when it is called, and goes as the second block runs: a run
+    whose levels are tabulated first needs it no more.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], device: torch.device, rest: HostWeights | None = None):
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        device: torch.device,
+        rest: HostWeights | None = None,
+        embedders: Sequence[nn.Module] = (),
+    ):
         self._device, self._blocks, self._rest = device, list(blocks), rest
         if rest is not None:
             rest.bring(device)
@@ -258,13 +266,18 @@ class BlockStream:
         for index, block in enumerate(self._blocks[1:], start=1):
             self._hooks.append(block.register_forward_pre_hook(lambda *_, index=index: self._before(index)))
             self._hooks.append(block.register_forward_hook(lambda *_, index=index: self._after(index)))
+        self._embedders, self._embeds = HostWeights(nn.ModuleList(embedders), pin), False
+        for embedder in embedders:
+            self._hooks.append(embedder.register_forward_pre_hook(lambda *_: self._bring_embedders()))
 
     @classmethod
     def of(cls, transformer: nn.Module, device: torch.device) -> "BlockStream":
         """A transformer's `transformer_blocks` as a stream, everything else of it on the device."""
         blocks = list(transformer.get_submodule("transformer_blocks").children())
-        inside = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
-        return cls(blocks, device, HostWeights(transformer, skip=inside))
+        embedders = level_embedders(transformer)
+        parts = (*blocks, *embedders)
+        inside = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+        return cls(blocks, device, HostWeights(transformer, skip=inside), embedders)
 
     @property
     def blocks_here(self) -> int:
@@ -275,17 +288,27 @@ class BlockStream:
     def bytes(self) -> int:
         """Weights on the device now."""
         rest = 0 if self._rest is None else self._rest.bytes
+        rest += self._embedders.bytes if self._embeds else 0
         return rest + self._weights[0].bytes + sum(self._weights[index].bytes for index in self._here)
 
     def let_go(self) -> None:
         """Everything back on the host, hooks gone."""
         for hook in self._hooks:
             hook.remove()
-        for weights in (*self._weights, *([self._rest] if self._rest else [])):
+        for weights in (*self._weights, self._embedders, *([self._rest] if self._rest else [])):
             weights.let_go()
         self._here.clear()
+        self._embeds = False
+
+    def _bring_embedders(self) -> None:
+        if not self._embeds:
+            self._embedders.bring(self._device)
+            self._embeds = True
 
     def _before(self, index: int) -> None:
+        if self._embeds:
+            self._embedders.let_go()
+            self._embeds = False
         self._fetch(index)
         event = self._here[index]
         if isinstance(event, torch.cuda.Event):
@@ -313,6 +336,11 @@ class BlockStream:
     def _after(self, index: int) -> None:
         if self._here.pop(index, False) is not False:
             self._weights[index].let_go()
+
+
+def level_embedders(transformer: nn.Module) -> list[nn.Module]:
+    """The modules that make modulations of noise levels."""
+    return [module for name, module in transformer.named_children() if name.endswith("adaln_single")]
 
 
 # components whose weights one stage uses together

@@ -20,6 +20,8 @@ from lockstep.model.errors import (
     WorkflowError,
 )
 from lockstep.model.sampler.guidance import Guidance
+from lockstep.model.transformer.block import Block
+from lockstep.model.transformer.model import AVTransformer
 from lockstep.model.values import GenerateRequest, Progress
 
 RED_BALL = GenerateRequest("a red ball bounces on a gray background", steps=2, seed=7, seconds=1.0)
@@ -78,6 +80,22 @@ def test_a_callback_that_raises_stops_the_run_and_harms_nothing(engine, stage):
     with pytest.raises(Cancelled):
         engine.generate(RED_BALL, stop)
     assert engine.generate(RED_BALL).latent_sha256 == before
+
+
+@pytest.mark.parametrize(("sampler", "levels"), [("euler", 3), ("res2s", 7)])
+def test_noise_levels_are_embedded_once_before_the_first_block(engine, monkeypatch, sampler, levels):
+    done = []
+
+    def noting(owner: type, method: str) -> None:
+        original = getattr(owner, method)
+        monkeypatch.setattr(owner, method, lambda *a, **o: (done.append(method), original(*a, **o))[1])
+
+    noting(AVTransformer, "modulations")
+    noting(Block, "attend_selves")
+    settings = SampleSettings(steps=3, sampler=sampler)  # guided: several passes a step
+    engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=settings)
+    assert done[:levels] == ["modulations"] * levels
+    assert "modulations" not in done[levels:]
 
 
 def test_unknown_words_are_named_and_a_prompt_without_known_ones_refused(engine):

@@ -16,6 +16,7 @@ from lockstep.model.residency import (
     MemoryCount,
     Residence,
     StageNeed,
+    level_embedders,
     make_plan,
     stepping_down,
 )
@@ -66,6 +67,31 @@ def test_streamed_blocks_give_the_same_and_at_most_two_stand_beside_the_first():
             assert_near(made, wanted, 1e-6)
     assert max(here) <= 3
     stream.let_go()
+
+
+def test_what_embeds_levels_is_gone_while_blocks_run():
+    denoiser = make("2.3", (2,), PASSES)
+    given, whole = tokens(denoiser, 1), make("2.3", (2,), PASSES)
+    stream = BlockStream.of(denoiser.transformer, torch.device("cpu"))
+    before, held = stream.bytes, []
+    denoiser.tabulate((0.7, 0.3))
+    assert stream.bytes == before + sum(
+        weight.nbytes for part in level_embedders(denoiser.transformer) for weight in part.parameters()
+    )
+    for block in denoiser.transformer.transformer_blocks[1:]:
+        block.register_forward_hook(lambda *_: held.append(stream.bytes))
+    for name in PASSES:
+        for made, wanted in zip(denoiser(*given, 0.7, name), whole(*given, 0.7, name), strict=True):
+            assert_near(made, wanted, 1e-6)
+    block = sum(weight.nbytes for weight in denoiser.transformer.transformer_blocks[1].parameters())
+    assert max(held) <= before + 2 * block
+    stream.let_go()
+
+
+def test_a_plan_for_streaming_leaves_out_what_embeds_levels():
+    need = StageNeed("sample", 1000, 10, block=100, fixed=200, levels=150)
+    assert need.streamed == 200 + 200 + 10
+    assert StageNeed("sample", 1000, 10, block=100, fixed=200, levels=400).streamed == 200 + 400
 
 
 def needs(*weights: int, working: int = 10) -> list[StageNeed]:

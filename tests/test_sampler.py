@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lockstep.model.errors import Cancelled, LockstepError, ShapeError, WorkflowError
 from lockstep.model.sampler import schedule as schedules
 from lockstep.model.sampler.guidance import HQ_GUIDANCE, Guidance, combine, full_guidance
-from lockstep.model.sampler.loop import JointState, StreamState, denoise, noised_stream
-from lockstep.model.sampler.schedule import check_sigmas, shifted_schedule
+from lockstep.model.sampler.loop import JointState, StreamState, denoise, model_levels, noised_stream
+from lockstep.model.sampler.schedule import DISTILLED, check_sigmas, shifted_schedule
 from lockstep.model.sampler.step import (
     SAMPLERS,
     Ancestral,
@@ -318,6 +318,20 @@ def test_samplers_without_noise_converge_to_the_exact_end_of_a_gaussian(name):
     coarse, fine = (gaussian_error(DETERMINISTIC[name], steps) for steps in (16, 128))
     assert fine < coarse / 4
     assert fine < 0.02
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sigmas", [DISTILLED, (1.0, 0.5, 0.0), (0.9, 0.0), (1.0, 0.001, 0.0)])
+def test_the_levels_of_a_run_are_known_before_it(sampler, sigmas):
+    called = []
+
+    def denoiser(video, audio, sigma, name):
+        called.append(sigma)
+        return video * 0.5, None
+
+    state = JointState(noised_stream(*(torch.randn(1, 4, 2), torch.ones(1, 4, 1), torch.randn(1, 4, 2))))
+    denoise(state, sigmas, denoiser, sampler, noise_seed=1)
+    assert model_levels(sigmas, sampler) == tuple(dict.fromkeys(called))
 
 
 def test_res2s_is_closer_than_euler_at_the_same_number_of_model_calls():

@@ -118,6 +118,21 @@ def test_a_level_is_embedded_once(monkeypatch):
     assert made["_modulation"] == 4
 
 
+def test_the_text_s_keys_and_values_are_made_once_a_run_of_2_0():
+    denoiser, projected = make("2.0", (2,), PASSES), Counter()
+    for block in denoiser.transformer.transformer_blocks:
+        for name in ("attn2", "audio_attn2"):
+            for part in ("to_k", "to_v"):
+                layer = block.get_submodule(f"{name}.{part}")
+                layer.register_forward_hook(lambda *_, key=f"{name}.{part}": projected.update([key]))
+    for step, sigma in enumerate((0.9, 0.6, 0.3)):
+        given = tokens(denoiser, step)
+        for pass_name in PASSES:
+            denoiser(*given, sigma, pass_name)
+    assert set(projected.values()) == {2 * LAYERS}  # positive and negative, whatever the steps
+    assert len(projected) == 4
+
+
 def test_gradients_flow_as_before():
     denoiser = make("2.3", (), ("cond",))
     transformer = denoiser.transformer.requires_grad_(True)

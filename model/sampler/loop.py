@@ -118,6 +118,14 @@ def denoise(
     return state.with_tokens(predict.whole(free))
 
 
+def model_levels(
+    sigmas: Iterable[float], sampler: str | Callable[[], Sampler] = "euler"
+) -> tuple[float, ...]:
+    """The distinct levels at which denoise will call its denoiser, in order of first use. Raises as denoise does."""
+    stepper = make_sampler(sampler)
+    return tuple(dict.fromkeys(stepper.calls(stepper.prepare(check_sigmas(sigmas)))))
+
+
 def _step_noise(state: JointState, sampler: Sampler, seed: int | None) -> Callable[[], Streams]:
     if sampler.stochastic and seed is None:
         raise WorkflowError(

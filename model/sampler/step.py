@@ -7,6 +7,7 @@ Source: spec sections 2.1 and 2.11.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,8 +69,12 @@ class Sampler:
     dtype = torch.float32  # of the latents between steps
 
     def prepare(self, sigmas: Sigmas) -> Sigmas:
-        """The levels this sampler really visits."""
+        """The levels this sampler steps between."""
         return sigmas
+
+    def calls(self, sigmas: Sigmas) -> Sigmas:
+        """The levels at which it calls the model on its way through prepared ones, in order."""
+        return sigmas[:-1]
 
     def step(self, x: Streams, sigma: float, sigma_next: float, predict: Predict, noise: Noise) -> Streams:
         """Latents at sigma to latents at sigma_next, sigma_next < sigma."""
@@ -135,11 +140,16 @@ class Res2s(Sampler):
         """A level just above 0 before the last one, because the logarithm cannot reach 0."""
         return (*sigmas[:-1], _RES2S_LAST, 0.0) if sigmas[-2] > _RES2S_LAST else sigmas
 
+    def calls(self, sigmas: Sigmas) -> Sigmas:
+        """Those of euler, and the middle of every step but the last."""
+        pairs = [(sigma, _middle(sigma, sigma_next)) for sigma, sigma_next in pairwise(sigmas) if sigma_next]
+        return (*(level for pair in pairs for level in pair), sigmas[-2])
+
     def step(self, x: Streams, sigma: float, sigma_next: float, predict: Predict, noise: Noise) -> Streams:
         x0 = predict(x, sigma)
         if sigma_next == 0.0:
             return x0
-        h, sigma_mid = math.log(sigma / sigma_next), math.sqrt(sigma * sigma_next)
+        h, sigma_mid = math.log(sigma / sigma_next), _middle(sigma, sigma_next)
         to_mid = -math.expm1(-h / 2.0)  # h * a21
         middle = tuple(torch.lerp(a, a0, to_mid) for a, a0 in zip(x, x0, strict=True))
         middle = self._inject(x, middle, noise(), sigma, sigma_mid)
@@ -153,6 +163,10 @@ class Res2s(Sampler):
         return tuple(
             inject_noise(a, b, n, sigma, sigma_next, self.eta) for a, b, n in zip(x, y, noise, strict=True)
         )
+
+
+def _middle(sigma: float, sigma_next: float) -> float:
+    return math.sqrt(sigma * sigma_next)
 
 
 def _anchor(middle: Tensor, x0: Tensor, to_mid: float) -> Tensor:
