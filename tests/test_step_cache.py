@@ -14,6 +14,7 @@ from lockstep.model.sampler.guidance import Guidance
 from lockstep.model.shapes import AudioRate, ClipShape, Compression
 from lockstep.model.step_probe import Heard, probe, probe_shape
 from lockstep.model.transformer.block import Block
+from lockstep.model.transformer.compiled import compile_blocks
 from lockstep.model.transformer.step_cache import STREAMS, StepCache
 from lockstep.model.values import AVLatents, GenerateRequest
 
@@ -107,6 +108,22 @@ def test_without_room_for_its_keys_the_video_waits_for_the_audio(monkeypatch):
     assert cache.reused == {"video": 0, "audio": 0}
     denoiser(*moved(given, 0, 3.0), 0.9, "cond")
     assert cache.reused == {"video": 1, "audio": 1}
+
+
+def test_compiled_blocks_reuse_as_others_do(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)  # what is around the compiler
+    caches = [StepCache(ALWAYS, ("audio",)) for _ in range(2)]
+    plain, compiled = (make("2.3", (2,), PASSES, cache=cache) for cache in caches)
+    report = compile_blocks(compiled.transformer)
+    for step in range(3):
+        given = tokens(plain, step)
+        for pass_name in PASSES:
+            for made, wanted in zip(
+                compiled(*given, 0.9, pass_name), plain(*given, 0.9, pass_name), strict=True
+            ):
+                assert_near(made, wanted, 1e-6)
+    assert caches[0].reused == caches[1].reused == {"video": 0, "audio": 2}
+    assert report.compile_seconds > 0
 
 
 # By ear

@@ -3,6 +3,7 @@
 B batch, T video tokens, S audio tokens, L text tokens, D width (spec section 2.6).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +41,10 @@ class Meeting:
 
     kept: tuple[str, ...]  # streams whose own are worth keeping
     given: TextMemory = field(default_factory=dict)  # by prefix of the stream that they are of
+
+    def __iter__(self) -> Iterator[str]:
+        """What is there, as of a text's memory."""
+        return iter(self.given)
 
     def keep(self, prefix: str, keys_values: KeysValues) -> None:
         if any(_PREFIXES[stream] == prefix for stream in self.kept):
