@@ -59,7 +59,7 @@ from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
 from .media import compress_image, fit_image, fit_sound
 from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
-from .residency import Plan, Residence, StageNeed, free_bytes, stepping_down
+from .residency import BANDS, Plan, Residence, StageNeed, Window, free_bytes, stepping_down
 from .sampler.guidance import UNGUIDED, Guidance
 from .sampler.loop import denoise, model_levels
 from .sampler.schedule import shifted_schedule
@@ -674,9 +674,10 @@ class Engine:
         self._check_owner(latents)
         with self._lock:
             vae = self._video_vae
+            chosen = BANDS if self._residence.bands else Window(WINDOW_BYTES)
             yield from stepping_down(
-                lambda smaller: self._decoded(vae, latents.video, smaller, progress),
-                window_bytes or WINDOW_BYTES,
+                lambda window: self._decoded(vae, latents.video, window, progress),
+                Window(window_bytes) if window_bytes else chosen,
             )
 
     def decode_video(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
@@ -702,7 +703,7 @@ class Engine:
         self,
         vae: VideoVAE | DiffusionVAE,
         latent_BCFHW: Tensor,
-        window_bytes: int,
+        window: Window,
         progress: ProgressCallback,
     ) -> Iterator[Tensor]:
         def tick(done: int, total: int) -> None:
@@ -714,7 +715,7 @@ class Engine:
                 # a seed of its own: the same latents always give the same pictures
                 pieces = iter([vae.decode(latent_BCFHW, seeded_generator(0), tick)])
         else:
-            pieces = decode_stream(vae, latent_BCFHW, window_bytes, tick)
+            pieces = decode_stream(vae, latent_BCFHW, window.bytes, tick, band_bytes=window.band_bytes)
         for pixels in pieces:
             with self._numbers(self._video_component):
                 _check_finite("decoded pictures", pixels)

@@ -23,7 +23,7 @@ from .codec.vocoder import ExtendedVocoder, Generator
 from .codec.windows import WINDOW_LATENTS, WINDOW_MELS, decode_audio_stream, vocode_stream
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser
-from .residency import MemoryCount, StageNeed, level_embedders
+from .residency import BANDS, MemoryCount, StageNeed, level_embedders
 from .shapes import ClipShape
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
@@ -31,6 +31,7 @@ from .values import Conditioning, Context
 
 _BLOCKS = 4  # as many tell what a whole stack needs
 _LATENTS = 24  # longer clips need no more memory to decode
+_BAND_TENSORS = 6  # of the size of a band: its rows, activated rows, products of both norms, result, the result in another order
 
 
 class Forecast:
@@ -127,7 +128,8 @@ class Forecast:
         with MemoryCount() as count:
             for _ in decode_stream(vae, latent, window_bytes):
                 pass
-        return StageNeed("video", _bytes(vae), count.peak)
+        banded = latent.nbytes + _BAND_TENSORS * cast(int, BANDS.band_bytes)
+        return StageNeed("video", _bytes(vae), count.peak, banded=min(banded, count.peak))
 
     def _audio(self, shape: ClipShape) -> StageNeed:
         vae, vocoder = self._module(keymap.AUDIO_VAE), self._module(keymap.VOCODER)

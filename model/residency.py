@@ -5,7 +5,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
@@ -19,17 +19,44 @@ _logger = logging.getLogger("lockstep")
 _STEP_DOWN = 8
 
 
-def stepping_down(stream: Callable[[int], Iterator[Tensor]], window_bytes: int) -> Iterator[Tensor]:
-    """Pieces of stream(window_bytes); where memory ends, it goes on with smaller windows behind the last piece given.
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How much of a streamed decode is on the device at once."""
+
+    bytes: int  # of one layer's widest tensor; a single frame may be larger
+    band_bytes: int | None = (
+        None  # frames lie on the host, bands of rows of this size are brought; None: whole frames
+    )
+
+    def smaller(self) -> "Window | None":
+        """What is tried next where memory has ended; None after the last resort."""
+        if self.bytes > 1:
+            return Window(self.bytes // _STEP_DOWN if self.bytes > 2**20 else 1)
+        if self.band_bytes is None:
+            return BANDS
+        return Window(1, self.band_bytes // _STEP_DOWN) if self.band_bytes > 2**18 else None
+
+    def words(self) -> str:
+        """For people."""
+        if self.band_bytes is not None:
+            return f"bands of rows of {self.band_bytes / 2**20:.1f} MB, frames on the host"
+        return f"windows of {self.bytes / 2**20:.1f} MB" if self.bytes > 1 else "one frame at a time"
+
+
+BANDS = Window(1, 2**22)
+
+
+def stepping_down(stream: Callable[[Window], Iterator[Tensor]], window: Window) -> Iterator[Tensor]:
+    """Pieces of stream(window); where memory ends, it goes on with a smaller window behind the last piece given.
 
     stream: pieces that join along axis 0 to the same whatever the window.
-    Raises MemoryShortError if one frame at a time does not fit either.
+    Raises MemoryShortError if bands of single frames do not fit either.
     """
     given = 0
     while True:
         error = None
         try:
-            for piece in _behind(stream(window_bytes), given):
+            for piece in _behind(stream(window), given):
                 given += len(piece)
                 yield piece
             return
@@ -38,13 +65,14 @@ def stepping_down(stream: Callable[[int], Iterator[Tensor]], window_bytes: int) 
                 raise
             error = str(raised)
         free_cached()  # outside of the handler: its traceback would keep what the failed attempt held
-        if window_bytes <= 1:
+        smaller = window.smaller()
+        if smaller is None:
             raise MemoryShortError(
-                f"decoding one frame at a time does not fit into the free memory ({error.splitlines()[0]}): "
-                "make a smaller picture, or free memory"
+                f"decoding one frame at a time, in {window.words()}, does not fit into the free memory "
+                f"({error.splitlines()[0]}): make a smaller picture, or free memory"
             )
-        window_bytes = max(1, window_bytes // _STEP_DOWN) if window_bytes > 2**20 else 1
-        _logger.warning("out of memory: going on with windows of %.1f MB", window_bytes / 2**20)
+        window = smaller
+        _logger.warning("out of memory: going on with %s", window.words())
 
 
 def _behind(pieces: Iterator[Tensor], given: int) -> Iterator[Tensor]:
@@ -86,6 +114,7 @@ class StageNeed:
     block: int = 0  # of these weights, those of one streamed block; 0: they cannot be streamed
     fixed: int = 0  # of these weights, those outside of streamed blocks
     levels: int = 0  # of these weights, those that embed noise levels: gone before the second block runs
+    banded: int | None = None  # working memory of a decode in bands of rows; None: it cannot
 
     @property
     def whole(self) -> int:
@@ -104,6 +133,7 @@ class Plan:
     policy: Policy
     needs: tuple[StageNeed, ...]
     budget: int | None  # bytes free for this model; None: unknown
+    bands: bool = False  # pictures are decoded in bands of rows, their frames on the host
 
     @property
     def peak(self) -> int:
@@ -121,7 +151,8 @@ class Plan:
             "stream": "the transformer's blocks come one by one",
         }[self.policy]
         free = "" if self.budget is None else f" of {_gigabytes(self.budget)} free"
-        return f"memory: {_gigabytes(self.peak)}{free} at the peak ({self.widest.name}); {how}"
+        bands = "; pictures are decoded in bands of rows" if self.bands else ""
+        return f"memory: {_gigabytes(self.peak)}{free} at the peak ({self.widest.name}); {how}{bands}"
 
 
 def peak_of(policy: Policy, needs: Sequence[StageNeed]) -> int:
@@ -132,18 +163,20 @@ def peak_of(policy: Policy, needs: Sequence[StageNeed]) -> int:
 
 
 def make_plan(needs: Sequence[StageNeed], budget: int | None, policy: str | None = None) -> Plan:
-    """The first policy that fits, from the fastest on; `policy` overrides.
+    """The first policy that fits, from the fastest on, with a decode in bands of rows if none fits without; `policy` overrides.
 
     budget: free bytes of the device; None, where they are unknown, keeps all resident.
     Raises MemoryShortError if not even streaming fits, or the policy asked for does not.
     """
     given = check_policy(policy)
     room = None if budget is None else budget * (1 - _KEPT_FREE)
-    for choice in POLICIES if given is None else (given,):
-        if room is None or peak_of(choice, needs) <= room:
-            return Plan(choice, tuple(needs), budget)
+    narrow = [need if need.banded is None else replace(need, working=need.banded) for need in needs]
+    for bands, held in ((False, needs), (True, narrow)):
+        for choice in POLICIES if given is None else (given,):
+            if room is None or peak_of(choice, held) <= room:
+                return Plan(choice, tuple(held), budget, bands)
     least = given or POLICIES[-1]
-    plan = Plan(least, tuple(needs), budget)
+    plan = Plan(least, tuple(narrow), budget)
     raise MemoryShortError(
         f"{plan.widest.name} needs {_gigabytes(plan.peak)} even with policy {least!r}, {_gigabytes(budget or 0)} are free: "
         "make the clip smaller or shorter, or free memory"
@@ -358,6 +391,7 @@ class Residence:
     def __init__(self, device: torch.device, policy: str | None = None):
         self._device, self.given = device, check_policy(policy)
         self.policy: Policy = self.given or "resident"  # rules now
+        self.bands = False  # whether the plan has pictures decoded in bands of rows
         self._here: dict[str, HostWeights | BlockStream] = {}
 
     @property
@@ -368,6 +402,7 @@ class Residence:
     def follow(self, needs: Sequence[StageNeed], budget: int | None) -> Plan:
         """The plan for these needs; from now on its policy rules, if none was given."""
         plan = make_plan(needs, budget, self.given)
+        self.bands = plan.bands
         if plan.policy != self.policy:
             self.leave()
             self.policy = plan.policy

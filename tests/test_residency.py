@@ -16,6 +16,7 @@ from lockstep.model.residency import (
     MemoryCount,
     Residence,
     StageNeed,
+    Window,
     level_embedders,
     make_plan,
     stepping_down,
@@ -25,33 +26,46 @@ from lockstep.model.residency import (
 def test_a_stream_goes_on_with_smaller_windows_where_memory_ended():
     frames, asked = torch.arange(10.0)[:, None], []
 
-    def stream(window_bytes: int) -> Iterator[Tensor]:
-        asked.append(window_bytes)
-        for index, piece in enumerate(frames.split(3 if window_bytes > 2**21 else 2)):
-            if window_bytes > 2**21 and index == 2:
+    def stream(window: Window) -> Iterator[Tensor]:
+        asked.append(window)
+        for index, piece in enumerate(frames.split(3 if window.bytes > 2**21 else 2)):
+            if window.bytes > 2**21 and index == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             yield piece
 
-    assert torch.equal(torch.cat(list(stepping_down(stream, 2**24))), frames)
-    assert asked == [2**24, 2**21]
+    assert torch.equal(torch.cat(list(stepping_down(stream, Window(2**24)))), frames)
+    assert asked == [Window(2**24), Window(2**21)]
+
+
+def test_frames_that_do_not_fit_are_decoded_in_bands_of_rows():
+    asked = []
+
+    def stream(window: Window) -> Iterator[Tensor]:
+        asked.append(window)
+        if window.band_bytes is None or window.band_bytes > 2**20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield torch.zeros(1)
+
+    assert len(list(stepping_down(stream, Window(2**22)))) == 1
+    assert asked == [Window(2**22), Window(2**19), Window(1), Window(1, 2**22), Window(1, 2**19)]
 
 
 def test_what_never_fits_ends_in_one_sentence():
-    def stream(window_bytes: int) -> Iterator[Tensor]:
+    def stream(window: Window) -> Iterator[Tensor]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
         yield
 
     with pytest.raises(MemoryShortError, match="one frame at a time"):
-        list(stepping_down(stream, 2**24))
+        list(stepping_down(stream, Window(2**24)))
 
 
 def test_other_errors_pass_through():
-    def stream(window_bytes: int) -> Iterator[Tensor]:
+    def stream(window: Window) -> Iterator[Tensor]:
         raise RuntimeError("something else")
         yield
 
     with pytest.raises(RuntimeError, match="something else"):
-        list(stepping_down(stream, 2**24))
+        list(stepping_down(stream, Window(2**24)))
 
 
 def test_streamed_blocks_give_the_same_and_at_most_two_stand_beside_the_first():
@@ -114,6 +128,21 @@ def test_a_plan_says_its_peak_and_where_it_is():
     assert plan.sentence() == (
         "memory: 2.00 GB of 6.00 GB free at the peak (stage 1); the transformer's blocks come one by one"
     )
+
+
+def test_pictures_are_decoded_in_bands_where_no_policy_fits_without():
+    stages = [*needs(100, 200), StageNeed("video", 300, 500, banded=40)]
+    assert not make_plan(stages, 900).bands
+    plan = make_plan(stages, 400)
+    assert (plan.policy, plan.bands, plan.peak) == ("offload", True, 340)
+    assert plan.sentence().endswith("; pictures are decoded in bands of rows")
+    residence = Residence(torch.device("cpu"))
+    residence.follow(stages, 400)
+    assert residence.bands
+    residence.follow(stages, 2000)
+    assert not residence.bands
+    with pytest.raises(MemoryShortError, match="video needs"):
+        make_plan(stages, 300)
 
 
 def test_what_fits_in_no_way_is_said_in_one_sentence():

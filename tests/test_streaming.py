@@ -64,6 +64,37 @@ def test_a_streamed_decode_equals_the_whole_one(name, size, window_bytes):
 
 
 @QUICK
+@given(vaes, sizes, windows, some.integers(8, 15).map(lambda power: 2**power))
+def test_a_decode_in_bands_of_rows_equals_the_whole_one(name, size, window_bytes, band_bytes):
+    vae, latent = VAES[name], torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(3))
+    streamed = torch.cat(list(decode_stream(vae, latent, window_bytes, band_bytes=band_bytes)), dim=2)
+    assert_near(streamed, vae.decode(latent), 5e-5)
+
+
+def test_bands_bound_what_a_convolution_sees_whatever_the_frame():
+    def widest(rows: int) -> int:
+        with _Convolved() as seen:
+            list(decode_stream(VAES["2.3"], torch.randn(1, 4, 2, rows, 4), 1, band_bytes=2**15))
+        return max(seen.bytes)
+
+    assert widest(24) <= 1.2 * widest(8)
+    assert widest(8) < 2**16
+
+
+class _Convolved(TorchDispatchMode):
+    """The sizes of all that goes into convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in str(func):
+            self.bytes.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+@QUICK
 @given(vaes, sizes, windows)
 def test_a_streamed_encode_equals_the_whole_one(name, size, window_bytes):
     vae, grid = VAES[name], VAES[name].config.compression

@@ -379,18 +379,18 @@ def _cut(x_BFHWC: Tensor, growth: float, window_bytes: int) -> Sequence[Tensor]:
     return x_BFHWC.split(at_once, dim=1) if x_BFHWC.shape[1] > at_once else (x_BFHWC,)
 
 
-def decoding_steps(decoder: VideoDecoder, timestep: float) -> list[_Step]:
+def decoding_steps(decoder: VideoDecoder, timestep: float, band_bytes: int | None = None) -> list[_Step]:
     """The decoder's layers, ready for the first window of one clip."""
     levels_B, rows_BRC = decoder.conditioning(timestep)
-    steps: list[_Step] = [_Edge(_Conv(decoder.conv_in))]
+    steps: list[_Step] = [_Edge(_Conv(decoder.conv_in, band_bytes))]
     for block in decoder.up_blocks:
         steps.append(
-            _ResStage(block, levels_B=levels_B)
+            _ResStage(block, band_bytes, levels_B)
             if isinstance(block, ResStage)
-            else _Upsample(cast(Upsample, block))
+            else _Upsample(cast(Upsample, block), band_bytes)
         )
     last = _Activation(aligned_rows(rows_BRC, decoder.last_scale_shift_table))
-    return [*steps, _Edge(_Conv(decoder.conv_out, activation=last))]
+    return [*steps, _Edge(_Conv(decoder.conv_out, band_bytes, last))]
 
 
 def encoding_steps(encoder: VideoEncoder) -> list[_Step]:
@@ -411,18 +411,23 @@ def decode_stream(
     tick: Tick = no_tick,
     timestep: float | None = None,
     generator: torch.Generator | None = None,
+    band_bytes: int | None = None,
 ) -> Iterator[Tensor]:
     """What vae.decode gives, as (B, 3, n, H, W) pieces of consecutive frames, in order.
 
     window_bytes: of one layer's widest tensor; decides memory and speed, never the result beyond the rounding of other
     kernels. tick: called with (frames done, frames in all), before every layer of a window too, so that a run can be
-    ended there. Otherwise and in what it raises as VideoVAE.decode.
+    ended there. band_bytes: frames between layers lie on the host, and each convolution brings bands of rows of about
+    this size to the device, a row of their neighbours included, so that even one frame need not fit there.
+    Otherwise and in what it raises as VideoVAE.decode.
     """
     latent_BCFHW, timestep = vae.for_decoder(latent_BCFHW, timestep, generator)
     _check_mirrored(vae.decoder.conv_in, latent_BCFHW)
+    if band_bytes is not None:
+        latent_BCFHW = latent_BCFHW.cpu()
     patch, frames = vae.config.patch, (latent_BCFHW.shape[2] - 1) * vae.config.compression.time + 1
     window, done = [rearrange(latent_BCFHW, "B C F H W -> B F H W C")], 0
-    steps = decoding_steps(vae.decoder, timestep)
+    steps = decoding_steps(vae.decoder, timestep, band_bytes)
 
     def between() -> None:
         tick(done, frames)
