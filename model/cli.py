@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .measure.energy import Energy
+    from .measure.pictures import Look
     from .provenance import Disclosure
     from .values import GenerateRequest, GenerateResult, Lora, Progress
 
@@ -251,7 +252,7 @@ def _generate(parsed: argparse.Namespace) -> None:
 
     from .engine import Engine
     from .measure.energy import EnergyMeter
-    from .media import write_clip, write_sound
+    from .media import write_sound
 
     request = _request(parsed)
     disclosure, unsigned = _disclosure(parsed)
@@ -272,7 +273,8 @@ def _generate(parsed: argparse.Namespace) -> None:
     meter = EnergyMeter(device=engine.device)
     if parsed.idle_seconds and meter.sources:
         meter.rest(parsed.idle_seconds)
-    options = {"energy": meter} if meter.sources else {}
+    writer = None if request.sound_alone else _ClipWriter(parsed, request, disclosure)
+    options: dict = {"writer": writer} | ({"energy": meter} if meter.sources else {})
     with _Bars() as bars, meter.window() as energy:
         result = engine.generate(request, bars, **options)
     meter.close()
@@ -281,16 +283,14 @@ def _generate(parsed: argparse.Namespace) -> None:
     if result.compiling:
         print(result.compiling.sentence(), file=sys.stderr)
     started = time.perf_counter()
-    made = _provenance(parsed, request, result)
     if request.sound_alone:
+        made = _provenance(parsed, request, result)
         said = {"lockstep": made, "digital_source_type": disclosure and disclosure.source_type}
         write_sound(parsed.output, result.clip, json.dumps(said))
-    else:
-        write_clip(parsed.output, result.clip, {"lockstep": json.dumps(made)}, disclosure)
     if parsed.trajectory is not None and result.trajectory is not None:
         _write_trajectory(parsed.trajectory, result.trajectory)
-    seconds = {"write": time.perf_counter() - started}
-    report = _report(parsed, request, result, seconds) | {
+    seconds = time.perf_counter() - started
+    report = _report(parsed, request, result, seconds, writer) | {
         "energy": _energy(parsed, result, energy[0], meter.notes),
         "provenance": {
             "digital_source_type": disclosure and disclosure.source_type,
@@ -409,6 +409,38 @@ class _Bars:
         self._bar.update(progress.step - self._bar.n)
 
 
+class _ClipWriter:
+    """Writes the frames of a clip to the output while they are decoded, and looks at them for the report."""
+
+    def __init__(
+        self, parsed: argparse.Namespace, request: "GenerateRequest", disclosure: "Disclosure | None"
+    ):
+        self._parsed, self._request, self._disclosure = parsed, request, disclosure
+        self.look: Look | None = None
+        self.seconds = 0.0  # beside the decoding
+
+    def __call__(self, pieces: Iterator["Tensor"], result: "GenerateResult") -> None:
+        from .measure.pictures import Look
+        from .media import write_clip
+
+        self.look = Look(len(result.clip.frames), result.clip.fps)
+        made = _provenance(self._parsed, self._request, result)
+        self._since = time.perf_counter()
+        tags = {"lockstep": json.dumps(made)}
+        write_clip(self._parsed.output, result.clip, tags, self._disclosure, self._seen(pieces, self.look))
+        self.seconds += time.perf_counter() - self._since
+
+    def _seen(self, pieces: Iterator["Tensor"], look: "Look") -> Iterator["Tensor"]:
+        while True:
+            self.seconds += time.perf_counter() - self._since
+            piece = next(pieces, None)
+            self._since = time.perf_counter()
+            if piece is None:
+                return
+            look.push(piece)
+            yield piece
+
+
 # What is said about a clip
 
 
@@ -478,19 +510,24 @@ def _report(
     parsed: argparse.Namespace,
     request: "GenerateRequest",
     result: "GenerateResult",
-    seconds: dict[str, float],
+    seconds: float,
+    writer: "_ClipWriter | None",
 ) -> dict:
     from .measure.report import report_clip, report_sound
     from .measure.stages import peak_rss_bytes
 
     started = time.perf_counter()
     clip = result.clip
-    if len(clip.frames):
-        found = report_clip(clip).to_dict()
+    stages = dict(result.stages)
+    if writer is not None:
+        found = report_clip(clip, look=writer.look).to_dict()
+        seconds += writer.seconds
+        if "video" in stages:
+            stages["video"] -= writer.seconds
     else:
         nothing = dict.fromkeys(("sync", "difference_ms", "picture"))
         found = {**nothing, "sound": report_sound(clip), "findings": []}
-    stages = {**result.stages, **seconds, "report": time.perf_counter() - started}
+    stages |= {"write": seconds, "report": time.perf_counter() - started}
     peaks = [cost.peak_rss_bytes for cost in result.costs.values()] + [peak_rss_bytes()]
     frames, height, width = clip.frames.shape[:3]
     return {
@@ -515,7 +552,7 @@ def _report(
 
 
 def _energy(parsed: argparse.Namespace, result: "GenerateResult", energy: "Energy", notes: list[str]) -> dict:
-    """Joules of everything from the first weight read to the last sample decoded."""
+    """Joules of everything from the first weight read to the last frame decoded and written."""
     from .measure.energy import Factors
 
     seconds = result.clip.seconds

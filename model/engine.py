@@ -80,6 +80,7 @@ from .values import (
     CompileCost,
     Conditioning,
     Context,
+    FrameWriter,
     GenerateRequest,
     GenerateResult,
     Guide,
@@ -802,10 +803,13 @@ class Engine:
         request: GenerateRequest,
         progress: ProgressCallback = _nothing,
         energy: EnergyMeter | None = None,
+        writer: FrameWriter | None = None,
     ) -> GenerateResult:
         """A prompt to a clip with sound. Raises a LockstepError before any work for what cannot be done.
 
-        energy: counts the joules of every stage; None counts none.
+        energy: counts the joules of every stage; None counts none. writer: takes the frames while they are decoded, so
+        that no clip is too long for the memory; the sound is made before them, and the clip that comes back holds the
+        shape of the frames alone. A sound alone is not written.
         """
         if request.sound_alone and (request.upscalers or request.trajectory):
             raise WorkflowError("a sound alone has no pictures: leave upscalers and trajectory out")
@@ -853,12 +857,16 @@ class Engine:
                 latents = self._refine(conditioning, latents, path, request, recipe, number, progress)
         shape = latents.shape
         with clock.stage("video"):
-            no_frames = torch.empty(0, shape.height, shape.width, 3)
-            frames = no_frames if request.sound_alone else self.decode_video(latents, progress)
+            if request.sound_alone:
+                frames = torch.empty(0, shape.height, shape.width, 3)
+            elif writer is None:
+                frames = self.decode_video(latents, progress)
+            else:
+                frames = torch.empty(shape.frames, shape.height, shape.width, 3, device="meta")
         with clock.stage("audio"):
             waveform = self.decode_audio(latents, progress)
         clip = Clip(frames, waveform, shape.fps, self._vocoder.sample_rate_hz)
-        return GenerateResult(
+        result = GenerateResult(
             clip,
             latent_sha256(latents),
             clock.seconds,
@@ -871,6 +879,12 @@ class Engine:
             report,
             self.compile_cost,
         )
+        if writer is None or request.sound_alone:
+            return result
+        pieces: Any = self.video_frames(latents, progress)
+        with clock.stage("video"), closing(pieces):
+            writer(pieces, result)
+        return replace(result, stages=clock.seconds)
 
     def load(self) -> None:
         """Reads every component that a clip needs, once; only what is used at a time where memory is short.

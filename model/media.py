@@ -54,20 +54,26 @@ def write_clip(
     clip: Clip,
     metadata: Mapping[str, str] | None = None,
     disclosure: Disclosure | None = None,
+    pieces: Iterable[Tensor] | None = None,
 ) -> None:
     """Writes an mp4 of H.264 pictures and AAC sound of exactly equal duration, or nothing at all.
 
     clip.frames: (F, H, W, 3) with even H and W.  clip.waveform: (1 or 2, S) or None; cut or padded to F / fps.
     metadata: text kept as tags of the file.  disclosure: what the file says of its origin.
+    pieces: the frames (n, H, W, 3) in order, while they are made; of clip.frames the shape alone counts then. Each is
+    encoded before the next is taken, and what they raise leaves no file.
     An existing file is replaced only by a complete one.  Raises MediaError, ProvenanceError.
     """
     target = Path(path)
     _check(clip)
+    if pieces is None:
+        _check_pixels(clip.frames)
+        pieces = [clip.frames]
     # In the same folder, because os.replace cannot cross disks.
     partial = target.with_name(f".{secrets.token_hex(6)}.part")
     _sweep(target.parent)
     try:
-        _encode(partial, clip, metadata or {})
+        _encode(partial, clip, pieces, metadata or {})
         if disclosure is not None:
             disclosure.write(partial, target.name)
         os.replace(partial, target)
@@ -290,8 +296,6 @@ def _check(clip: Clip) -> None:
         raise MediaError(f"H.264 needs even sizes, got {width}x{height}: use {near}")
     if not (0 < clip.fps <= 1000):  # also false for nan
         raise MediaError(f"frames per second must lie above 0 and up to 1000, got {clip.fps}")
-    if not clip.frames.isfinite().all():
-        raise MediaError("the pictures hold values that are not finite numbers")
     if clip.waveform is None:
         return
     if clip.waveform.ndim != 2 or clip.waveform.shape[0] not in (1, 2):
@@ -303,7 +307,22 @@ def _check(clip: Clip) -> None:
         raise MediaError("the sound holds values that are not finite numbers")
 
 
-def _encode(path: Path, clip: Clip, metadata: Mapping[str, str]) -> None:
+def _check_pixels(frames_FHWC: Tensor) -> None:
+    if not frames_FHWC.isfinite().all():
+        raise MediaError("the pictures hold values that are not finite numbers")
+
+
+def _checked(pieces: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
+    """One picture after the other."""
+    count = 0
+    for piece_FHWC in pieces:
+        _check_pixels(piece_FHWC)
+        count += len(piece_FHWC)
+        yield from piece_FHWC
+    assert count == frames, f"{count=} {frames=}"
+
+
+def _encode(path: Path, clip: Clip, pieces: Iterable[Tensor], metadata: Mapping[str, str]) -> None:
     rate = Fraction(clip.fps).limit_denominator(1001)  # 23.976... becomes 24000/1001
     # Custom tags survive only with use_metadata_tags; faststart lets a browser play before the end has arrived.
     # The file's own clock is the sound's: at the usual 1 ms the two durations would round apart.
@@ -312,7 +331,7 @@ def _encode(path: Path, clip: Clip, metadata: Mapping[str, str]) -> None:
     with av.open(str(path), "w", format="mp4", options=flags) as container:
         container.metadata.update({key: str(value) for key, value in metadata.items()})
         video = _video_stream(container, clip, rate)
-        frames: list[Iterable] = [_video_frames(clip.frames, rate)]
+        frames: list[Iterable] = [_video_frames(_checked(pieces, len(clip.frames)), rate)]
         audio = None
         if clip.waveform is not None:
             audio = _audio_stream(container, clip.waveform.shape[0], clip.sample_rate_hz)
@@ -341,8 +360,8 @@ def _video_stream(container: OutputContainer, clip: Clip, rate: Fraction) -> av.
     return stream
 
 
-def _video_frames(frames_FHWC: Tensor, rate: Fraction) -> Iterator[av.VideoFrame]:
-    for index, picture_HWC in enumerate(frames_FHWC):
+def _video_frames(pictures: Iterable[Tensor], rate: Fraction) -> Iterator[av.VideoFrame]:
+    for index, picture_HWC in enumerate(pictures):
         pixels = (picture_HWC.float().clamp(0, 1) * 255).round().to(torch.uint8)
         frame = av.VideoFrame.from_ndarray(pixels.cpu().contiguous().numpy(), format="rgb24").reformat(
             format="yuv420p",

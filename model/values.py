@@ -3,7 +3,7 @@
 B batch, C channels, F frames (pixels or latents), H rows, W columns, L latent or text steps, M mel bins, S samples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,7 +91,8 @@ class AVLatents:
 class Clip:
     """A finished clip on the CPU."""
 
-    frames: Tensor  # (F, H, W, 3), float32 0..1; F is 0 for a sound alone
+    # (F, H, W, 3), float32 0..1; F is 0 for a sound alone; on the meta device, a shape alone, if a writer took them
+    frames: Tensor
     waveform: Tensor | None  # (channels, S), float32 -1..1
     fps: float
     sample_rate_hz: int
@@ -208,3 +209,7 @@ class GenerateResult:
     nondeterministic: tuple[str, ...] = ()  # options with which the same seed may give another clip next time
     step_cache: StepCacheReport | None = None
     compiling: CompileCost | None = None  # where blocks are compiled
+
+
+# takes the frames of a clip in pieces (n, H, W, 3) while they are decoded; the result knows all but what decoding will cost
+FrameWriter = Callable[[Iterator[Tensor], GenerateResult], None]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from lockstep.model import cli, media
 from lockstep.model.embedded import WEIGHTS
-from lockstep.model.errors import PromptError, ShapeError
+from lockstep.model.errors import Cancelled, MemoryShortError, PromptError, ShapeError
 from lockstep.model.values import Clip, CompileCost, GenerateResult, ModelInfo, Progress
 
 
@@ -33,7 +34,11 @@ class GreyEngine:
         self.made_with.append((model, device))
         self.options.update(options)
 
-    def generate(self, request, progress):
+    @staticmethod
+    def pieces(clip):
+        return iter(clip.frames.split(4))
+
+    def generate(self, request, progress, writer=None):
         self.requests.append(request)
         progress(Progress("text", 1, 1))
         for step in range(3):
@@ -42,10 +47,16 @@ class GreyEngine:
             raise self.failure
         clip = Clip(torch.full((9, 32, 48, 3), 0.5), torch.zeros(1, 12000), 12.0, 16000)
         model = ModelInfo("grey", "1.0", "ab" * 32)
-        return GenerateResult(
+        pieces = self.pieces(clip)
+        if writer:
+            clip = replace(clip, frames=clip.frames.to("meta"))
+        result = GenerateResult(
             clip, "cd" * 32, {"text": 0.1, "sample": 0.25}, self.warnings, request.seed, model,
             compiling=self.compiling,
         )  # fmt: skip
+        if writer:
+            writer(pieces, result)
+        return result
 
 
 @pytest.fixture
@@ -278,6 +289,19 @@ def test_ctrl_c_while_writing_leaves_no_file(generate, tmp_path, monkeypatch):
     monkeypatch.setattr(media, "_video_frames", interrupted)
     code, *_ = generate()
     assert code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [Cancelled("enough"), KeyboardInterrupt(), MemoryShortError("no room")])
+def test_a_decode_that_ends_midway_leaves_no_file(generate, engine, tmp_path, monkeypatch, failure):
+    def pieces(clip):
+        yield clip.frames[:4]
+        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]  # under way while frames come
+        raise failure
+
+    monkeypatch.setattr(engine, "pieces", staticmethod(pieces))
+    code, *_ = generate()
+    assert code == (130 if isinstance(failure, KeyboardInterrupt) else 2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -63,6 +63,22 @@ def test_progress_tells_every_step_of_every_stage(engine):
     assert all(t.step == t.steps for t in (ticks[-1], [t for t in ticks if t.stage == "video"][-1]))
 
 
+def test_a_writer_gets_the_frames_of_the_same_clip_while_they_are_decoded(engine):
+    whole, taken = engine.generate(RED_BALL), []
+
+    def writer(pieces, result):
+        assert result.latent_sha256 == whole.latent_sha256
+        assert torch.equal(result.clip.waveform, whole.clip.waveform)
+        taken.extend(pieces)
+
+    result = engine.generate(RED_BALL, writer=writer)
+    assert torch.equal(torch.cat(taken), whole.clip.frames)
+    assert result.clip.frames.is_meta
+    assert result.clip.frames.shape == whole.clip.frames.shape
+    assert result.clip.seconds == whole.clip.seconds
+    assert set(result.stages) == set(whole.stages)
+
+
 def test_a_decode_can_be_stopped_before_its_first_frame(engine):
     latents = engine.empty_latents(engine.shape(seconds=1.0))
     ticks: list[Progress] = []

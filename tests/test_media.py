@@ -1,7 +1,10 @@
 """Files in and out. What was written is also read back with PyAV alone, which knows nothing of this code."""
 
+import math
 import struct
+import weakref
 import zlib
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -179,6 +182,45 @@ def test_a_failure_midway_leaves_no_file_and_an_old_one_whole(tmp_path, monkeypa
         with pytest.raises((MediaError, KeyboardInterrupt, MemoryError)):
             write_clip(tmp_path / name, make_clip())
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("old.mp4", b"old")]
+
+
+def test_frames_are_encoded_while_they_are_made_into_the_same_file(tmp_path):
+    clip, taken = make_clip(), []
+
+    def pieces():
+        for index, piece in enumerate(clip.frames.split(2)):
+            taken.append(index)
+            yield piece
+
+    write_clip(tmp_path / "whole.mp4", clip)
+    shape_alone = replace(clip, frames=clip.frames.to("meta"))
+    write_clip(tmp_path / "streamed.mp4", shape_alone, pieces=pieces())
+    assert len(taken) > 2
+    assert (tmp_path / "streamed.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_no_more_than_two_pieces_are_held_however_long_the_clip(tmp_path):
+    born: list[weakref.ref] = []
+
+    def pieces():
+        for _ in range(12):
+            assert sum(piece() is not None for piece in born) <= 1  # the one before
+            made = torch.rand(2, 32, 48, 3)
+            born.append(weakref.ref(made))
+            yield made
+            del made
+
+    clip = Clip(torch.empty(24, 32, 48, 3, device="meta"), torch.zeros(1, 32000), 12.0, 16000)
+    write_clip(tmp_path / "clip.mp4", clip, pieces=pieces())
+    assert len(born) == 12
+
+
+def test_pieces_that_are_no_numbers_leave_no_file(tmp_path):
+    clip = make_clip()
+    pieces = [clip.frames[:2], torch.full_like(clip.frames[2:], math.nan)]
+    with pytest.raises(MediaError, match="pictures hold values"):
+        write_clip(tmp_path / "clip.mp4", clip, pieces=pieces)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_is_named(tmp_path):

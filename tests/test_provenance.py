@@ -87,9 +87,11 @@ def command(tmp_path, capsys, monkeypatch):
         def __init__(self, *_given, **_named):
             pass
 
-        def generate(self, request, _progress):
-            model = ModelInfo("grey", "1.0", "ab" * 32)
-            return GenerateResult(small_clip(), "cd" * 32, {}, (), request.seed, model)
+        def generate(self, request, _progress, writer):
+            clip, model = small_clip(), ModelInfo("grey", "1.0", "ab" * 32)
+            result = GenerateResult(clip, "cd" * 32, {}, (), request.seed, model)
+            writer(iter([clip.frames]), result)
+            return result
 
     monkeypatch.setitem(sys.modules, "lockstep.model.engine", SimpleNamespace(Engine=GreyEngine))
 

@@ -11,6 +11,7 @@ from PIL import Image
 from lockstep.model import cli
 from lockstep.model.errors import MediaError
 from lockstep.model.measure.pictures import (
+    Look,
     find_colour_drift,
     find_flashes,
     look_at_pictures,
@@ -122,6 +123,16 @@ def test_smooth_pictures_have_no_seams_and_tiles_have():
 @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 2, 20000, 3), (5, 3, 2, 3)])
 def test_pictures_of_any_size_are_looked_at(shape):
     assert look_at_pictures(torch.rand(shape), 12.0).frames == shape[0]
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(5, 1), (100, 7)])
+def test_pictures_looked_at_in_pieces_tell_the_same(count, at_once):
+    frames = torch.rand(count, 160, 144, 3, generator=torch.Generator().manual_seed(1))
+    frames[3, 0, 0] = math.nan
+    look = Look(count, 12.0)
+    for piece in frames.split(at_once):
+        look.push(piece)
+    assert look.facts() == look_at_pictures(frames, 12.0)
 
 
 # Sound

@@ -21,6 +21,7 @@ _TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
 SEAM_GRIDS = (8, 16, 32, 64)
+_SEAM_FRAMES = 32  # about as many are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +45,72 @@ class PictureFacts:
     seam_grid: int  # pixels between the lines of that grid
 
 
+class Look:
+    """Gathers what is to be told of a clip's pictures from pieces of frames, of which only thumbnails are kept.
+
+    frames: how many will come.
+    """
+
+    def __init__(self, frames: int, fps: float):
+        self._frames, self._fps, self._size = frames, fps, (0, 0)
+        self._small: list[np.ndarray] = []
+        self._not_finite = self._came = 0
+        self._across = self._down = np.zeros((1, 1), np.float32)
+
+    def push(self, frames_FHWC: Tensor) -> None:
+        """The next frames (n, H, W, 3), 0..1; values that are no numbers are counted as black."""
+        self._size = frames_FHWC.shape[1], frames_FHWC.shape[2]
+        self._not_finite += sum(not torch.isfinite(frame).all() for frame in frames_FHWC)
+        self._small.append(np.nan_to_num(shrink(frames_FHWC), posinf=0, neginf=0))
+        every = max(1, self._frames // _SEAM_FRAMES)
+        for frame in frames_FHWC[-self._came % every :: every]:
+            grey = np.nan_to_num(frame.float().cpu().numpy(), posinf=0, neginf=0) @ _LUMA
+            self._across = self._across + np.abs(np.diff(grey, axis=1))
+            self._down = self._down + np.abs(np.diff(grey, axis=0)).T
+        self._came += len(frames_FHWC)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The thumbnails (F, h, w, 3), as motion.shrink gives them."""
+        if len(self._small) > 1:
+            self._small = [np.concatenate(self._small)]
+        return self._small[0]
+
+    def facts(self) -> PictureFacts:
+        """All facts, once all frames have come."""
+        assert self._came == self._frames, f"{self._came=} {self._frames=}"
+        pixels, fps, frames = self.pixels, self._fps, self._frames
+        luma = pixels @ _LUMA
+        energy = motion_energy(pixels)
+        change = np.abs(np.diff(luma, axis=0)).mean((1, 2))
+        ratio, grid = self.seams()
+        return PictureFacts(
+            frames=frames,
+            width=self._size[1],
+            height=self._size[0],
+            fps=fps,
+            not_finite_frames=self._not_finite,
+            black_frames=int((np.percentile(luma.reshape(frames, -1), 99, axis=1) < _BLACK).sum()),
+            frozen_seconds=_longest(change < _EQUAL) / fps,
+            duplicate_frames=_duplicates(change, max(1, round(_STUTTER_SECONDS * fps))),
+            flashes=find_flashes(luma.mean((1, 2))),
+            colour_drift=find_colour_drift(pixels),
+            motion_score=float(energy[1:].mean() * fps) if frames > 1 else 0.0,
+            seam_ratio=ratio,
+            seam_grid=grid,
+        )
+
+    def seams(self) -> tuple[float, int]:
+        """As the function seams."""
+        maps = [total / min(self._frames, _SEAM_FRAMES) for total in (self._across, self._down)]
+        return max((max(_seam_ratio(total, grid) for total in maps), grid) for grid in SEAM_GRIDS)
+
+
 def look_at_pictures(frames_FHWC: Tensor, fps: float) -> PictureFacts:
     """All facts of the frames (F, H, W, 3), 0..1; values that are no numbers are counted as black."""
-    finite = torch.stack([torch.isfinite(frame).all() for frame in frames_FHWC])
-    pixels = np.nan_to_num(shrink(frames_FHWC), posinf=0, neginf=0)
-    luma = pixels @ _LUMA
-    energy = motion_energy(pixels)
-    change = np.abs(np.diff(luma, axis=0)).mean((1, 2))
-    ratio, grid = seams(frames_FHWC)
-    frames, height, width = frames_FHWC.shape[:3]
-    return PictureFacts(
-        frames=frames,
-        width=width,
-        height=height,
-        fps=fps,
-        not_finite_frames=int((~finite).sum()),
-        black_frames=int((np.percentile(luma.reshape(frames, -1), 99, axis=1) < _BLACK).sum()),
-        frozen_seconds=_longest(change < _EQUAL) / fps,
-        duplicate_frames=_duplicates(change, max(1, round(_STUTTER_SECONDS * fps))),
-        flashes=find_flashes(luma.mean((1, 2))),
-        colour_drift=find_colour_drift(pixels),
-        motion_score=float(energy[1:].mean() * fps) if frames > 1 else 0.0,
-        seam_ratio=ratio,
-        seam_grid=grid,
-    )
+    look = Look(len(frames_FHWC), fps)
+    look.push(frames_FHWC)
+    return look.facts()
 
 
 def _longest(flags: np.ndarray) -> int:
@@ -139,13 +182,9 @@ def seams(frames_FHWC: Tensor) -> tuple[float, int]:
 
     Seams run along the whole picture and at every line: the median of all places counts, which an object's own edge is not.
     """
-    across, down = 0.0, 0.0
-    for frame in frames_FHWC[:: max(1, len(frames_FHWC) // 32)]:
-        grey = np.nan_to_num(frame.float().cpu().numpy(), posinf=0, neginf=0) @ _LUMA
-        across = across + np.abs(np.diff(grey, axis=1))
-        down = down + np.abs(np.diff(grey, axis=0)).T
-    maps = [np.asarray(total) / min(len(frames_FHWC), 32) for total in (across, down)]
-    return max((max(_seam_ratio(total, grid) for total in maps), grid) for grid in SEAM_GRIDS)
+    look = Look(len(frames_FHWC), 1.0)
+    look.push(frames_FHWC)
+    return look.seams()
 
 
 def _seam_ratio(gradient: np.ndarray, grid: int) -> float:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..values import Clip
 from .motion import motion_energy, shrink
-from .pictures import PictureFacts, look_at_pictures
+from .pictures import Look, PictureFacts
 from .sound import SoundFacts, look_at_sound
-from .sync import Sync, measure_sync
+from .sync import Sync, measure_small_sync
 
 _STILL = 0.005  # motion score below which nothing seems to move
 _FROZEN_SECONDS = 1.0  # without any change in a clip that moves elsewhere
@@ -63,18 +63,25 @@ class ClipReport:
         return "\n".join(_lines(self))
 
 
-def report_clip(clip: Clip, difference_ms: float | None = None, made: dict | None = None) -> ClipReport:
+def report_clip(
+    clip: Clip, difference_ms: float | None = None, made: dict | None = None, look: Look | None = None
+) -> ClipReport:
     """Looks at a whole clip.
+
+    look: has seen the frames already, where the clip has their shape alone.
 
     difference_ms: of the lengths that a file says, where the clip was read from one; else of the clip's own.
     """
     sound = None if clip.waveform is None else look_at_sound(clip.waveform, clip.sample_rate_hz)
     if difference_ms is None and sound is not None:
         difference_ms = (sound.seconds - len(clip.frames) / clip.fps) * 1000
+    if look is None:
+        look = Look(len(clip.frames), clip.fps)
+        look.push(clip.frames)
     return ClipReport(
-        look_at_pictures(clip.frames, clip.fps),
+        look.facts(),
         sound,
-        measure_sync(clip.frames, clip.fps, clip.waveform, clip.sample_rate_hz),
+        measure_small_sync(look.pixels, clip.fps, clip.waveform, clip.sample_rate_hz),
         difference_ms,
         dict(made or {}),
     )
