@@ -146,9 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--precision",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", "float32", "bfloat16", "float16", "float8"),
         default="auto",
-        help="of the numbers computed with; auto: float32 for small models, bfloat16 for large ones",
+        help="of the numbers computed with; auto: float32 for small models, bfloat16 for large ones; float8 packs blocks",
     )
     add(
         "--attention",

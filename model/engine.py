@@ -55,6 +55,7 @@ from .latents.colors import LatentColors, fit_colors, probe_picture
 from .latents.noise import seeded_generator
 from .latents.patchify import tokens_to_audio, tokens_to_video
 from .layers.attention_backends import ATTENTION, attention_by, check_attention
+from .layers.scaled_linear import pack_linears
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
 from .media import compress_image, fit_image, fit_sound
@@ -97,12 +98,14 @@ _DIGESTED_BYTES = 1_000_000_000
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
 ATTENTION_NAMES = ATTENTION
-# "auto": float32 for small models, bfloat16 for large ones; the vocoder and the audio codec are always float32
+# "auto": float32 for small models, bfloat16 for large ones; the vocoder and the audio codec are always float32.
+# "float8": bfloat16, and the transformer's blocks packed as they are loaded
 PRECISIONS = {
     "auto": None,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float8": torch.bfloat16,
 }
 Placement = Callable[[nn.Module], None]  # brings a module to the device, before every use
 
@@ -164,7 +167,7 @@ class Engine:
         check_attention(attention, self.device, compiled)
         self._attention = attention
         self._place = place
-        self._precision = PRECISIONS[precision]
+        self._precision, self._packs = PRECISIONS[precision], precision == "float8"
         self._description = describe(self.header)
         self._whole = describe(self.headers)
         self._modules: dict[str, nn.Module] = {}
@@ -904,7 +907,7 @@ class Engine:
         guidance = guidance or self.recipe.guidance
         key = (shape, guidance.passes, step_cache > 0)
         if key not in self._forecasts:
-            forecast = Forecast(self.headers, self._needed, self._dtype, self.recipe.text_length)
+            forecast = Forecast(self.headers, self._needed, self._dtype, self.recipe.text_length, self._packs)
             self._forecasts[key] = forecast.needs(
                 shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
             )
@@ -920,6 +923,8 @@ class Engine:
                 self.require(component)
                 started = time.perf_counter()
                 module = self._modules[component] = build(component, self.headers, self._dtype(component))
+                if self._packs and component == keymap.TRANSFORMER:
+                    pack_linears(module.get_submodule("transformer_blocks"))
                 seconds = time.perf_counter() - started
                 names = ", ".join(header.path.name for header in headers_of(self._places[component]))
                 size = sum(weight.nbytes for weight in module.state_dict().values()) / 1e6

@@ -23,6 +23,7 @@ from .codec.vocoder import ExtendedVocoder, Generator
 from .codec.windows import WINDOW_LATENTS, WINDOW_MELS, decode_audio_stream, vocode_stream
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser
+from .layers.scaled_linear import pack_linears
 from .residency import BANDS, MemoryCount, StageNeed, level_embedders
 from .shapes import ClipShape
 from .transformer.model import AVTransformer
@@ -35,7 +36,10 @@ _BAND_TENSORS = 6  # of the size of a band: its rows, activated rows, products o
 
 
 class Forecast:
-    """Needs of one checkpoint's stages; dtype_of: a component's name to the dtype of its weights."""
+    """Needs of one checkpoint's stages; dtype_of: a component's name to the dtype of its weights.
+
+    packs: whether the transformer's blocks are packed to fp8 as they are loaded.
+    """
 
     def __init__(
         self,
@@ -43,9 +47,10 @@ class Forecast:
         components: Sequence[str],
         dtype_of: Callable[[str], torch.dtype],
         text_length: int,
+        packs: bool = False,
     ):
         self._files, self._components, self._dtype_of = files, components, dtype_of
-        self._text_length = text_length
+        self._text_length, self._packs = text_length, packs
 
     def needs(
         self,
@@ -67,7 +72,10 @@ class Forecast:
     def _module(self, component: str) -> nn.Module | None:
         if component not in self._components:
             return None
-        return build_on_meta(component, self._files).to(self._dtype_of(component))
+        module = build_on_meta(component, self._files).to(self._dtype_of(component))
+        if self._packs and component == keymap.TRANSFORMER:
+            pack_linears(module.get_submodule("transformer_blocks"))
+        return module
 
     def _text(self) -> StageNeed:
         encoder, connectors = (self._module(name) for name in (keymap.TEXT_ENCODER, keymap.CONNECTORS))

@@ -33,9 +33,8 @@ class Heard:
 
 def probe_shape(shape: ClipShape) -> ClipShape:
     """A clip of a second at most, in half the size where that is still a picture."""
-    frames = min(
-        shape.frames, max(nearest_frames(_SECONDS * shape.fps, shape.compression), shape.compression.time + 1)
-    )
+    least = shape.compression.time + 1
+    frames = min(shape.frames, max(nearest_frames(_SECONDS * shape.fps, shape.compression), least))
     small, space = replace(shape, frames=frames), shape.compression.space
     if shape.latent_height * shape.latent_width <= _LATENTS_PER_FRAME:
         return small

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lockstep.model import cli, media
 from lockstep.model.embedded import WEIGHTS
+from lockstep.model.engine import ATTENTION_NAMES, PRECISIONS
 from lockstep.model.errors import Cancelled, MemoryShortError, PromptError, ShapeError
 from lockstep.model.values import Clip, CompileCost, GenerateResult, ModelInfo, Progress
 
@@ -149,6 +150,13 @@ def test_what_is_not_said_is_left_to_the_model_except_the_seed(generate, engine)
     assert json.loads(stdout.splitlines()[-1])["seed"] == first.seed
     assert 0 <= first.seed < 2**32
     assert first.seed != second.seed
+
+
+def test_the_choices_are_those_of_the_engine(generate, engine):
+    for option, names in (("--precision", PRECISIONS), ("--attention", ATTENTION_NAMES)):
+        for name in names:
+            assert generate(option, name)[0] == 0
+        assert generate(option, "other")[0] == 2
 
 
 def test_what_compiling_took_is_printed_and_reported(generate, engine):

@@ -206,7 +206,7 @@ def test_precision_is_of_the_weights_that_can_take_it():
     assert next(engine._vocoder.buffers()).dtype == torch.float32
     assert engine.decode_video(latents).isfinite().all()
     with pytest.raises(UnsupportedModelError, match="use auto, float32"):
-        Engine("embedded", "cpu", precision="float8")
+        Engine("embedded", "cpu", precision="int4")
 
 
 def test_choices_that_may_give_another_clip_next_time_are_named():

@@ -9,14 +9,20 @@ import pytest
 import torch
 from published_models import config, gemma_state, monolith_state, write_gemma, write_monolith
 from safetensors.torch import save_file
+from test_audio_codec import seeded
+from tiny_models import TRANSFORMERS
+from torch import nn
 from torch.nn import functional
 
 from lockstep.model.checkpoint.build import build
 from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import read_header
-from lockstep.model.engine import Engine
+from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, UnsupportedModelError
-from lockstep.model.layers.scaled_linear import ScaledLinear
+from lockstep.model.layers.scaled_linear import ScaledLinear, pack_linears
+from lockstep.model.sampler.guidance import Guidance
+from lockstep.model.transformer.config import TransformerConfig
+from lockstep.model.transformer.model import AVTransformer
 from lockstep.model.values import GenerateRequest
 
 FP8 = torch.float8_e4m3fn
@@ -165,6 +171,55 @@ def test_the_product_on_the_device_agrees_with_the_unpacked_layer():
     layer, x = layer.cuda(), torch.randn(4, 256, device="cuda").bfloat16()
     wanted = functional.linear(x, layer.weight, layer.bias)
     assert (layer(x) - wanted).float().norm() < 0.05 * wanted.float().norm()
+
+
+def test_all_linear_layers_but_gates_are_packed_and_stay_near_their_weights():
+    transformer = build_tiny()
+    plain = {name: linear for name, linear in transformer.named_modules() if isinstance(linear, nn.Linear)}
+    pack_linears(transformer)
+    packed_layers = {
+        name: layer for name, layer in transformer.named_modules() if isinstance(layer, ScaledLinear)
+    }
+    assert set(packed_layers) == {name for name in plain if not name.endswith("to_gate_logits")}
+    for name, layer in packed_layers.items():
+        weight = plain[name].weight
+        assert layer.packed.dtype == FP8
+        assert layer.weight.dtype == weight.dtype
+        error = (layer.weight.float() - weight.float()).abs()
+        # half a step of three bits of mantissa, or of the smallest number there is
+        assert (error <= 2**-4 * weight.float().abs() + 2**-9 * layer.scale).all()
+        assert layer.bias is None or torch.equal(layer.bias, plain[name].bias)
+    before = list(transformer.modules())
+    pack_linears(transformer)  # those that are packed stay
+    assert list(transformer.modules()) == before
+
+
+def build_tiny() -> AVTransformer:
+    return seeded(AVTransformer(TransformerConfig.from_published(TRANSFORMERS["2.3"]))).bfloat16()
+
+
+def test_layers_without_values_are_packed_for_a_forecast():
+    with torch.device("meta"):
+        transformer = AVTransformer(TransformerConfig.from_published(TRANSFORMERS["2.3"]))
+    pack_linears(transformer)
+    assert all(tensor.is_meta for layer in transformer.modules() for tensor in layer.buffers(recurse=False))
+
+
+def test_float8_halves_the_blocks_of_bfloat16_as_it_is_loaded():
+    engines = [Engine("embedded", "cpu", precision=name) for name in ("bfloat16", "float8")]
+    shape = engines[0].shape(seconds=1.0)
+    forecasts = [engine.plan(shape).needs[1] for engine in engines]
+    assert 0.4 < forecasts[1].block / forecasts[0].block < 0.6
+    conditioning = engines[0].encode_text("a red ball bounces")
+    settings = SampleSettings(steps=2, guidance=Guidance())
+    made = [engine.sample(conditioning, shape, settings=settings, seed=1) for engine in engines]
+    held = [
+        sum(tensor.nbytes for tensor in engine._transformer.transformer_blocks[0].state_dict().values())
+        for engine in engines
+    ]
+    assert held == [forecast.block for forecast in forecasts]
+    error = (made[1].video - made[0].video).norm() / made[0].video.norm()
+    assert 0 < error < 0.3
 
 
 def _nvfp4(state):

@@ -11,6 +11,7 @@ from torch.nn import functional
 PACKED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PRODUCT_DTYPE = torch.float8_e4m3fn  # of the two, the one that devices multiply with itself
 _LARGEST = torch.finfo(_PRODUCT_DTYPE).max
+_UNPACKED = ("to_gate_logits",)  # small, and a gate's error scales a whole head
 _GRAIN = 16  # the product wants both widths in multiples of it
 
 
@@ -32,6 +33,20 @@ class ScaledLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(shape[0], dtype=dtype) if linear.bias is not None else None)
         self.bias: Tensor | None
         self.input_scale: Tensor | None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "ScaledLinear":
+        """The layer with its weight packed here, by one scale of its largest value; meta layers stay without values."""
+        weight = linear.weight
+        with weight.device:
+            made = cls(linear, weight.dtype, _PRODUCT_DTYPE, 1, input_scale=False)
+        if not weight.is_meta:
+            scale = (weight.abs().amax().float() / _LARGEST).clamp(min=1e-12)
+            made.get_buffer("scale").fill_(scale)
+            made.get_buffer("packed").copy_((weight.float() / scale).clamp(-_LARGEST, _LARGEST))
+            if made.bias is not None:
+                made.bias.copy_(linear.bias)
+        return made.eval()
 
     @property
     def weight(self) -> Tensor:
@@ -64,3 +79,11 @@ class ScaledLinear(nn.Module):
         # 16-bit layers only: who computes in float32 wants more than fp8 inputs give
         wanted = fits and self.dtype != torch.float32 and self.get_buffer("scale").numel() == 1
         return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def pack_linears(module: nn.Module, layer: type[ScaledLinear] = ScaledLinear) -> None:
+    """Packs every linear layer inside, as published fp8 files have them: all but gates; layers that are packed stay."""
+    for path, linear in list(module.named_modules()):
+        parent, _, child = path.rpartition(".")
+        if isinstance(linear, nn.Linear) and child not in _UNPACKED:
+            setattr(module.get_submodule(parent), child, layer.of(linear))

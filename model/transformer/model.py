@@ -139,12 +139,10 @@ class AVTransformer(nn.Module):
                 streams = shared.begin(block, *_both(entered), video_state, audio_state)
                 video_BTD, audio_BSD = block.meet_and_feed(*streams, video_state, audio_state, isolated)
             else:
-                perturbed, meeting = (
-                    index in perturbed_blocks,
-                    cached and cached.meeting(index, perturbed_blocks),
-                )
+                meeting = cached and cached.meeting(index, perturbed_blocks)
                 video_BTD, audio_BSD = block(
-                    video_BTD, audio_BSD, video_state, audio_state, perturbed, isolated, texts, meeting
+                    *(video_BTD, audio_BSD, video_state, audio_state),
+                    *(index in perturbed_blocks, isolated, texts, meeting),
                 )
         ended = (video_BTD, audio_BSD)
         video_BTD, audio_BSD = _both(ended) if cached is None else cached.finish(after_first, ended)

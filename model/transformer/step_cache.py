@@ -37,9 +37,7 @@ class StepCache:
     _runs: tuple[bool, ...] = (True, True)  # of this step, in the order of STREAMS
     _first: list[Tensor | None] = field(default_factory=lambda: [None, None])  # added by the first block
     _after_first: Pair = (None, None)  # of this step's deciding pass
-    _rest: dict[tuple[str, int], Tensor] = field(
-        default_factory=dict
-    )  # added by the others, by pass and stream
+    _rest: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by the others; by pass and stream
     _meetings: dict[tuple[str, int], Meeting] = field(default_factory=dict)  # by pass and block
 
     def view(self, name: str) -> "CachedPass":
@@ -54,8 +52,10 @@ class CachedPass:
     cache: StepCache
     name: str
 
-    def meeting(self, index: int, perturbed_blocks: Collection[int] = ()) -> Meeting:
-        """Of block `index`; a perturbed pass is that with the prompt up to its first perturbed block."""
+    def meeting(self, index: int, perturbed_blocks: Collection[int] = ()) -> Meeting | None:
+        """Of block `index`, none of the first; a perturbed pass is that with the prompt up to its first perturbed block."""
+        if index == 0:
+            return None
         name = "cond" if index < min(perturbed_blocks, default=0) else self.name
         if (name, index) not in self.cache._meetings:
             # what a stream gave is read only while it stands still

@@ -31,6 +31,7 @@ from machine import describe_device, matmul_ceiling, median, peak_above, spread,
 from lockstep.model.checkpoint.published_configs import published_config  # noqa: E402
 from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video  # noqa: E402
 from lockstep.model.denoiser import JointDenoiser, starting_state  # noqa: E402
+from lockstep.model.layers.scaled_linear import pack_linears  # noqa: E402
 from lockstep.model.sampler.guidance import Guidance  # noqa: E402
 from lockstep.model.sampler.loop import denoise  # noqa: E402
 from lockstep.model.sampler.schedule import DISTILLED  # noqa: E402
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["512x384x57"], help="WIDTHxHEIGHTxFRAMES")
     parser.add_argument("--text-tokens", type=int, default=0, help="0: 256, or 1024 for a published model")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float8"])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="also a whole run of so many steps, ours alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -230,12 +231,16 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
+    dtype = torch.bfloat16 if args.dtype == "float8" else getattr(torch, args.dtype)
     config = transformer_config(args.model)
     transformer = random_transformer(config, args.device, dtype)
     conditioning = contexts(config, args.text_tokens or (256 if args.model in SMALL_MODELS else 1024))
     ceiling = matmul_ceiling(args.device, dtype)
     parameters = sum(weight.numel() for weight in transformer.parameters())
+    if args.dtype == "float8":
+        if not args.ours_only:
+            parser.error("diffusers has no float8 of its own: add --ours-only")
+        pack_linears(transformer.transformer_blocks)
     print(
         f"{args.model}: {parameters / 1e6:.0f} M parameters, {args.dtype}, ceiling {ceiling / 1e9:.0f} GFLOP/s"
     )

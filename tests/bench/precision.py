@@ -7,7 +7,7 @@
 difference, and the root mean square of the difference over that of the float32 result. `clip` rows are whole clips of
 the embedded model from one seed, the codecs in that precision where it is a dtype: PSNR of the pictures in dB, mean
 difference of the natural log-mels, difference in loudness. `decode` rows are the float32 clip's latents, decoded.
-fp8: linear layers of the blocks as e4m3 with one scale each, as published; `weight-only` unpacks them to bfloat16 for each
+fp8: linear layers of the blocks but gates as e4m3 with one scale each, as --precision float8 packs them; `weight-only` unpacks them to bfloat16 for each
 call, `scaled matmul` packs their inputs, too (where both widths are multiples of 16; a CPU multiplies fp8 as well, slowly).
 Prints a table and one line of JSON whose ratio is the time of an embedded forward in bfloat16 over float32.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS)]
@@ -34,14 +34,13 @@ from tiny_models import TRANSFORMERS  # noqa: E402
 from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video  # noqa: E402
 from lockstep.model.denoiser import JointDenoiser  # noqa: E402
 from lockstep.model.engine import Engine, SampleSettings  # noqa: E402
-from lockstep.model.layers.scaled_linear import ScaledLinear  # noqa: E402
+from lockstep.model.layers.scaled_linear import ScaledLinear, pack_linears  # noqa: E402
 from lockstep.model.shapes import AudioRate, ClipShape, Compression  # noqa: E402
 from lockstep.model.step_probe import compare  # noqa: E402
 from lockstep.model.transformer.config import TransformerConfig  # noqa: E402
 from lockstep.model.transformer.model import AVTransformer  # noqa: E402
 from lockstep.model.values import AVLatents, Conditioning, Context  # noqa: E402
 
-FP8 = torch.float8_e4m3fn
 SIGMA, GRAIN = 0.7, 16
 TINY_SHAPE = ClipShape(9, 32, 48, 8.0, Compression(4, 16), AudioRate(16000, 160, 4))
 PROMPT = "a red ball bounces on a gray background"
@@ -58,7 +57,9 @@ class Precision:
     def of(self, transformer: AVTransformer) -> AVTransformer:
         """A copy in this precision."""
         made = copy.deepcopy(transformer).to(self.dtype)
-        return pack_blocks(made, self.dtype, self.multiplied) if self.packed else made
+        if self.packed:
+            pack_linears(made.transformer_blocks, Multiplied if self.multiplied else Unpacked)
+        return made
 
 
 PRECISIONS = (
@@ -73,7 +74,7 @@ class Multiplied(ScaledLinear):
     """Takes the fp8 product on any device."""
 
     def _multiplies_on(self, device: torch.device) -> bool:
-        return True
+        return not any(side % GRAIN for side in self.get_buffer("packed").shape)
 
 
 class Unpacked(ScaledLinear):
@@ -81,23 +82,6 @@ class Unpacked(ScaledLinear):
 
     def _multiplies_on(self, device: torch.device) -> bool:
         return False
-
-
-def pack_blocks(transformer: AVTransformer, dtype: torch.dtype, multiplied: bool) -> AVTransformer:
-    for path, linear in list(transformer.transformer_blocks.named_modules()):
-        if not isinstance(linear, nn.Linear):
-            continue
-        fits = not (linear.in_features % GRAIN or linear.out_features % GRAIN)
-        kind = Multiplied if multiplied and fits else Unpacked
-        layer = kind(linear, dtype, FP8, 1, input_scale=False).to(linear.weight.device)
-        scale = linear.weight.float().abs().amax() / torch.finfo(FP8).max
-        layer.get_buffer("packed").copy_((linear.weight.float() / scale).to(FP8))
-        layer.get_buffer("scale").fill_(float(scale))
-        if linear.bias is not None:
-            layer.get_buffer("bias").copy_(linear.bias)
-        parent, _, child = path.rpartition(".")
-        setattr(transformer.transformer_blocks.get_submodule(parent), child, layer)
-    return transformer
 
 
 # Velocities
@@ -180,8 +164,9 @@ def clip_rows(exact: Engine, args: argparse.Namespace) -> list[dict]:
         name = str(precision.dtype).removeprefix("torch.")
         engine = Engine("embedded", args.device, precision=name)
         if precision.packed:
-            transformer = engine._transformer
-            pack_blocks(transformer, precision.dtype, precision.multiplied)
+            pack_linears(
+                engine._transformer.transformer_blocks, Multiplied if precision.multiplied else Unpacked
+            )
         row(
             "embedded, clip",
             precision.name,
