@@ -95,6 +95,11 @@ def format_of(index: int) -> tuple[int, int, int, float]:
     return round_of_shards[index % len(round_of_shards)]
 
 
+def shards_in_round(form: tuple[int, int, int, float]) -> int:
+    """How many shards of a format one round of shards holds."""
+    return _SHARDS[FORMATS.index(form)]
+
+
 def load_shard(path: Path, video_vae: VideoVAE, audio_vae: AudioVAE) -> Batch:
     """One encoded shard as a batch."""
     height, width, frames, fps = format_of(int(path.stem))

@@ -26,7 +26,7 @@ from ..transformer.config import TransformerConfig
 from ..transformer.model import AVTransformer, StreamInput
 from ..values import Guide
 from . import config, language
-from .dataset import FORMATS, Batch, format_of, load_shard
+from .dataset import FORMATS, Batch, format_of, load_shard, shards_in_round
 from .training import Run
 
 _DROP_PROMPT = 0.1
@@ -37,14 +37,14 @@ _TENSORS = ("video", "audio", "guide", "reference")
 # what is given in a step, and how often; "beginning": of both streams, a clip that goes on
 _USUAL_MODES = {"nothing": 0.62, "first": 0.2, "audio": 0.05, "video": 0.05, "beginning": 0.08}
 _MODES = {
-    "nothing": 0.32,
-    "first": 0.1,
+    "nothing": 0.34,
+    "first": 0.07,
     "audio": 0.03,
     "video": 0.03,
-    "beginning": 0.06,
-    "guide": 0.07,
-    "first and guide": 0.1,
-    "reference": 0.19,
+    "beginning": 0.05,
+    "guide": 0.06,
+    "first and guide": 0.08,
+    "reference": 0.24,
     "apart": 0.1,  # no attention between the streams: sound alone, and what modality guidance compares with
 }
 # how often the prompt leaves colour and shape to the picture
@@ -204,9 +204,11 @@ def _draw_clips(
     paths: list[Path], rng: random.Random, count: int, mode: str, video_vae: VideoVAE, audio_vae: AudioVAE
 ) -> Batch:
     """Clips of one format from two shards, or from one if a guide is given: it stands at one frame for all."""
-    first = rng.choice(paths)
-    alike = [path for path in paths if _format(path) == _format(first)]
-    chosen = [first] if "guide" in mode else [first, rng.choice(alike)]
+    # a format comes as often as a round of shards holds it, however many of its shards there are
+    formats = sorted({_format(path) for path in paths})
+    drawn = rng.choices(formats, weights=[shards_in_round(form) for form in formats])[0]
+    alike = [path for path in paths if _format(path) == drawn]
+    chosen = [rng.choice(alike) for _ in range(1 if "guide" in mode else 2)]
     parts = []
     for path in chosen:
         shard = load_shard(path, video_vae, audio_vae)
