@@ -454,7 +454,8 @@ class Engine:
         start: AVLatents | None = None,
         sound_alone: bool = False,
     ) -> AVLatents:
-        """Noise to the latents of one clip, picture and sound together.
+        """Noise to the latents of one clip, picture and sound together; by a recipe that wants the sound first, the sound and
+        then the pictures to it, unless a stream is given.
 
         given_video, given_audio: latents of a stream that stays as it is, while the other is made to fit it.
         video_mask (1, 1, F, H, W), audio_mask (1, 1, L, 1): where the given stream is made anew, 1 wholly, 0 not at all.
@@ -498,10 +499,14 @@ class Engine:
             )
         sampler = settings.sampler or recipe.sampler
         settings = replace(settings, guidance=guidance, sampler=sampler, sigmas=tuple(sigmas))
+        apart = sound_alone or start is not None or given_video is not None or given_audio is not None
+        sound_first = recipe.sound_first and not apart
         with self._lock:
+            if sound_first:
+                given_audio = self._sound(conditioning, shape, settings, seed, progress)
             layouts = self._layouts(inside, guides, given_video, video_mask, given_audio, audio_mask)
             latents = None if start is None else (start.video, carried_audio(start.audio, inside))
-            report = self._probed(conditioning, shape, settings, sound_alone, progress)
+            report = self._probed(conditioning, shape, settings, sound_alone, sound_first, progress)
             cache = None
             if report is not None and report.streams:
                 cache = StepCache(settings.step_cache, report.streams)
@@ -575,12 +580,31 @@ class Engine:
             self.model_id,
         )
 
+    def _sound(
+        self,
+        conditioning: Conditioning,
+        shape: ClipShape,
+        settings: SampleSettings,
+        seed: int,
+        progress: ProgressCallback,
+    ) -> Tensor:
+        """The audio latents (1, C, L, M) that pictures of this shape are then made to, as sound_alone makes them."""
+        assert settings.guidance
+        alone = replace(settings.guidance, modality_video=1.0, modality_audio=1.0)
+
+        def tick(at: Progress) -> None:
+            progress(replace(at, stage="sound", preview=None))
+
+        settings, layouts = replace(settings, guidance=alone), self._layouts(shape.sound_alone())
+        return self._denoised(conditioning, shape, settings, seed, layouts, tick, sound_alone=True).audio
+
     def _probed(
         self,
         conditioning: Conditioning,
         shape: ClipShape,
         settings: SampleSettings,
         sound_alone: bool,
+        sound_first: bool,
         progress: ProgressCallback,
     ) -> StepCacheReport | None:
         """Whether the step cache may be trusted, None if it is off; a short clip tells it, once for the same words."""
@@ -589,12 +613,14 @@ class Engine:
         small = probe_shape(shape)
         contexts = (conditioning.positive, conditioning.negative)
         words = _sha256(*(tensor for context in contexts for tensor in (context.video, context.audio)))
-        key = (words, small, replace(settings, loras=tuple(settings.loras)), sound_alone)
+        key = (words, small, replace(settings, loras=tuple(settings.loras)), sound_alone, sound_first)
         if key not in self._probes:
-            layouts = self._layouts(small.sound_alone() if sound_alone else small)
 
             def tick(at: Progress) -> None:
                 progress(replace(at, stage="probe", preview=None))
+
+            sound = self._sound(conditioning, small, settings, 0, tick) if sound_first else None
+            layouts = self._layouts(small.sound_alone() if sound_alone else small, given_audio=sound)
 
             def run(cache: StepCache | None) -> AVLatents:
                 return self._denoised(

@@ -29,6 +29,7 @@ class Recipe:
     refine_sigmas: Sigmas = DISTILLED_STAGE2
     temporal_sigmas: Sigmas = TEMPORAL_UPSAMPLE
     schedule_tokens: int | None = 4096  # None: the clip's own count
+    sound_first: bool = False  # the sound is sampled by itself, then the pictures to it
     text_length: int = 1024
     image_crf: int = 0  # H.264 quality of given pictures, as in training; 0 leaves them as they are
     side_limits: tuple[int, int] | None = None  # pixels
@@ -63,6 +64,7 @@ class Recipe:
         limits = ("side_limits", "seconds_limits", "fps_limits")
         values = {name: options.take(name) for name in plain if name in section}
         values |= {name: tuple(options.take(name)) for name in limits if name in section}
+        sound_first = options.expect("sound_first", False, True)
         options.close()
         for name, value in values.items():
             for number in value if name in limits else (value,):
@@ -77,7 +79,7 @@ class Recipe:
                 raise CheckpointError(
                     f"the checkpoint's recipe {name} should be the least and the most, got {value!r}"
                 )
-        return cls(guidance=Guidance(**weights), **values)
+        return cls(guidance=Guidance(**weights), sound_first=sound_first, **values)
 
     def format_recipe(self) -> str:
         """One line for a terminal."""
@@ -89,6 +91,7 @@ class Recipe:
         pulls += (
             f", rescale {g.rescale_video:g} {g.rescale_audio:g}" if g.rescale_video or g.rescale_audio else ""
         )
+        pulls += ", sound first" if self.sound_first else ""
         unguided = g.passes == ("cond",)
         size = f"{self.width}x{self.height}, {self.frames} frames at {self.fps:g} fps"
         return f"{self.name}: {levels}, {self.sampler}, {'no guidance' if unguided else pulls}; {size}"

@@ -16,7 +16,7 @@ from .shapes import ClipShape
 class Progress:
     """One tick of a stage; a callback that raises stops the run between two ticks."""
 
-    stage: str  # "text", "image", "probe", "sample", "upscale", "trajectory", "video", "audio"
+    stage: str  # "text", "image", "sound" (where it comes first), "probe", "sample", "upscale", "trajectory", "video", "audio"
     step: int  # ticks done
     steps: int  # ticks in all
     preview: Tensor | None = None  # (B, T, C) estimate of the clean video tokens, while sampling

@@ -58,8 +58,9 @@ def test_picture_and_sound_are_equally_long(engine, size, seconds, fps):
 def test_progress_tells_every_step_of_every_stage(engine):
     ticks: list[Progress] = []
     engine.generate(RED_BALL, ticks.append)
-    assert [(t.step, t.steps) for t in ticks if t.stage == "sample"] == [(1, 2), (2, 2)]
-    assert {t.stage for t in ticks} == {"text", "sample", "video", "audio"}
+    for stage in ("sound", "sample"):  # the sound comes first
+        assert [(t.step, t.steps) for t in ticks if t.stage == stage] == [(1, 2), (2, 2)]
+    assert {t.stage for t in ticks} == {"text", "sound", "sample", "video", "audio"}
     assert all(t.step == t.steps for t in (ticks[-1], [t for t in ticks if t.stage == "video"][-1]))
 
 
@@ -86,7 +87,7 @@ def test_a_decode_can_be_stopped_before_its_first_frame(engine):
     assert sum(tick.step == 0 for tick in ticks) >= 5  # the decoder's layers
 
 
-@pytest.mark.parametrize("stage", ["text", "sample", "video", "audio"])
+@pytest.mark.parametrize("stage", ["text", "sound", "sample", "video", "audio"])
 def test_a_callback_that_raises_stops_the_run_and_harms_nothing(engine, stage):
     def stop(progress: Progress) -> None:
         if progress.stage == stage:
@@ -109,7 +110,9 @@ def test_noise_levels_are_embedded_once_before_the_first_block(engine, monkeypat
     noting(AVTransformer, "modulations")
     noting(Block, "attend_selves")
     settings = SampleSettings(steps=3, sampler=sampler)  # guided: several passes a step
-    engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=settings)
+    shape = engine.shape(seconds=1.0)
+    sound = engine.empty_latents(shape).audio  # given, so that there is one run
+    engine.sample(engine.encode_text("a red ball"), shape, settings=settings, given_audio=sound)
     assert done[:levels] == ["modulations"] * levels
     assert "modulations" not in done[levels:]
 
@@ -147,6 +150,21 @@ def test_a_sound_alone_has_no_pictures_and_hears_none(engine):
         with pytest.raises(WorkflowError, match="no pictures to guide"):
             engine.generate(replace(alone, **{name: torch.rand(96, 96, 3)}), ticks.append)
     assert ticks == []  # told before any work
+
+
+def test_the_sound_comes_first_where_the_recipe_says_so(engine, monkeypatch):
+    prompt, shape = engine.encode_text("a red ball bounces"), engine.shape(seconds=1.0)
+    made = engine.sample(prompt, shape, settings=UNGUIDED, seed=3)
+    alone = engine.sample(prompt, shape, settings=UNGUIDED, seed=3, sound_alone=True)
+    assert torch.equal(made.audio, alone.audio)
+    fitted = engine.sample(prompt, shape, settings=UNGUIDED, seed=3, given_audio=alone.audio)
+    assert torch.equal(made.video, fitted.video)
+    together = replace(engine.recipe, sound_first=False)
+    monkeypatch.setattr(engine, "choose_recipe", lambda *_, **__: together)
+    ticks: list[Progress] = []
+    other = engine.sample(prompt, shape, settings=UNGUIDED, seed=3, progress=ticks.append)
+    assert {tick.stage for tick in ticks} == {"sample"}
+    assert not torch.equal(other.audio, made.audio)
 
 
 def test_a_reference_stands_beside_the_clip(engine):
@@ -238,8 +256,9 @@ def test_compiled_blocks_give_the_same_clip_and_tell_what_they_cost(engine, comp
     cost = compiled.compile_cost
     assert cost is not None
     assert cost.compile_seconds > 0
-    # the first block is not compiled; one compilation for texts that are new, one for those that are remembered
-    assert cost.calls == (compiled.blocks - 1) * 2 - 2
+    # the sound, then the pictures: the first block is not compiled; one compilation for texts that are new, one for those
+    # that are remembered
+    assert cost.calls == 2 * ((compiled.blocks - 1) * 2 - 2)
     assert re.fullmatch(r"torch.compile took .* s and saved .* s in .* calls of a block", cost.sentence())
 
 
@@ -282,7 +301,7 @@ def test_guides_only_add_noise_behind_that_of_the_clip(engine):
             guides,
             replace(UNGUIDED, sigmas=(1.0, 0.999999, 0.0)),
             5,
-            progress=lambda p: seen.append(p.preview),
+            progress=lambda p: seen.append(p.preview) if p.stage == "sample" else None,
         )
     # the first prediction of the video differs by what the guide says, its shape by the appended tokens
     assert seen[2].shape[1] == seen[0].shape[1] + shape.latent_height * shape.latent_width

@@ -131,6 +131,8 @@ RECIPE = {
     "frames": 25,
     "steps": 20,
     "schedule_tokens": 1024,
+    # pictures keep to a finished sound far better than the sound to unfinished pictures
+    "sound_first": True,
     "text_length": TEXT_LENGTH,
     "guidance": {"cfg_video": 2.0, "cfg_audio": 2.0, "modality_video": 1.5, "modality_audio": 2.0},
     "side_limits": [96, 176],
