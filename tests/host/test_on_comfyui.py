@@ -336,7 +336,13 @@ def test_only_the_masked_part_of_a_clip_is_made_anew(server: ComfyUI):
 
 @pytest.mark.parametrize(
     "choice",
-    [{"precision": "bfloat16"}, {"precision": "float16"}, {"offload": "always"}, {"attention": "pytorch"}],
+    [
+        {"precision": "bfloat16"},
+        {"precision": "float16"},
+        {"precision": "float8"},
+        {"offload": "always"},
+        {"attention": "pytorch"},
+    ],
 )
 def test_every_way_to_run_makes_a_clip(server: ComfyUI, graph: dict, choice: dict):
     graph["1"]["inputs"] |= choice
@@ -464,7 +470,7 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("1", {"model": "no-such.safetensors"}, "no model file 'no-such.safetensors'"),
         ("1", {"model": "damaged.safetensors"}, "damaged.safetensors"),
         ("1", {"device": "abacus"}, "use auto or cpu"),
-        ("1", {"precision": "float8"}, "use auto, float32, bfloat16 or float16"),
+        ("1", {"precision": "int4"}, "use auto, float32, bfloat16, float16 or float8"),
         ("1", {"offload": "never"}, "use auto or always"),
         ("1", {"attention": "magic"}, "use auto, pytorch"),
         ("1", {"attention": "sageattention"}, "attention 'sageattention' needs a CUDA device"),
