@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compile",
         dest="compiled",
         action="store_true",
-        help="compile the transformer's blocks first, which takes minutes and pays on long runs; told with --json",
+        help="compile the transformer's blocks first, which takes a minute or more; says what it took and saved",
     )
     add(
         "--memory",
@@ -522,8 +522,7 @@ def _report(
     if writer is not None:
         found = report_clip(clip, look=writer.look).to_dict()
         seconds += writer.seconds
-        if "video" in stages:
-            stages["video"] -= writer.seconds
+        stages["video"] -= writer.seconds  # they take turns
     else:
         nothing = dict.fromkeys(("sync", "difference_ms", "picture"))
         found = {**nothing, "sound": report_sound(clip), "findings": []}

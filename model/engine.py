@@ -491,7 +491,7 @@ class Engine:
             if guides or start is not None or given_video is not None:
                 raise WorkflowError("a sound alone has no pictures to guide: leave pictures and latents out")
             inside = shape.sound_alone()
-            guidance = replace(guidance, modality_video=1.0, modality_audio=1.0)
+            guidance = guidance.apart
         check_threshold(settings.step_cache)
         if settings.step_cache and start is not None:
             raise WorkflowError(
@@ -499,8 +499,8 @@ class Engine:
             )
         sampler = settings.sampler or recipe.sampler
         settings = replace(settings, guidance=guidance, sampler=sampler, sigmas=tuple(sigmas))
-        apart = sound_alone or start is not None or given_video is not None or given_audio is not None
-        sound_first = recipe.sound_first and not apart
+        given = start is not None or given_video is not None or given_audio is not None
+        sound_first = recipe.sound_first and not sound_alone and not given
         with self._lock:
             if sound_first:
                 given_audio = self._sound(conditioning, shape, settings, seed, progress)
@@ -590,12 +590,12 @@ class Engine:
     ) -> Tensor:
         """The audio latents (1, C, L, M) that pictures of this shape are then made to, as sound_alone makes them."""
         assert settings.guidance
-        alone = replace(settings.guidance, modality_video=1.0, modality_audio=1.0)
 
         def tick(at: Progress) -> None:
             progress(replace(at, stage="sound", preview=None))
 
-        settings, layouts = replace(settings, guidance=alone), self._layouts(shape.sound_alone())
+        settings = replace(settings, guidance=settings.guidance.apart)
+        layouts = self._layouts(shape.sound_alone())
         return self._denoised(conditioning, shape, settings, seed, layouts, tick, sound_alone=True).audio
 
     def _probed(

@@ -62,8 +62,8 @@ class LockstepLoader(Node):
                     "compile",
                     default=False,
                     optional=True,
-                    tooltip="Compiles the transformer's blocks at the first run of each size, which takes a minute or more and pays "
-                    "on long runs; the sampler says what it took and saved. Needs a C++ compiler on a processor, Triton on a GPU.",
+                    tooltip="Compiles the transformer's blocks at the first run of each size, which takes a minute or more; "
+                    "the sampler says what it took and saved. Needs a C++ compiler on a processor, Triton on a GPU.",
                 ),
             ],
             outputs=[

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_audio_codec import assert_near, seeded
-from test_sharing import PASSES, make, tokens
+from test_sharing import PASSES, assert_steps_agree, make, tokens
 from tiny_models import TRANSFORMERS
 from torch.nn import functional
 
@@ -98,15 +98,8 @@ def test_what_is_hidden_changes_nothing():
 def test_guided_passes_share_with_groups_as_without():
     guides = [Guide(torch.randn(1, 4, 1, 2, 3), None, 1.0, None, 0.5)]
     sharing = make("2.3", (2,), PASSES, guides=guides)
-    apart = make("2.3", (2,), ("cond",), text_memory_bytes=0, guides=guides)
     assert sharing.video.groups is not None
-    for step, sigma in enumerate((0.9, 0.4)):
-        given = tokens(sharing, step)
-        for pass_name in PASSES:
-            for made, wanted in zip(
-                sharing(*given, sigma, pass_name), apart(*given, sigma, pass_name), strict=True
-            ):
-                assert_near(made, wanted, 1e-6)
+    assert_steps_agree(sharing, make("2.3", (2,), ("cond",), text_memory_bytes=0, guides=guides))
 
 
 def test_guides_that_are_seen_as_trained_need_no_groups():

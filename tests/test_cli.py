@@ -52,7 +52,7 @@ class GreyEngine:
         if writer:
             clip = replace(clip, frames=clip.frames.to("meta"))
         result = GenerateResult(
-            clip, "cd" * 32, {"text": 0.1, "sample": 0.25}, self.warnings, request.seed, model,
+            clip, "cd" * 32, {"text": 0.1, "sample": 0.25, "video": 0.5}, self.warnings, request.seed, model,
             compiling=self.compiling,
         )  # fmt: skip
         if writer:
@@ -93,7 +93,7 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
     assert (report["fps"], report["sample_rate"]) == (12, 16000)
     assert report["model"] == {"name": "grey", "version": "1.0", "sha256": "ab" * 32}
     assert (report["latent_sha256"], report["warnings"]) == ("cd" * 32, [])
-    assert set(report["stages"]) == {"text", "sample", "write", "report"}
+    assert set(report["stages"]) == {"text", "sample", "video", "write", "report"}
     assert report["sync"]["offset_ms"] is None
     assert report["findings"] == [
         "almost nothing moves: try another seed, or a prompt that names a motion",

@@ -46,18 +46,20 @@ def tokens(denoiser: JointDenoiser, seed: int) -> tuple[torch.Tensor, torch.Tens
     return torch.randn(shapes[0], generator=generator), torch.randn(shapes[1], generator=generator)
 
 
+def assert_steps_agree(sharing: JointDenoiser, apart: JointDenoiser) -> None:
+    """All passes of two steps; 1e-6: what is shared is computed by the same operations."""
+    for step, sigma in enumerate((0.9, 0.4)):
+        given = tokens(sharing, step)
+        for name in PASSES:
+            for made, wanted in zip(sharing(*given, sigma, name), apart(*given, sigma, name), strict=True):
+                assert_near(made, wanted, 1e-6)
+
+
 @pytest.mark.parametrize("stg_blocks", [(2,), (0,), (1, 3)])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_guided_step_with_shared_parts_equals_its_passes_apart(name, stg_blocks):
     sharing = make(name, stg_blocks, PASSES)
-    apart = make(name, stg_blocks, ("cond",), text_memory_bytes=0)
-    for step, sigma in enumerate((0.9, 0.4)):
-        given = tokens(sharing, step)
-        for pass_name in PASSES:
-            for made, wanted in zip(
-                sharing(*given, sigma, pass_name), apart(*given, sigma, pass_name), strict=True
-            ):
-                assert_near(made, wanted, 1e-6)
+    assert_steps_agree(sharing, make(name, stg_blocks, ("cond",), text_memory_bytes=0))
 
 
 def test_nothing_is_shared_between_steps_that_differ():

@@ -68,9 +68,8 @@ def report_clip(
 ) -> ClipReport:
     """Looks at a whole clip.
 
-    look: has seen the frames already, where the clip has their shape alone.
-
     difference_ms: of the lengths that a file says, where the clip was read from one; else of the clip's own.
+    look: has seen the frames already, where the clip has their shape alone.
     """
     sound = None if clip.waveform is None else look_at_sound(clip.waveform, clip.sample_rate_hz)
     if difference_ms is None and sound is not None:

@@ -7,7 +7,7 @@ Source: spec sections 2.8 and 1.7.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class Guidance:
             raise WorkflowError(
                 "STG needs stg_blocks, the transformer blocks to perturb: set them or STG to 0"
             )
+
+    @property
+    def apart(self) -> "Guidance":
+        """The same for a stream that is made without the other one: there is no pass to compare their meeting with."""
+        return replace(self, modality_video=1.0, modality_audio=1.0)
 
     @property
     def passes(self) -> tuple[str, ...]:

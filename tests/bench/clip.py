@@ -9,12 +9,11 @@ process read from files during the last run. Prints a table and one line of JSON
 this model, so `ratio` is the measured time over the clip's own duration.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
-from machine import describe_device, median, peak_above, spread
+from machine import describe_device, device_parser, median, peak_above, spread
 
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.residency import MemoryCount
@@ -54,16 +53,12 @@ def measured_needs(engine: Engine, request: GenerateRequest) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = device_parser(__doc__)
     parser.add_argument("--prompt", default="a red ball bounces on a gray background")
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--size")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     engine = Engine("embedded", args.device)

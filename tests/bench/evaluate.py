@@ -213,6 +213,24 @@ class Model:
         )
         return self.engine.generate(request).clip
 
+    def to_pictures(self, case: Case) -> Clip:
+        """The scene's own pictures with a sound that is made to them."""
+        engine, shape = self.engine, self.shape(case)
+        pictures = draw(case, shape)
+        video = engine.encode_video(pictures.permute(3, 0, 1, 2)[None] * 2 - 1)
+        text = engine.encode_text(case.prompt)
+        made = engine.sample(text, shape, seed=case.seed, given_video=video)
+        return Clip(pictures, engine.decode_audio(made), shape.fps, engine.sample_rate_hz)
+
+    def to_sound(self, case: Case) -> Clip:
+        """The scene's own sound with pictures that are made to it."""
+        engine, shape = self.engine, self.shape(case)
+        wave = synthesize(case.scene, shape.samples(config.SAMPLE_RATE_HZ), *_extent(shape))
+        audio = engine.encode_sound(wave, config.SAMPLE_RATE_HZ, shape)
+        text = engine.encode_text(case.prompt)
+        made = engine.sample(text, shape, seed=case.seed, given_audio=audio)
+        return Clip(engine.decode_video(made), wave, shape.fps, config.SAMPLE_RATE_HZ)
+
     def codec_psnr(self, case: Case) -> float:
         """dB of the case's true pictures after the video codec alone."""
         shape = self.shape(case)
@@ -333,13 +351,17 @@ def measure(judged: Sequence[Judged], pictured: Sequence[float], truth: bool) ->
 
 
 def measure_given(model: Model, cases: Sequence[Case], folder: Path) -> list[Figure]:
-    """What a reference keeps of its object, and whether a sound alone keeps the time of its motion."""
+    """What a reference keeps of its object, whether a sound alone keeps its motion's time, and what is made to a given stream."""
     shown = [
         make_and_judge(model.from_reference, case, folder / "shown.mp4")
         for case in cases[: max(2, len(cases) // 6)]
     ]
     eventful = [case for case in cases if case.scene.motion in EVENTFUL][: max(2, len(cases) // 6)]
     kept = [keeps_time(model.sound_alone(case), case.scene) for case in eventful]
+    heard, seen = (
+        pooled_f1([make_and_judge(make, case, folder / "given.mp4").verdict.sync for case in eventful])
+        for make in (model.to_pictures, model.to_sound)
+    )
 
     def share(right: Sequence[bool]) -> float:
         return 100 * sum(right) / len(right)
@@ -354,6 +376,8 @@ def measure_given(model: Model, cases: Sequence[Case], folder: Path) -> list[Fig
         Figure(
             "sound alone keeps its motion's time", share(kept), None, None, "%", note=f"{len(kept)} sounds of 4 s"
         ),
+        Figure("F1 of a sound made to given pictures", heard, None, None, "", note=f"{len(eventful)} clips"),
+        Figure("F1 of pictures made to a given sound", seen, None, None, "", note=f"{len(eventful)} clips"),
     ]  # fmt: skip
 
 

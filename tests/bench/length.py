@@ -13,7 +13,7 @@ import json
 import time
 
 import torch
-from machine import describe_device, synchronize
+from machine import describe_device, device_parser, synchronize
 
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.residency import MemoryCount
@@ -21,15 +21,11 @@ from lockstep.model.shapes import ClipShape, nearest_frames
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = device_parser(__doc__)
     parser.add_argument("--lengths", nargs="+", type=float, default=[1, 2, 5, 10, 20, 30, 60], help="seconds")
     parser.add_argument("--fps", type=float, default=12.0)
     parser.add_argument("--side", type=int, default=64, help="pixels")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     engine = Engine("embedded", args.device)

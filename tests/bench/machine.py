@@ -1,5 +1,6 @@
 """What the benchmarks share: device names, peak memory, medians, the matmul ceiling of this machine."""
 
+import argparse
 import ctypes
 import platform
 import statistics
@@ -15,6 +16,14 @@ import torch
 @dataclass(slots=True)
 class Peak:
     bytes: int = 0
+
+
+def device_parser(about: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark that runs a model; about: the script's docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
 
 
 def describe_device(device: str) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS)]
 
-from machine import describe_device, median, timed  # noqa: E402
+from machine import describe_device, device_parser, median, timed  # noqa: E402
 from test_audio_codec import seeded  # noqa: E402
 from tiny_models import TRANSFORMERS  # noqa: E402
 
@@ -179,14 +179,10 @@ def clip_rows(exact: Engine, args: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
+    parser = device_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe_device, median, spread, synchronize
+from machine import describe_device, device_parser, median, spread, synchronize
 
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.step_probe import compare
@@ -37,9 +37,7 @@ COLUMNS += ("video error", "audio error", "LU", "log-mel")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = device_parser(__doc__)
     parser.add_argument("--prompt", default="a red ball bounces on a gray background")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--models", type=Path, nargs="*", default=[])
@@ -48,8 +46,6 @@ def main() -> None:
     parser.add_argument("--size")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     engine = Engine(args.model, args.device, folders=args.models)
