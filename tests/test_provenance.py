@@ -89,7 +89,7 @@ def command(tmp_path, capsys, monkeypatch):
 
         def generate(self, request, _progress, writer):
             clip, model = small_clip(), ModelInfo("grey", "1.0", "ab" * 32)
-            result = GenerateResult(clip, "cd" * 32, {}, (), request.seed, model)
+            result = GenerateResult(clip, "cd" * 32, {"video": 1.0}, (), request.seed, model)
             writer(iter([clip.frames]), result)
             return result
 
