@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .attention_backends import attend
 from .attention_groups import Groups, attend_in_groups
 from .inference import writes_in_place
+from .linear import Linear
 from .norms import inverse_rms
 from .rope import Rope, rotate
 
@@ -35,12 +36,12 @@ class Attention(nn.Module):
         super().__init__()
         inner = heads * head_width
         self.heads = heads
-        self.to_q = nn.Linear(width, inner, bias=bias)
-        self.to_k = nn.Linear(context_width, inner, bias=bias)
-        self.to_v = nn.Linear(context_width, inner, bias=bias)
+        self.to_q = Linear(width, inner, bias=bias)
+        self.to_k = Linear(context_width, inner, bias=bias)
+        self.to_v = Linear(context_width, inner, bias=bias)
         self.q_norm = nn.RMSNorm(inner, eps=eps)
         self.k_norm = nn.RMSNorm(inner, eps=eps)
-        self.to_out = nn.ModuleList([nn.Linear(inner, width, bias=bias)])
+        self.to_out = nn.ModuleList([Linear(inner, width, bias=bias)])
         self.to_gate_logits = nn.Linear(width, heads) if gated else None
 
     def forward(
@@ -73,7 +74,8 @@ class Attention(nn.Module):
                 mixed_BNTK = attend_in_groups(query, key, value, groups)
         if self.to_gate_logits is not None:
             gate_BTN = 2 * torch.sigmoid(self.to_gate_logits(x_BTD))
-            mixed_BNTK = mixed_BNTK * rearrange(gate_BTN, "B T N -> B N T 1")
+            gate_BNT1 = rearrange(gate_BTN, "B T N -> B N T 1")
+            mixed_BNTK = mixed_BNTK.mul_(gate_BNT1) if writes_in_place() else mixed_BNTK * gate_BNT1
         return self.to_out[0](rearrange(mixed_BNTK, "B N T K -> B T (N K)"))
 
     def keys_values(self, context_BLD: Tensor, rope: Rope | None = None) -> KeysValues:

@@ -1,24 +1,17 @@
 """The two-layer feed-forward of transformer and connectors."""
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from .inference import writes_in_place
+from .linear import Linear, gelu_of
 
 
 class _GELUProjection(nn.Module):
     def __init__(self, width: int, hidden: int, bias: bool):
         super().__init__()
-        self.proj = nn.Linear(width, hidden, bias=bias)
+        self.proj = Linear(width, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.proj(x)
-        if writes_in_place():
-            return torch.ops.aten.gelu_(
-                hidden, approximate="tanh"
-            )  # the widest tensor of a block: once is enough
-        return functional.gelu(hidden, approximate="tanh")
+        return gelu_of(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -30,7 +23,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, bias: bool = True):
         super().__init__()
         self.net = nn.ModuleList(
-            [_GELUProjection(width, hidden, bias), nn.Identity(), nn.Linear(hidden, width, bias=bias)]
+            [_GELUProjection(width, hidden, bias), nn.Identity(), Linear(hidden, width, bias=bias)]
         )
 
     def forward(self, x: Tensor) -> Tensor:

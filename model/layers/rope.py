@@ -53,14 +53,16 @@ def make_rope(
 
 
 def rotate(x_BNTK: Tensor, rope: Rope) -> Tensor:
-    """Rotates the two halves of each head by the token's angles; computed in float32, returned in x's dtype."""
+    """Rotates the two halves of each head by the token's angles; computed in float32, returned in x's dtype.
+
+    In inference a float32 x holds the result.
+    """
     x = x_BNTK.float()
+    first, second = x.chunk(2, dim=-1)
     if not writes_in_place():
-        first, second = x.chunk(2, dim=-1)
         halves = [first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin]
         return torch.cat(halves, dim=-1).to(x_BNTK.dtype)
-    turned = torch.empty_like(x)  # written in place: a concatenation would copy everything once more
-    (first, second), (to_first, to_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    torch.mul(first, rope.cos, out=to_first).addcmul_(second, rope.sin, value=-1)
-    torch.mul(second, rope.cos, out=to_second).addcmul_(first, rope.sin)
-    return turned.to(x_BNTK.dtype)
+    turned = (first * rope.cos).addcmul_(second, rope.sin, value=-1)
+    second.mul_(rope.cos).addcmul_(first, rope.sin)
+    first.copy_(turned)
+    return x.to(x_BNTK.dtype)

@@ -15,7 +15,7 @@ from ..layers.feed_forward import FeedForward
 from ..layers.norms import rms_norm
 from ..layers.rope import Rope
 from .config import StreamConfig, TransformerConfig
-from .modulation import Modulation, modulate
+from .modulation import Modulation, add_gated, modulate, modulate_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +159,11 @@ class Block(nn.Module):
         self, attention: Attention, x: Tensor, stream: StreamState, table: Tensor, perturbed: bool
     ) -> Tensor:
         shift, scale, gate = stream.modulation.rows.plus(table, 0, 3)
-        normed = modulate(rms_norm(x, self.eps), scale, shift)
+        normed = modulate_over(rms_norm(x, self.eps), scale, shift)
         made = attention(
             normed, rope=stream.rope, bias=stream.self_bias, values_only=perturbed, groups=stream.groups
         )
-        return torch.addcmul(x, gate, made)
+        return add_gated(x, gate, made)
 
     def _attend_text(
         self, attention: Attention, x: Tensor, stream: StreamState, prefix: str, texts: TextMemory | None
@@ -177,8 +177,8 @@ class Block(nn.Module):
         if prompt_rows is None:
             return x + attention(normed, bias=stream.context_bias, keys_values=memory)
         shift, scale, gate = stream.modulation.rows.plus(getattr(self, f"{prefix}scale_shift_table"), 6, 9)
-        made = attention(modulate(normed, scale, shift), bias=stream.context_bias, keys_values=memory)
-        return torch.addcmul(x, gate, made)
+        made = attention(modulate_over(normed, scale, shift), bias=stream.context_bias, keys_values=memory)
+        return add_gated(x, gate, made)
 
     def _modulated_text(self, stream: StreamState, prefix: str) -> Tensor:
         if stream.modulation.prompt_rows is None:
@@ -198,9 +198,11 @@ class Block(nn.Module):
         # both directions read the streams as they were before either update
         video_normed, audio_normed = rms_norm(video_BTD, self.eps), rms_norm(audio_BSD, self.eps)
         of_audio = self._show("audio_", audio_normed, audio, meeting)
-        to_video = self._look("", video_BTD, video_normed, video, of_audio)
         of_video = self._show("", video_normed, video, meeting)
-        return to_video, self._look("audio_", audio_BSD, audio_normed, audio, of_video)
+        return (
+            self._look("", video_BTD, video_normed, video, of_audio),
+            self._look("audio_", audio_BSD, audio_normed, audio, of_video),
+        )
 
     def _show(self, prefix: str, normed: Tensor, stream: StreamState, meeting: Meeting | None) -> KeysValues:
         """What the other stream attends to of this one."""
@@ -218,7 +220,7 @@ class Block(nn.Module):
     def _look(
         self, prefix: str, x: Tensor, normed: Tensor, stream: StreamState, others: KeysValues
     ) -> Tensor:
-        """One stream after it has attended to keys and values of the other."""
+        """One stream after it has attended to keys and values of the other; normed is read for the last time."""
         attention, table, first = (
             (self.video_to_audio_attn, self.scale_shift_table_a2v_ca_audio, 2)
             if prefix
@@ -226,8 +228,8 @@ class Block(nn.Module):
         )
         scale, shift = stream.modulation.av_rows.plus(table[:4], first, first + 2)
         (gate,) = stream.modulation.av_gate.plus(table[4:])
-        made = attention(modulate(normed, scale, shift), rope=stream.cross_rope, keys_values=others)
-        return torch.addcmul(x, gate, made)
+        made = attention(modulate_over(normed, scale, shift), rope=stream.cross_rope, keys_values=others)
+        return add_gated(x, gate, made)
 
     def _alone(
         self,
@@ -253,4 +255,4 @@ class Block(nn.Module):
 
     def _feed(self, ff: FeedForward, x: Tensor, stream: StreamState, table: Tensor) -> Tensor:
         shift, scale, gate = stream.modulation.rows.plus(table, 3, 6)
-        return torch.addcmul(x, gate, ff(modulate(rms_norm(x, self.eps), scale, shift)))
+        return add_gated(x, gate, ff(modulate_over(rms_norm(x, self.eps), scale, shift)))

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..layers.inference import writes_in_place
 from ..layers.timestep import TimestepMLP
 
 
@@ -58,3 +59,13 @@ class AdaLN(nn.Module):
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def modulate_over(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """modulate of an x that nobody else reads: in inference x holds the result, for fresh memory costs more than the sum."""
+    return torch.addcmul(shift, x, 1 + scale, out=x if writes_in_place() else None)
+
+
+def add_gated(x: Tensor, gate: Tensor, made: Tensor) -> Tensor:
+    """x + gate * made, where nobody else reads made: in inference it holds the result."""
+    return torch.addcmul(x, gate, made, out=made if writes_in_place() else None)
