@@ -88,15 +88,20 @@ def reading_config(component: str, files: Files) -> Iterator[None]:
 
 def check_numbers(module: nn.Module, component: str, files: Files) -> None:
     """Raises CheckpointError that lists tensors with NaN or infinity; reads every weight, where it is."""
-    floating = [(name, tensor) for name, tensor in _all_tensors(module) if tensor.is_floating_point()]
-    # fp8 knows no isfinite
-    sound = [torch.isfinite(t.to(torch.bfloat16) if t.itemsize == 1 else t).all() for _, t in floating]
+    floating = [(name, t) for name, t in _all_tensors(module) if t.is_floating_point() and t.numel()]
+    sound = [_is_finite(tensor) for _, tensor in floating]
     if sound and not bool(torch.stack([flag.cpu() for flag in sound]).all()):
         bad = [name for (name, _), flag in zip(floating, sound, strict=True) if not flag]
         raise CheckpointError(
             f"{file_names(files)}: {component} holds values that are no numbers (NaN or infinite) in {len(bad)} "
             f"tensors: {', '.join(bad[:10])}: the file is damaged, fetch it again"
         )
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    """Whether all values are numbers: their extremes tell, in a thirtieth of the time of asking each one on a CPU."""
+    extremes = torch.aminmax(tensor.to(torch.bfloat16) if tensor.itemsize == 1 else tensor)  # fp8 has none
+    return torch.isfinite(extremes.min) & torch.isfinite(extremes.max)
 
 
 def load_state(files: Files, component: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
