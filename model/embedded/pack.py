@@ -14,6 +14,7 @@ from ..codec.audio_vae import AudioVAEConfig
 from ..codec.mel import slaney_filterbank
 from ..text.tokenizer import FIRST_ID
 from . import config, language
+from .readings import readings
 
 _GENERATOR = (
     (keymap.TEXT_ENCODER, "text_encoder."),
@@ -82,6 +83,7 @@ def metadata(record: dict) -> dict[str, str]:
         "vocoder": config.VOCODER,
         "text_encoder": config.text_encoder(FIRST_ID + len(words)),
     }
+    text = {"words": words, "content": language.content_words(), "readings": readings()}
     return {
         "format": "pt",
         "modelspec.title": config.NAME,
@@ -89,7 +91,7 @@ def metadata(record: dict) -> dict[str, str]:
         "license": "Apache-2.0",
         "config": json.dumps(sections),
         "recipe": json.dumps(config.RECIPE),
-        "tokenizer": json.dumps({"words": words, "content": language.content_words()}),
+        "tokenizer": json.dumps(text),
         "training": json.dumps(record),
     }
 

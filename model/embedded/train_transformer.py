@@ -26,36 +26,47 @@ from ..transformer.config import TransformerConfig
 from ..transformer.model import AVTransformer, StreamInput
 from ..values import Guide
 from . import config, language
-from .dataset import FORMATS, Batch, format_of, load_shard, shards_in_round
+from .dataset import FORMATS, SHARD, Batch, format_of, load_shard, shards_in_round
+from .readings import readings
 from .training import Run
 
 _DROP_PROMPT = 0.1
 # so many steps are of the usual format without tokens beside the clip's own: one layout, which can be compiled
-_USUAL_SHARE = 0.45
+_USUAL_SHARE = 0.42
 _USUAL_FORMAT = FORMATS[0]
 _TENSORS = ("video", "audio", "guide", "reference")
-# what is given in a step, and how often; "beginning": of both streams, a clip that goes on
-_USUAL_MODES = {"nothing": 0.62, "first": 0.2, "audio": 0.05, "video": 0.05, "beginning": 0.08}
+# what is given in a step, and how often; "audio" with pictures beside it: as a clip is made whose sound comes first
+_USUAL_MODES = {
+    "nothing": 0.22,
+    "first": 0.1,
+    "audio": 0.34,
+    "video": 0.2,
+    "first and audio": 0.08,
+    "beginning": 0.06,
+}
 _MODES = {
-    "nothing": 0.34,
-    "first": 0.07,
-    "audio": 0.03,
-    "video": 0.03,
-    "beginning": 0.05,
-    "guide": 0.06,
-    "first and guide": 0.08,
-    "reference": 0.24,
-    "apart": 0.1,  # no attention between the streams: sound alone, and what modality guidance compares with
+    "nothing": 0.12,
+    "first": 0.04,
+    "audio": 0.22,
+    "video": 0.1,
+    "beginning": 0.04,  # of both streams, a clip that goes on
+    "guide": 0.03,
+    "first and guide": 0.04,
+    "reference": 0.06,
+    "first and audio": 0.03,
+    "first and guide and audio": 0.02,
+    "reference and audio": 0.12,
+    "apart": 0.06,  # no attention between the streams: what modality guidance compares with
+    "sound": 0.12,  # no pictures
 }
 # how often the prompt leaves colour and shape to the picture
-_NAMELESS = {"reference": 0.7, "first": 0.25, "first and guide": 0.25}
+_NAMELESS = {"reference": 0.7, "first": 0.25}
 
 
 def tokenizer() -> WordTokenizer:
     """The embedded model's tokenizer."""
-    return WordTokenizer(
-        tuple(language.vocabulary()), frozenset(language.content_words()), config.TEXT_LENGTH
-    )
+    words, content = tuple(language.vocabulary()), frozenset(language.content_words())
+    return WordTokenizer(words, content, config.TEXT_LENGTH, readings())
 
 
 class Generator(nn.Module):
@@ -115,17 +126,15 @@ def draw_sigma(count: int, tokens: int) -> Tensor:
 def _layouts(batch: Batch, mode: str, rng: random.Random) -> tuple[Layout, Layout]:
     """Where tokens stand in this mode; values come later, so a single clip stands for all."""
     shape, channels, (_, z, _, bins) = batch.shape, batch.video.shape[1], batch.audio.shape
-    first = Guide(batch.video[:1, :, :1], 0, 1.0)
-    other = Guide(batch.guide[:1], batch.guide_frame, 1.0)
-    reference = Guide(batch.reference[:1], None, 1.0)
-    guides = {
-        "first": [first],
-        "guide": [other],
-        "first and guide": [first, other],
-        "reference": [reference],
-    }.get(mode, [])
-    given_video = batch.video[:1] if mode == "video" else None
-    given_audio, audio_mask = batch.audio[:1] if mode == "audio" else None, None
+    given = mode.split(" and ")
+    pictures = {
+        "first": Guide(batch.video[:1, :, :1], 0, 1.0),
+        "guide": Guide(batch.guide[:1], batch.guide_frame, 1.0),
+        "reference": Guide(batch.reference[:1], None, 1.0),
+    }
+    guides = [guide for name, guide in pictures.items() if name in given]
+    given_video = batch.video[:1] if mode in ("video", "sound") else None
+    given_audio, audio_mask = batch.audio[:1] if "audio" in given else None, None
     if mode == "beginning":
         latents = rng.randrange(1, shape.latent_frames - 1)
         guides = [Guide(batch.video[:1, :, :latents], 0, 1.0)]
@@ -167,20 +176,20 @@ def flow_loss(
     network: Callable | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Squared error of both velocities over the tokens that are noised; network: the transformer, compiled."""
-    video_layout, audio_layout = _layouts(batch, mode, rng)
     device = batch.video.device
     sigma = draw_sigma(len(batch.scenes), batch.shape.video_tokens).to(device)
-    clean_video = video_to_tokens(batch.video)
-    beside = {"guide": batch.guide, "first and guide": batch.guide, "reference": batch.reference}.get(mode)
-    if beside is not None:
-        clean_video = torch.cat([clean_video, video_to_tokens(beside)], dim=1)
+    if mode == "sound":
+        batch = replace(batch, video=batch.video[:, :, :1, :1, :1], shape=batch.shape.sound_alone())
+    video_layout, audio_layout = _layouts(batch, mode, rng)
+    beside = [getattr(batch, name) for name in ("guide", "reference") if name in mode]
+    clean_video = torch.cat([video_to_tokens(latent) for latent in (batch.video, *beside)], dim=1)
     forward = model.transformer if network is None else network
     with torch.autocast(device.type, torch.bfloat16):
         video_context, audio_context = model.contexts(ids, mask)
         video, video_wanted = _stream(video_layout, clean_video, sigma, video_context)
         audio, audio_wanted = _stream(audio_layout, audio_to_tokens(batch.audio), sigma, audio_context)
         rope = model.transformer.rope_tables(video_layout.positions, audio_layout.positions).to(device)
-        video_velocity, audio_velocity = forward(video, audio, rope, isolated=mode == "apart")
+        video_velocity, audio_velocity = forward(video, audio, rope, isolated=mode in ("apart", "sound"))
     video_loss = _error(video_velocity, video_wanted, video_layout)
     audio_loss = _error(audio_velocity, audio_wanted, audio_layout)
     return video_loss + audio_loss, {"video": video_loss.item(), "audio": audio_loss.item()}
@@ -200,19 +209,32 @@ def _format(path: Path) -> tuple[int, int, int, float]:
     return format_of(int(path.stem))
 
 
+def _draw_format(paths: list[Path], rng: random.Random) -> tuple[int, int, int, float]:
+    """A format, as often as a round of shards holds it, however many of its shards there are."""
+    formats = sorted({_format(path) for path in paths})
+    return rng.choices(formats, weights=[shards_in_round(form) for form in formats])[0]
+
+
+def _clips_in_step(mode: str, form: tuple[int, int, int, float], batch: int) -> int:
+    """As many as cost about what a compiled step does: what is not usual is never compiled."""
+    if mode == "sound":
+        return 2 * batch
+    height, width, frames, _ = form
+    usual_height, usual_width, usual_frames, _ = _USUAL_FORMAT
+    size = height * width * frames / (usual_height * usual_width * usual_frames)
+    return min(batch // 2, round(0.65 * batch / size))
+
+
 def _draw_clips(
     paths: list[Path], rng: random.Random, count: int, mode: str, video_vae: VideoVAE, audio_vae: AudioVAE
 ) -> Batch:
-    """Clips of one format from two shards, or from one if a guide is given: it stands at one frame for all."""
-    # a format comes as often as a round of shards holds it, however many of its shards there are
-    formats = sorted({_format(path) for path in paths})
-    drawn = rng.choices(formats, weights=[shards_in_round(form) for form in formats])[0]
-    alike = [path for path in paths if _format(path) == drawn]
-    chosen = [rng.choice(alike) for _ in range(1 if "guide" in mode else 2)]
+    """Clips from two or more of these shards, or from one if a guide is given: it stands at one frame for all."""
+    shards = 1 if "guide" in mode else max(2, count // SHARD)
+    chosen = [rng.choice(paths) for _ in range(shards)]
     parts = []
     for path in chosen:
         shard = load_shard(path, video_vae, audio_vae)
-        parts.append(_part(shard, rng.sample(range(len(shard.scenes)), count // len(chosen))))
+        parts.append(_part(shard, rng.sample(range(SHARD), min(count // shards, SHARD))))
     scenes = [scene for part in parts for scene in part.scenes]
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
     return replace(parts[0], scenes=scenes, **joined)
@@ -240,15 +262,17 @@ def train_transformer(
         usual = rng.random() < _USUAL_SHARE
         modes = _USUAL_MODES if usual else _MODES
         mode = rng.choices(list(modes), weights=list(modes.values()))[0]
-        of_usual_format = usual or rng.random() < 0.25
+        of_usual_format = usual or rng.random() < 0.12
         chosen = [path for path in paths if (_format(path) == _USUAL_FORMAT) == of_usual_format]
+        form = _draw_format(chosen, rng)
+        alike = [path for path in chosen if _format(path) == form]
         # all processes share the format, so that none waits for another; each has clips of its own
-        count = batch if usual else batch // 2  # these are longer or larger, and never compiled
-        clips = _draw_clips(chosen, rng, count * run.processes, mode, video_vae, audio_vae)
+        count = batch if usual else _clips_in_step(mode, form, batch)
+        clips = _draw_clips(alike, rng, count * run.processes, mode, video_vae, audio_vae)
         clips = _to(_part(clips, list(range(len(clips.scenes)))[run.rank :: run.processes]), device)
         rng = random.Random(f"{run.settings.seed}/flow/{step}/{run.rank}")
         torch.manual_seed(rng.randrange(2**31))
-        ids, mask = encode_prompts(clips, rng, words, _NAMELESS.get(mode, 0.0))
+        ids, mask = encode_prompts(clips, rng, words, _NAMELESS.get(mode.split(" and ")[0], 0.0))
         network = fast if usual else None
         # on CPUs the fused attention's backward takes longer than that of plain products, at these sizes twice as long
         with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():

@@ -3,7 +3,8 @@
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,22 +26,37 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class WordTokenizer:
-    """vocabulary: all known words; content: those that mean something to the model; longest: words it reads."""
+    """vocabulary: all known words; content: those that mean something to the model; longest: words it reads.
+
+    readings: words and phrases that are read as others, all in lower case, their words apart by single spaces.
+    """
 
     vocabulary: tuple[str, ...]
     content: frozenset[str]
     longest: int
+    readings: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, text: str, longest: int) -> "WordTokenizer":
-        """Reads the metadata entry `tokenizer` of an embedded checkpoint: {"words": [...], "content": [...]}."""
+        """Reads the metadata entry `tokenizer` of an embedded checkpoint: {"words": [...], "content": [...], "readings": {...}}.
+
+        Files before version 0.5.0 have no readings.
+        """
         try:
             entry = json.loads(text)
             words, content = tuple(entry["words"]), frozenset(entry["content"])
-            if not all(isinstance(word, str) for word in (*words, *content)):
+            readings = dict(entry.get("readings", {}))
+            if not all(isinstance(word, str) for word in (*words, *content, *readings, *readings.values())):
                 raise TypeError("a word that is no text")
-            return cls(words, content, longest)
-        except (json.JSONDecodeError, KeyError, RecursionError, TypeError) as error:
+            return cls(words, content, longest, readings)
+        except (
+            AttributeError,
+            json.JSONDecodeError,
+            KeyError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise CheckpointError(f"the checkpoint's tokenizer entry is damaged: {error!r}") from error
 
     def encode(self, prompt: str, required: bool = True) -> Tokens:
@@ -48,15 +64,31 @@ class WordTokenizer:
 
         Raises PromptError for an empty prompt, or one without any word that the model can show.
         """
-        words = _WORD.findall(unicodedata.normalize("NFKC", prompt).lower())
+        given = _WORD.findall(unicodedata.normalize("NFKC", prompt).lower())
+        words = list(self._read(given))
         if required and not any(word in self.content for word in words):
-            given = "the prompt is empty" if not words else "the prompt has no word that this model knows"
-            raise PromptError(f"{given}: it knows {self.known()}")
+            what = "the prompt has no word that this model knows" if given else "the prompt is empty"
+            raise PromptError(f"{what}: it knows {self.known()}")
         index = {word: i + FIRST_ID for i, word in enumerate(self.vocabulary)}
         kept = words[: self.longest]
         unknown = tuple(dict.fromkeys(word for word in kept if word not in index))
         ids = torch.tensor([index.get(word, UNKNOWN_ID) for word in kept], dtype=torch.int64)
         return Tokens(ids, unknown, len(words) - len(kept))
+
+    def _read(self, words: list[str]) -> Iterable[str]:
+        """The words with the longest phrase that has a reading, from each place on, read so."""
+        most = max((phrase.count(" ") + 1 for phrase in self.readings), default=1)
+        at = 0
+        while at < len(words):
+            for count in range(min(most, len(words) - at), 0, -1):
+                phrase = " ".join(words[at : at + count])
+                if phrase in self.readings:
+                    yield from self.readings[phrase].split()
+                    break
+            else:
+                count = 1
+                yield words[at]
+            at += count
 
     def known(self) -> str:
         """The meaningful words as one line."""

@@ -1,0 +1,159 @@
+"""How prompts are read that use other words or forms than training did: each as words that it used.
+
+The model learns the words of `language`; a reader of English knows more of them, and other forms of the same. What
+stands in neither is reported as unknown. Nothing here says what the world cannot show: pink stays unknown.
+"""
+
+from . import language
+
+# words to read, then what is read as them, by commas; the longest that fits counts
+_READ_AS = {
+    # colours
+    "red": "reddish, cherry, vermilion, cardinal, bloodred, cherry red, ruby red, fire engine red",
+    "green": "greenish, lime, lime green, forest green, grass green, emerald green, verdant",
+    "blue": "bluish, cerulean, ultramarine, royal blue, electric blue, sapphire blue, cobalt blue",
+    "yellow": "yellowish, canary, canary yellow, lemon yellow, sunny yellow, gold, golden yellow",
+    "white": "whitish, snow white, chalk, chalky, alabaster, pearl, pearly, ivory white, milky",
+    "purple": "purplish, lavender, mauve, plum, amethyst, violet purple",
+    "orange": "orangish, orangey, pumpkin, apricot, tangerine orange, amber orange",
+    "cyan": "aquamarine, cyan blue, turquoise blue, aqua blue",
+    # shapes
+    "ball": "balls, orb, globe, bead, football, basketball, rubber ball, beach ball, roundel",
+    "circle": "circles shape, circular shape, circular, round shape, round thing, round object, discs, disks, spheres, dots",
+    "square": "squares, squarish, square shaped, crate, cubes, boxes, tiles, blocks, dice, die, quadrate",
+    "triangle": "triangles, triangular, triangle shaped, triangular shape, pyramids, arrowhead, wedges, trigon",
+    "star": "stars, star shaped, star shape, five pointed star, starfish, pentacle, asterisk",
+    # backgrounds
+    "gray": "greyish, grayish, charcoal, stone gray, stone grey",
+    "black": "blackish, ebony, onyx, coal black, ink black, inky",
+    "brown": "brownish, chestnut, cocoa, mahogany, umber, chocolate brown, coffee brown",
+    "navy": "navyblue, deep blue",
+    # motions: as verbs, then after "is" or before the noun
+    "bounces": "bounce, bounced, rebound, dribble, dribbles, dribbled, leap, leaps, leaped, leapt, bounces off the ground",
+    "hops": "hop, hopped, skip, skips, skipped",
+    "bounces up and down": "bounce up and down, bounced up and down, leap up and down, leaps up and down, springs up and down",
+    "jumps up and down": "jump up and down, jumped up and down, jumps, jump, jumped",
+    "falls and rebounds": "fall and rebound, drops and rebounds, drop and rebound, falls and bounces, falls and bounces back",
+    "bouncing": "bouncy, rebounding, dribbling, leaping, springing up and down",
+    "hopping": "skipping",
+    "jumping up and down": "jumping, leaping up and down",
+    "slides": "slide, slid, rolls, roll, rolled, drift, drifts, drifted, shuttle, shuttles, skate, skates, skids",
+    "glides": "glide, glided, glid",
+    "slides from side to side": (
+        "slide from side to side, slides left and right, slide left and right, slides back and forth, slide back and forth, "
+        "slides from left to right, slide from left to right, slides left to right, slides to and fro, moves from side to side, "
+        "move from side to side, moves left and right, move left and right, moves back and forth, moves left to right, "
+        "moves from left to right, moves to and fro, rolls back and forth, rolls from side to side, rolls from left to right, "
+        "slides across the screen, slides across the frame, moves across the screen, moves across the frame, moves sideways, "
+        "moves horizontally, slides sideways, slides horizontally, slides across, moves across, drifts from side to side, "
+        "drifts left and right, goes from side to side, goes left and right, goes from left to right"
+    ),
+    "moves from wall to wall": "move from wall to wall, moves between the walls, slides between the walls, bounces between the walls",
+    "travels left and right": "travel left and right, travels from left to right, travels from side to side, travels back and forth",
+    "sliding": "rolling, drifting, shuttling, skating, skidding",
+    "sliding from side to side": (
+        "sliding left and right, sliding back and forth, sliding from left to right, sliding left to right, "
+        "sliding to and fro, moving from side to side, moving left and right, moving back and forth, moving left to right, "
+        "moving from left to right, moving to and fro, rolling back and forth, rolling from side to side, "
+        "rolling from left to right, sliding across the screen, sliding across the frame, moving across the screen, "
+        "moving across the frame, moving sideways, moving horizontally, sliding sideways, sliding horizontally, "
+        "sliding across, moving across, drifting from side to side, going from side to side, going left and right"
+    ),
+    "moving from wall to wall": "moving between the walls, sliding between the walls, bouncing between the walls",
+    "travelling left and right": (
+        "traveling left and right, travelling from left to right, traveling from left to right, travelling from side to side, "
+        "traveling from side to side, traveling back and forth, travelling back and forth"
+    ),
+    "swings": "swing, swung, dangle, dangles, dangled, oscillate, oscillates, oscillated, rock, rocks, rocked",
+    "sways": "sway, swayed",
+    "swings like a pendulum": "swing like a pendulum, moves like a pendulum, move like a pendulum, pendulates",
+    "swings back and forth": (
+        "swing back and forth, swings from side to side, swing from side to side, swings left and right, rocks back and forth, "
+        "rocks from side to side, sways from side to side, sways back and forth, oscillates back and forth"
+    ),
+    "swinging": "dangling, oscillating, rocking",
+    "swinging like a pendulum": "moving like a pendulum, hanging like a pendulum",
+    "swinging back and forth": (
+        "swinging from side to side, swinging left and right, rocking back and forth, rocking from side to side, "
+        "swaying from side to side, swaying back and forth, oscillating back and forth"
+    ),
+    "pulses": "pulse, pulsed, beat, beats, breathe, breathes, breathed, thump, thumps",
+    "pulsates": "pulsate, pulsated",
+    "throbs": "throb, throbbed",
+    "grows and shrinks": (
+        "grow and shrink, grew and shrank, shrinks and grows, shrink and grow, swells and shrinks, swell and shrink, "
+        "grows bigger and smaller, gets bigger and smaller, get bigger and smaller, gets larger and smaller, "
+        "grows larger and smaller, becomes bigger and smaller, inflates and deflates, inflate and deflate, changes size"
+    ),
+    "expands and contracts": "expand and contract, contracts and expands, expands and shrinks",
+    "pulsing": "beating, breathing, thumping",
+    "growing and shrinking": (
+        "shrinking and growing, swelling and shrinking, getting bigger and smaller, growing bigger and smaller, "
+        "getting larger and smaller, growing larger and smaller, inflating and deflating, changing size"
+    ),
+    "expanding and contracting": "contracting and expanding, expanding and shrinking",
+    "orbits": "orbit, orbited, rotate, rotates, rotated, spin, spins, spun, whirl, whirls, whirled, loops, loop",
+    "revolves": "revolve, revolved",
+    "orbits the centre": "orbit the centre, orbit the center, orbits around the center, orbits around the centre, orbits in circles",
+    "circles around the center": (
+        "circle around the center, circle around the centre, circles the center, circles the centre, circle around, circles around, "
+        "circled around, spins around the center, revolves around the center, rotates around the center, "
+        "revolves around the centre, rotates around the centre, goes around the center, moves around the center, travels around the center"
+    ),
+    "goes round and round": (
+        "go round and round, goes in circles, go in circles, goes in a circle, moves in circles, moves in a circle, move in a circle, "
+        "travels in a circle, moves around in a circle, moves around in circles, runs in circles, goes around in circles, "
+        "goes around, goes around and around, spins around, spins round, turns in circles"
+    ),
+    "orbiting": "rotating, spinning, whirling, looping, circling",
+    "circling around the centre": (
+        "circling the center, circling the centre, circling around, spinning around the center, revolving around the center, "
+        "rotating around the center, revolving around the centre, rotating around the centre, moving around the center, orbiting around the center"
+    ),
+    "going round and round": (
+        "going in circles, going in a circle, moving in circles, moving in a circle, travelling in a circle, traveling in a circle, "
+        "running in circles, going around in circles, going around, going around and around, spinning around, spinning round"
+    ),
+    "stays still": "stay still, stayed still, keeps still, keep still, stays put, stay put, stays in place, remains still, remain still",
+    "sits still": "sit still, sits there, sits in place, sat still, sits",
+    "stands still": "stand still, stood still, freezes",
+    "rests": "rest, rested, is at rest, at rest, lies still",
+    "does not move": "doesn t move, do not move, don t move, never moves, did not move, isn t moving, does nothing",
+    "remains motionless": "remain motionless, stays motionless, remains static, stays static, remains in place",
+    "motionless": "stationary, immobile, unmoving, frozen, idle, inert, without moving, without any motion, without motion, fixed in place",
+    # tempo
+    "slowly": "slow, slower, very slow, leisurely, unhurriedly, sluggishly, calmly, in slow motion, at a low speed, unhurried, sluggish",
+    "gently": "gentle, softly",
+    "lazily": "lazy",
+    "quickly": "quick, quicker, speedily, speedy, briskly, brisk, hurriedly, hastily, energetically, at high speed, at a high speed, at speed",
+    "fast": "faster, very fast, frantically, furiously",
+    "rapidly": "rapid",
+    "swiftly": "swift",
+    # places
+    "on the left": "to the left side, on the left hand side, at the left side, in the left half, leftmost, on the far left",
+    "on the right": "to the right side, on the right hand side, at the right side, at the right, in the right half, rightmost, on the far right",
+    # ambience
+    "in the rain": "in rain, in a rainstorm, in the pouring rain, in heavy rain, in light rain, during rain, under the rain, with rain",
+    "while it rains": "while it is raining, as it rains, while rain falls, while rain is falling, with rain falling",
+    "in rainy weather": "in wet weather, raining, rainfall, drizzle, downpour, rainstorm",
+    "in the wind": "in wind, in a strong wind, in the strong wind, in a breeze, in the breeze, during wind, with wind, in a gale",
+    "while the wind blows": "while wind blows, while the wind is blowing, as the wind blows, with the wind blowing, with wind blowing",
+    "in windy weather": "breezy, blustery, breeze, gale, gusts, gusty",
+    # nothing that the model shows
+    "": "five pointed, shaped, animated, in the middle, in the centre of the frame, in the center of the frame, in the middle of the frame",
+}
+
+
+def readings() -> dict[str, str]:
+    """By each word or phrase that training never said: those that it is read as; what training said stays as it is."""
+    read_as = {phrase: words for words, phrases in _READ_AS.items() for phrase in phrases.split(", ")}
+    said = (
+        language.WORDS,
+        language.FINITE,
+        language.GERUND,
+        language.TEMPO,
+        language.PLACE,
+        language.AMBIENCE,
+    )
+    kept = {phrase for group in said for forms in group.values() for phrase in forms if " " in phrase}
+    return read_as | {phrase: phrase for phrase in sorted(kept)}
