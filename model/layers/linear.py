@@ -18,11 +18,11 @@ class Linear(nn.Linear):
     oneDNN applies tanh-GELU to a result that is still in the cache. Equal to the plain path but for the order of sums.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if x.dtype == torch.float32 and self.suits(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *_NOTHING_AFTER)
-        return super().forward(x)
+        if input.dtype == torch.float32 and self.suits(input):
+            return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, *_NOTHING_AFTER)
+        return super().forward(input)
 
     def suits(self, x: Tensor) -> bool:
         """Whether oneDNN serves x."""
@@ -38,8 +38,7 @@ class Linear(nn.Linear):
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     """tanh-GELU of a linear layer's result, which in inference is written once."""
     # a LoRA is a hook that adds to what the layer gives, before the GELU
-    plain = isinstance(layer, Linear) and not layer._forward_hooks
-    if plain and x.dtype != torch.float16 and layer.suits(x):
+    if isinstance(layer, Linear) and not layer._forward_hooks and x.dtype != torch.float16 and layer.suits(x):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_GELU)
     made = layer(x)
     if writes_in_place():
