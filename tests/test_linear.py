@@ -30,6 +30,11 @@ def onednn_calls(monkeypatch):
             calls.append(given[3])
             return kernel(*given)
 
+        def _is_mkldnn_bf16_supported(self):
+            return self.bfloat16
+
+        bfloat16 = True
+
     monkeypatch.setattr(torch.ops, "mkldnn", Counting())
     return calls
 
@@ -56,6 +61,19 @@ def test_training_and_small_products_stay_with_torch(layer_and_input, onednn_cal
     with torch.inference_mode():
         gelu_of(layer, x[:, :8])
     assert onednn_calls == []
+
+
+def test_what_the_processor_lacks_stays_with_torch(layer_and_input, onednn_calls, monkeypatch):
+    layer, x = layer_and_input
+    monkeypatch.setattr(torch.ops.mkldnn, "bfloat16", False, raising=False)
+    with torch.inference_mode():
+        gelu_of(layer, x)
+        gelu_of(layer.half(), x.half())
+    assert onednn_calls == (["gelu"] if x.dtype == torch.float32 else [])
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with torch.inference_mode():
+        gelu_of(layer.float(), x.float())
+    assert len(onednn_calls) <= 1
 
 
 def test_what_a_hook_adds_comes_before_the_gelu(layer_and_input):

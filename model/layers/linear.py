@@ -31,14 +31,23 @@ class Linear(nn.Linear):
             and writes_in_place()
             and x.dtype == self.weight.dtype
             and x.numel() * self.out_features >= _LEAST_WORK
-            and torch.backends.mkldnn.is_available()
+            and _serves(x.dtype)
         )
+
+
+def _serves(dtype: torch.dtype) -> bool:
+    """Whether this build has oneDNN, and this processor its products of such numbers."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     """tanh-GELU of a linear layer's result, which in inference is written once."""
     # a LoRA is a hook that adds to what the layer gives, before the GELU
-    if isinstance(layer, Linear) and not layer._forward_hooks and x.dtype != torch.float16 and layer.suits(x):
+    if isinstance(layer, Linear) and not layer._forward_hooks and layer.suits(x):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_GELU)
     made = layer(x)
     if writes_in_place():
