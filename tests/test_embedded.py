@@ -21,6 +21,7 @@ from lockstep.model.embedded.train_transformer import (
     _MODES,
     _USUAL_MODES,
     Generator,
+    _clips_in_step,
     encode_prompts,
     flow_loss,
     initialise_generator,
@@ -223,6 +224,16 @@ def test_shards_of_the_usual_format_are_the_most():
     assert set(formats) == set(FORMATS)
     assert max(set(formats), key=formats.count) == FORMATS[0]
     assert all(min(height, width) >= 96 for height, width, *_ in FORMATS)
+
+
+def test_larger_clips_are_fewer_in_a_step_and_sounds_alone_more():
+    pixels = {form: form[0] * form[1] * form[2] for form in FORMATS}
+    clips = {form: _clips_in_step("audio", form, 48) for form in FORMATS}
+    assert all(2 <= count <= 24 for count in clips.values())
+    # of the large ones none costs over a tenth more than the others
+    work = [clips[form] * pixels[form] for form in FORMATS if clips[form] < 24]
+    assert max(work) <= 1.1 * min(work)
+    assert _clips_in_step("sound", FORMATS[-1], 48) == 96
 
 
 class _Line(nn.Module):

@@ -14,8 +14,9 @@ _NOTHING_AFTER = ("none", [], "")
 class Linear(nn.Linear):
     """nn.Linear, in inference on a CPU by oneDNN.
 
-    torch itself calls the BLAS it was built with, whose float32 products take up to a quarter longer on AMD's cores; and
-    oneDNN applies tanh-GELU to a result that is still in the cache. Equal to the plain path but for the order of sums.
+    torch itself calls the BLAS it was built with, whose float32 products take longer on AMD's cores (denoise.py measures
+    both sides); and oneDNN applies tanh-GELU to a result that is still in the cache. Equal to the plain path but for the
+    order of sums.
     """
 
     def forward(self, input: Tensor) -> Tensor:

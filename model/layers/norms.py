@@ -12,7 +12,7 @@ def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     if x.dtype == torch.float32:
         return x * inverse_rms(x, eps)  # on a CPU two passes over x instead of five
     wide = x.float()
-    return wide.mul_(inverse_rms(wide, eps)).to(x.dtype)  # a tenth of the time of a 16-bit norm there
+    return wide.mul_(inverse_rms(wide, eps)).to(x.dtype)  # torch's own 16-bit norm has no fused kernel there
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
