@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reference-attention",
         metavar="SHARE",
         type=_share,
-        help="how much picture and reference see of each other: 0 nothing, 1 (default) as trained",
+        help="how much clip and reference see of each other: 0 nothing, 1 (default) as trained",
     )
     add(
         "--image-crf",

@@ -1166,7 +1166,7 @@ class Engine:
     def _check_owner(self, latents: AVLatents) -> None:
         if latents.model_id != self.model_id:
             raise WorkflowError(
-                f"these latents were sampled by {latents.model_id}, the decoder is {self.model_id}: decode with the model that made them"
+                f"these latents were sampled by {latents.model_id}, this model is {self.model_id}: use the model that made them"
             )
 
 

@@ -81,7 +81,7 @@ def open_engine(
     """The engine of a model choice, shared with everyone who has it open; weights are read when they are used.
 
     device: a name in DEVICES, precision: in the engine's PRECISIONS, offload: in OFFLOADS,
-    attention: in the engine's ATTENTION, compiled: whether the transformer's blocks are.
+    attention: one of ATTENTION_NAMES, compiled: whether the transformer's blocks are.
     Raises CheckpointError for a file that is not there, and as Engine does for one that is no model of ours.
     """
     where = device_of(device)

@@ -39,7 +39,7 @@ class LockstepLoader(Node):
                     tooltip="Of the numbers it computes with. auto: float32 for small models, bfloat16 for large ones. "
                     "float8: the transformer's blocks take half the room of bfloat16, at some error. "
                     "The sound's codec is always float32. With 16 bits, or on a GPU, attention kernels are chosen by their speed, so "
-                    "that the same seed may differ in another session.",
+                    "that the same seed may give another clip after a restart.",
                 ),
                 io.Combo.Input(
                     "offload",

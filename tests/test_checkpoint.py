@@ -568,6 +568,7 @@ import runpy, sys
 from pathlib import Path
 from lockstep.model.checkpoint.build import build
 from lockstep.model.checkpoint.header import read_header
+sys.path.insert(0, {str(script.parent)!r})
 bench = runpy.run_path({str(script)!r})
 path = Path({str(tmp_path / "large.safetensors")!r})
 print(bench["write_file"](path, "2.3", 1, False))

@@ -288,25 +288,6 @@ def test_a_first_image_of_full_strength_is_kept_as_it_is(engine):
     assert torch.equal(latents.video[:, :, :1], guide.latent)
 
 
-def test_guides_only_add_noise_behind_that_of_the_clip(engine):
-    """With a guide of strength 0 in an appended place, the clip's own tokens start from the same noise."""
-    shape = engine.shape(seconds=1.0)
-    prompt = engine.encode_text("a red ball")
-    image = torch.zeros(64, 64, 3)
-    seen: list[torch.Tensor] = []
-    for guides in ([], [engine.encode_image(image, shape, shape.frames - 1)]):
-        engine.sample(
-            prompt,
-            shape,
-            guides,
-            replace(UNGUIDED, sigmas=(1.0, 0.999999, 0.0)),
-            5,
-            progress=lambda p: seen.append(p.preview) if p.stage == "sample" else None,
-        )
-    # the first prediction of the video differs by what the guide says, its shape by the appended tokens
-    assert seen[2].shape[1] == seen[0].shape[1] + shape.latent_height * shape.latent_width
-
-
 def test_previews_of_large_models_show_colours_without_a_decode(engine, monkeypatch):
     monkeypatch.setattr("lockstep.model.engine._SMALL_PARAMETERS", 0)
     shape = engine.shape(seconds=1.0)

@@ -237,6 +237,16 @@ def test_keys_that_fit_nothing_are_listed_and_the_rest_counts(models, tmp_path):
     )
 
 
+def test_a_lora_for_reference_videos_says_that_none_can_be_given(models, tmp_path):
+    state = as_published(pairs(layers_of(models, "2.3")))
+    save_file(state, tmp_path / "lora.safetensors", {"reference_downscale_factor": "2"})
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "gemma.safetensors"])
+    assert engine.read_loras([Lora(tmp_path / "lora.safetensors")]) == (
+        "lora.safetensors was trained to follow a reference video (reference_downscale_factor 2), which cannot be "
+        "given here: it changes the model without one",
+    )
+
+
 def test_a_lora_of_2_3_fits_2_5_but_for_what_it_lacks(models, tmp_path):
     save_file(as_published(pairs(layers_of(models, "2.3"))), tmp_path / "lora.safetensors")
     assert read_lora(tmp_path / "lora.safetensors", layers_of(models, "2.5")).unmatched == ()

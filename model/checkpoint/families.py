@@ -32,7 +32,6 @@ class Family:
     version: Callable[[structure.ComponentShapes], str]
     component_config: Callable[[Sequence[Header], str], dict[str, Any]]
     route: Callable[[Iterable[str]], keymap.Routing]
-    to_published: Callable[[str, str], str]
     modules: Mapping[
         str, Callable[[Mapping[str, Any]], nn.Module]
     ]  # component -> module from its config section
@@ -49,7 +48,6 @@ LTX = Family(
     version=structure.structure_version,
     component_config=structure.component_config,
     route=keymap.route,
-    to_published=keymap.to_published,
     modules=LTX_MODULES,
     whole=(
         (keymap.TRANSFORMER,),

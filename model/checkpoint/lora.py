@@ -55,6 +55,8 @@ _KEY = re.compile(
     r"^(?P<path>.+?)\.(?:lora_(?P<down>A|down)|lora_(?P<up>B|up)|lora\.(?P<old>down|up))(?:\.[^.]+)?\.weight$"
 )
 _ALPHA, _WEIGHT = ".alpha", ".weight"
+# of LoRAs that follow a reference video
+_REFERENCE = ("reference_downscale_factor", "reference_temporal_scale_factor")
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     **dict.fromkeys(("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"), "LoKr"),
@@ -79,7 +81,7 @@ class LoraFile:
     path: Path
     changes: Mapping[Target, Change]
     unmatched: tuple[str, ...]
-    metadata: Mapping[str, str]  # such as reference_downscale_factor
+    reference: str  # what it says of the reference video that it was trained beside; empty: none
 
 
 def linear_layers(places: Index) -> dict[Target, tuple[int, int]]:
@@ -128,7 +130,8 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
     if not changes:
         first = ", ".join(list(header.tensors)[:3]) or "no tensor"
         raise CheckpointError(f"{header.path}: nothing in this LoRA fits this model: it begins with {first}")
-    return LoraFile(header.path, changes, tuple(sorted(unmatched)), header.metadata)
+    facts = (f"{key} {header.metadata[key]}" for key in _REFERENCE if key in header.metadata)
+    return LoraFile(header.path, changes, tuple(sorted(unmatched)), ", ".join(facts))
 
 
 def _refuse_other_kinds(header: Header) -> None:
@@ -291,3 +294,8 @@ def _told(files: Iterable[LoraFile]) -> Iterator[str]:
         if file.unmatched:
             listed = ", ".join(file.unmatched[:10])
             yield f"{file.path.name}: {len(file.unmatched)} keys fit no layer of this model and were left out: {listed}"
+        if file.reference:
+            yield (
+                f"{file.path.name} was trained to follow a reference video ({file.reference}), which cannot be given "
+                "here: it changes the model without one"
+            )

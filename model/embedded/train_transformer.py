@@ -274,7 +274,7 @@ def train_transformer(
         torch.manual_seed(rng.randrange(2**31))
         ids, mask = encode_prompts(clips, rng, words, _NAMELESS.get(mode.split(" and ")[0], 0.0))
         network = fast if usual else None
-        # on CPUs the fused attention's backward takes longer than that of plain products, at these sizes twice as long
+        # on CPUs the fused attention's backward takes longer than that of plain products
         with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
             return flow_loss(run.model, clips, ids.to(device), mask.to(device), mode, rng, network)
 

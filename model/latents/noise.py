@@ -1,7 +1,7 @@
 """The noise a run starts from: one CPU generator, float32, video before audio, so that a seed means the same everywhere.
 
-Draw order, part of what a seed means: all video values in the memory order of the shape given (normally tokens,
-(B, T, C), appended guide tokens last), then all audio values. Noise drawn between steps belongs to the sampler and has
+Draw order, part of what a seed means: all video values in the memory order of the shape given, then all audio values,
+then those of appended guide tokens (denoiser.starting_state). Noise drawn between steps belongs to the sampler and has
 a generator of its own, so that neither stream's start depends on the sampler.
 """
 

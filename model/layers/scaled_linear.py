@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-PACKED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PRODUCT_DTYPE = torch.float8_e4m3fn  # of the two, the one that devices multiply with itself
 _LARGEST = torch.finfo(_PRODUCT_DTYPE).max
 _UNPACKED = ("to_gate_logits",)  # small, and a gate's error scales a whole head

@@ -9,7 +9,7 @@ import importlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,19 +97,17 @@ class Factors:
 class EnergyMeter:
     """Reads every source that this machine offers, before and after a stretch of work.
 
-    sources: None looks for them, those that work on `device` takes part in. synchronize: called before each reading, so that queued work is counted where it belongs.
+    sources: None looks for those that take part in work on `device`.
     """
 
     def __init__(
         self,
         sources: Sequence[Source] | None = None,
-        synchronize: Callable[[], None] = lambda: None,
         device: torch.device | None = None,
     ):
         self.notes: list[str] = []
         self.sources = list(find_sources(self.notes, device) if sources is None else sources)
         self.idle_watts: dict[str, float] = {}
-        self._synchronize = synchronize
 
     def rest(self, seconds: float = 2.0) -> dict[str, float]:
         """Takes the idle baseline: mean watts of each source while this process waits."""
@@ -132,7 +130,6 @@ class EnergyMeter:
 
     def read(self) -> dict[str, float | None]:
         """Joules of every source now, None where one cannot be read."""
-        self._synchronize()
         values: dict[str, float | None] = {}
         for source in self.sources:
             try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, PromptError
 
-PAD_ID, UNKNOWN_ID, FIRST_ID = 0, 1, 2
+UNKNOWN_ID, FIRST_ID = 1, 2  # 0 pads
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 
 

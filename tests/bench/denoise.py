@@ -45,7 +45,6 @@ SIGMA = 0.7
 PASSES = ("cond", "uncond", "perturbed", "isolated")
 # (blocks, video heads, video head width, audio heads, audio head width)
 SMALL_MODELS = {"tiny": (2, 4, 32, 4, 16), "small": (4, 8, 64, 8, 32), "mid": (8, 16, 64, 16, 32)}
-Pass = Callable[[str], tuple[Tensor, Tensor]]
 
 
 def transformer_config(model: str) -> TransformerConfig:
@@ -182,14 +181,14 @@ def forward_flop(config: TransformerConfig, video: int, audio: int, text: int) -
     """Multiplications and additions of one forward's matmuls and attention (spec section 6)."""
     v, a = config.video.width, config.audio.width
 
-    def attention(queries: int, keys: int, width: int, context: int, inner: int, own: bool) -> float:
+    def attention(queries: int, keys: int, width: int, context: int, inner: int) -> float:
         projections = queries * width * inner * 2 + keys * context * inner * 2  # q and out, k and v
         return 2.0 * projections + 4.0 * queries * keys * inner
 
-    block = attention(video, video, v, v, v, True) + attention(audio, audio, a, a, a, True)
-    block += attention(video, text, v, config.video.context_width, v, False)
-    block += attention(audio, text, a, config.audio.context_width, a, False)
-    block += attention(video, audio, v, a, a, False) + attention(audio, video, a, v, a, False)
+    block = attention(video, video, v, v, v) + attention(audio, audio, a, a, a)
+    block += attention(video, text, v, config.video.context_width, v)
+    block += attention(audio, text, a, config.audio.context_width, a)
+    block += attention(video, audio, v, a, a) + attention(audio, video, a, v, a)
     block += 16.0 * (video * v * v + audio * a * a)  # feed-forward of four times the width
     return config.layers * block
 

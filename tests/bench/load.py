@@ -10,7 +10,6 @@ reading. `inspect_s` is what it takes to say what the file is, from its header a
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from machine import describe_device, median, peak_above, synchronize
+from machine import describe_device, forget, median, peak_above, synchronize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,14 +62,6 @@ def reference(path: Path, device: str) -> Sequence[Tensor]:
 def copied(weight: Tensor, device: str) -> Tensor:
     """On the device; on a CPU a copy, since a mapped file is not read before it is touched."""
     return weight.to(device) if device != "cpu" else weight.clone()
-
-
-def forget(path: Path) -> None:
-    """Drops a file from the page cache, where the system can."""
-    if hasattr(os, "posix_fadvise"):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def seconds_of(read: Callable[[Path, str], Sequence[Tensor]], path: Path, device: str, cold: bool) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import os
 import platform
 import statistics
 import time
@@ -64,6 +65,19 @@ def peak_above(device: str) -> Iterator[Peak]:
 def _status(field: str) -> int:
     line = next(line for line in _read("/proc/self/status").splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def resident_bytes() -> int:
+    """Of this process now, mapped file pages included; Linux only."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def forget(path: Path) -> None:
+    """Drops a file from the page cache, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def synchronize(device: str) -> None:

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from machine import forget, resident_bytes
 
 from lockstep.model.checkpoint.build import build
 from lockstep.model.checkpoint.families import describe
@@ -57,26 +58,13 @@ def write_file(path: Path, version: str, blocks: int, dense: bool) -> int:
     return 8 + len(text) + cursor
 
 
-def resident_bytes() -> int:
-    """Of this process now, mapped file pages included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
-
-
 def peak_bytes() -> int:
     """Largest resident memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def forget(path: Path) -> int:
-    """Drops a file from the page cache; returns the bytes of it that stayed, which no later read asks the disk for."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return cached_bytes(path)
-
-
 def cached_bytes(path: Path) -> int:
-    """How much of a file lies in the page cache."""
+    """How much of a file lies in the page cache, which no later read asks the disk for."""
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype, library.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]  # fmt: skip
     library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -126,7 +114,10 @@ def main() -> None:
     path = options.folder / f"synthetic-ltx-{options.version}.safetensors"
     try:
         size = write_file(path, options.version, options.blocks, options.dense)
-        stayed = forget(path) if options.dense else 0
+        stayed = 0
+        if options.dense:
+            forget(path)
+            stayed = cached_bytes(path)
         first_read = disk_bytes()
         started = time.perf_counter()
         parts = describe(path).components

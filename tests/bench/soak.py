@@ -9,11 +9,11 @@ one) from the median of the first eight runs after the warm-up to that of the la
 import argparse
 import gc
 import json
-import os
 import statistics
 import sys
 
 import torch
+from machine import resident_bytes
 
 from lockstep.model.engine import Engine
 from lockstep.model.values import GenerateRequest
@@ -24,11 +24,6 @@ PROMPTS = (
     "a green square slides on navy",
 )
 SIZES = ("1:1", "16:9", "9:16")
-
-
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:

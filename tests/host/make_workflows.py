@@ -27,7 +27,7 @@ HEIGHTS = {"LockstepTextEncode": 220, "SaveVideo": 440, "SaveAnimatedWEBP": 400,
            "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110, "LockstepClipReport": 300, "LockstepSaveClip": 460, "SaveImage": 300}  # fmt: skip
 
 LORA = "ltx-2.3-22b-distilled-lora-384.safetensors"
-UPSCALER = "ltx-2.3-spatial-upscaler-x2-1.0.safetensors"
+UPSCALER = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
 RED_BALL = "a red ball bounces on a gray background"
 Link = tuple[str, int]
 Node = tuple[str, dict[str, Any]]  # type, inputs that differ from the default; a link is (id, slot)
@@ -122,7 +122,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
         """**Pictures at any frame.** Each Lockstep Image Encode puts its picture at its **frame**.
 
 - Add as many as you like, one after the other; the order does not matter, but each needs a frame of its own.
-- Frames count from 0, or from the end: -1 is the last, -5 the fifth from behind. At 12 frames per second, frame 12 is at one second.
+- Frames count from 0, or from the end: -1 is the last, -5 the fifth from the end. At 12 frames per second, frame 12 is at one second.
 - **Strength** below 1 makes a keyframe a hint.""",
         [
             {"loader": loader(), "image": picture(), "other": picture()},
@@ -138,7 +138,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
     "ltx_one_stage": (
         """**A published LTX-2.x checkpoint** in place of the embedded model, in one stage.
 
-- Put the file into `models/checkpoints` (or `models/diffusion_models`), press R and choose it in Lockstep Loader. Its text encoder, a Gemma folder or file, belongs into `models/text_encoders`; parts that come in files of their own are found in `models/vae`.
+- Put the file into `models/checkpoints` (or `models/diffusion_models`), press R and choose it in Lockstep Loader. Its text encoder, a Gemma folder or file, belongs in `models/text_encoders`; parts that come in files of their own are found in `models/vae`.
 - **Aspect, steps, cfg, stg** at their defaults take the recipe of the checkpoint.
 - In Lockstep Loader **offload** *always* keeps only the part in use on the GPU, **attention** takes another kernel, **compile** spends a minute or more first and says what it saved.
 - Read the terms of these weights before you use them. No published weight was run for this workflow.""",
@@ -152,7 +152,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
     "ltx_two_stage": (
         """**A published LTX-2.x checkpoint in two stages**: small first, then twice as large with new detail.
 
-- Into `models/checkpoints` the checkpoint, into `models/latent_upscale_models` its spatial upscaler, into `models/loras` its distilled LoRA; press R and choose them. The text encoder belongs into `models/text_encoders`.
+- Put the checkpoint into `models/checkpoints`, its spatial upscaler into `models/latent_upscale_models` and its distilled LoRA into `models/loras`; press R and choose them. The text encoder belongs in `models/text_encoders`.
 - The second sampler goes on from the upscaled latent: **refine** *spatial* takes the few steps published for it, which are made for distilled weights. With a distilled checkpoint leave Lockstep LoRA out.
 - The sound comes from the first stage. With a distilled checkpoint take it from the second: it gains by those steps.
 - Read the terms of these weights before you use them. No published weight was run for this workflow.""",
