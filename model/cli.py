@@ -246,6 +246,12 @@ def _generate(parsed: argparse.Namespace) -> None:
         raise UsageError("--trajectory-steps and --trajectory-moment need --trajectory OUT")
     if parsed.reference_attention is not None and parsed.reference is None:
         raise UsageError("--reference-attention needs --reference FILE")
+    if parsed.refine_loras and not parsed.upscalers:
+        raise UsageError("--refine-lora needs --upscaler FILE: it is for the stages after one")
+    if parsed.image_crf is not None and not (parsed.image or parsed.last_image or parsed.reference):
+        raise UsageError("--image-crf needs a picture: --image, --last-image or --reference FILE")
+    if parsed.output.suffix.lower() == ".wav" and parsed.size is not None:
+        raise UsageError("a sound alone has no size: leave --size out")
     for picture in filter(None, (parsed.image, parsed.last_image, parsed.reference)):
         if not picture.is_file():
             raise MediaError(f"no such file: {picture}")
@@ -306,15 +312,20 @@ def _measure(parsed: argparse.Namespace) -> None:
     if parsed.picture is not None:
         _check_output(parsed.picture, ".png")
 
+    from .measure.pictures import Look
     from .measure.report import draw_report, report_clip
-    from .media import read_clip, read_origin, stream_seconds, write_image
+    from .media import open_clip, read_origin, stream_seconds, write_image
 
-    clip = read_clip(parsed.file)
+    file = open_clip(parsed.file)
+    clip = file.clip
+    look = Look(len(clip.frames), clip.fps)
+    for piece in file.pieces():
+        look.push(piece)
     pictures, sound = stream_seconds(parsed.file)
     difference_ms = None if sound is None else (sound - pictures) * 1000
-    report = report_clip(clip, difference_ms, read_origin(parsed.file))
+    report = report_clip(clip, difference_ms, read_origin(parsed.file), look)
     if parsed.picture is not None:
-        write_image(parsed.picture, draw_report(report, clip))
+        write_image(parsed.picture, draw_report(report, clip, look))
     print(report.to_text(), flush=True)
     if parsed.json:
         print(json.dumps({"file": str(parsed.file), **report.to_dict()}), flush=True)
@@ -587,8 +598,9 @@ def _check_output(output: Path, *suffixes: str) -> None:
         raise MediaError(f"only {written} files are written, got {output}: use {output.stem}{suffixes[0]}")
     folder = output.absolute().parent
     if not folder.is_dir():
-        nearest = next(parent for parent in folder.parents if parent.is_dir())
-        raise MediaError(f"the folder {folder} does not exist: the nearest one that does is {nearest}")
+        there = [str(parent) for parent in folder.parents if parent.is_dir()]
+        near = f"the nearest one that does is {there[0]}" if there else "there is no such drive"
+        raise MediaError(f"the folder {folder} does not exist: {near}")
     if not os.access(folder, os.W_OK):
         raise MediaError(f"the folder {folder} cannot be written to")
 

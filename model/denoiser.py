@@ -213,7 +213,8 @@ class _Stream:
         self._first = next(iter(contexts.values()))
         device = self._first.device
         self._frozen = layout.frozen
-        several = len(layout.masks) > 1
+        # 1 and 0 alone are the stream's own level; one share for all tokens is not
+        several = layout.masks not in ((1.0,), (0.0,))
         self._masks = torch.tensor(layout.masks, device=device)[None] if several else None
         self._level_of_token = layout.level_of_token.to(device) if several else None
         self._marked = layout.marked.to(device)

@@ -24,7 +24,7 @@ from .checkpoint.build import build, check_numbers, reading_config
 from .checkpoint.config_values import check_values
 from .checkpoint.description import ModelDescription
 from .checkpoint.families import component_config, describe
-from .checkpoint.header import Header, read_header
+from .checkpoint.header import Header, Stamp, read_header, stamp
 from .checkpoint.index import headers_of, index
 from .checkpoint.lora import LoraStack
 from .checkpoint.quantised import packed_layers
@@ -44,6 +44,7 @@ from .denoiser import JointDenoiser, starting_state
 from .embedded import WEIGHTS
 from .errors import (
     CheckpointError,
+    LockstepError,
     MediaError,
     NotFiniteError,
     ShapeError,
@@ -60,7 +61,16 @@ from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
 from .media import compress_image, fit_image, fit_sound
 from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
-from .residency import BANDS, Plan, Residence, StageNeed, Window, free_bytes, stepping_down
+from .residency import (
+    BANDS,
+    Plan,
+    Residence,
+    StageNeed,
+    Window,
+    free_bytes,
+    stepping_down,
+    telling_of_memory,
+)
 from .sampler.guidance import UNGUIDED, Guidance
 from .sampler.loop import denoise, model_levels
 from .sampler.schedule import shifted_schedule
@@ -69,7 +79,7 @@ from .shapes import AudioRate, ClipShape, Compression
 from .step_probe import Heard, check_threshold, probe, probe_shape
 from .text.duration_head import DurationHead, frames_for
 from .text.gemma import GemmaTokenizer
-from .text.tokenizer import Tokens, WordTokenizer
+from .text.tokenizer import FIRST_ID, Tokens, WordTokenizer
 from .trajectory import Trajectory
 from .transformer.compiled import CompileReport, compile_blocks
 from .transformer.model import AVTransformer
@@ -127,6 +137,18 @@ def _nothing(_progress: Progress) -> None:
     """The progress callback of those who gave none."""
 
 
+def model_files(model: str | Path, folders: Sequence[str | Path] = ()) -> tuple[Stamp, ...]:
+    """The files that an engine of this model would read now, each as it is: path, time of change and size.
+
+    folders: as Engine's. Of a model that cannot be opened its own file alone: opening says what is wrong.
+    """
+    try:
+        paths = [header.path for header in resolve(Path(model), folders=folders)]
+    except LockstepError:
+        paths = [Path(model)]
+    return tuple(stamp(path) for path in dict.fromkeys((Path(model), *paths)))
+
+
 class Engine:
     """One checkpoint on one device.
 
@@ -172,7 +194,7 @@ class Engine:
         self._whole = describe(self.headers)
         self._modules: dict[str, nn.Module] = {}
         self._loras = LoraStack(self._places)
-        self._upscalers: dict[Path, tuple[Header, LatentUpsampler | None]] = {}
+        self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
         self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
@@ -302,7 +324,14 @@ class Engine:
                 raise CheckpointError(
                     f"{self.header.path}: a text encoder without the metadata entry 'tokenizer'"
                 )
-            return WordTokenizer.from_json(text, longest)
+            tokenizer = WordTokenizer.from_json(text, longest)
+            rows = self._places[keymap.TEXT_ENCODER]["embedding.weight"].info.shape[0]
+            if len(tokenizer.vocabulary) + FIRST_ID > rows:
+                raise CheckpointError(
+                    f"{self.header.path}: its tokenizer has {len(tokenizer.vocabulary)} words, its text encoder "
+                    f"{rows - FIRST_ID}: the file is damaged, fetch it again"
+                )
+            return tokenizer
         self.require(keymap.LANGUAGE_MODEL)
         source = find_tokenizer(headers_of(self._places[keymap.LANGUAGE_MODEL]), self._given_tokenizer)
         if source.sentencepiece:
@@ -408,14 +437,18 @@ class Engine:
         return guide
 
     def encode_video(self, pixels_BCFHW: Tensor, progress: ProgressCallback = _nothing) -> Tensor:
-        """Pixels (1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w), float32 on the CPU."""
+        """Pixels (1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w), float32 on the CPU; progress counts frames."""
+
+        def tick(done: int, total: int) -> None:
+            progress(Progress("video", done, total))
+
         with self._lock, torch.inference_mode():
             vae = self._video_encoder
             if isinstance(vae, DiffusionVAE):
                 latents = vae.encode(pixels_BCFHW.to(next(vae.parameters()))).float().cpu()
+                tick(pixels_BCFHW.shape[2], pixels_BCFHW.shape[2])
             else:
-                latents = encode_stream(vae, pixels_BCFHW).float().cpu()
-        progress(Progress("video", 1, 1))
+                latents = encode_stream(vae, pixels_BCFHW, tick=tick).float().cpu()
         return latents
 
     def encode_sound(
@@ -569,6 +602,8 @@ class Engine:
             # all levels first: what embeds them need not be on the device while blocks run
             denoiser.tabulate(model_levels(sigmas, sampler))
             done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
+        if self._place or self._residence.policy != "resident":
+            self._loras.let_go(keymap.TRANSFORMER)  # nobody who frees room for the next stage knows of them
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
         if sound_alone:
             return replace(self.empty_latents(shape), audio=tokens_to_audio(audio_tokens, z))
@@ -673,7 +708,8 @@ class Engine:
             module = self._upscaler_module(Path(path))
             raw = statistics.denormalize(latents.video.to(statistics.get_buffer("std-of-means").device), 1)
             grown = module(raw.to(next(module.parameters()))).float()
-            video = statistics.normalize(grown, 1).cpu()
+            # the upscaler may have sent them off the device
+            video = statistics.normalize(grown.to(statistics.get_buffer("std-of-means").device), 1).cpu()
             _check_finite("upscaled latents", video)
         progress(Progress("upscale", 1, 1))
         return AVLatents(video, carried_audio(latents.audio, shape), shape, self.model_id)
@@ -752,18 +788,27 @@ class Engine:
             yield ((rearrange(pixels[0], "C F H W -> F H W C").float() + 1) / 2).clamp(0, 1).cpu()
 
     def decode_audio(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
-        """Latents to sound (channels, S), float32 -1..1 on the CPU, exactly as long as the pictures.
+        """Latents to sound (channels, S), float32 -1..1 on the CPU, exactly as long as the pictures; progress counts mel
+        frames, once for the codec and once for the vocoder.
 
         The codec ends up to one latent before the pictures do; that rest is silence, entered by a 5 ms fade.
         """
         self._check_owner(latents)
         with self._lock, torch.inference_mode():
             vae = self._audio_vae
-            mel = torch.cat(list(decode_audio_stream(vae, latents.audio.to(next(vae.parameters())))), dim=2)
-            progress(Progress("audio", 1, 2))
-            vocoder = self._vocoder
-            pieces = [piece[0].float().cpu() for piece in vocode_stream(vocoder, mel.float())]
-            progress(Progress("audio", 2, 2))
+            frames = vae.config.mel_frames(latents.audio.shape[2])
+            mels: list[Tensor] = []
+            for mel in decode_audio_stream(vae, latents.audio.to(next(vae.parameters()))):
+                mels.append(mel)
+                progress(Progress("audio", sum(piece.shape[2] for piece in mels), 2 * frames))
+            mel, vocoder = torch.cat(mels, dim=2).float(), self._vocoder
+            pieces: list[Tensor] = []
+            for samples in vocode_stream(vocoder, mel):
+                pieces.append(samples[0].float().cpu())
+                seconds = sum(piece.shape[1] for piece in pieces) / vocoder.sample_rate_hz
+                made = round(seconds * vae.config.mel.sample_rate_hz / vae.config.mel.hop_samples)
+                progress(Progress("audio", min(frames + made, 2 * frames - 1), 2 * frames))
+        progress(Progress("audio", 2 * frames, 2 * frames))
         waveform = torch.cat(pieces, dim=1)
         with self._numbers(keymap.AUDIO_VAE, keymap.VOCODER):
             _check_finite("decoded sound", waveform)
@@ -827,6 +872,7 @@ class Engine:
 
     # -- the whole path --------------------------------------------------------------------------------------------
 
+    @telling_of_memory()
     def generate(
         self,
         request: GenerateRequest,
@@ -855,6 +901,7 @@ class Engine:
         warnings = (
             *self._loras.read((*request.loras, *request.refine_loras)),
             *self._stage_warnings(request, recipe),
+            *self._unheard(request, recipe, shape),
         )
         self._say_plan(shape, request, recipe)
         with clock.stage("load"):
@@ -863,6 +910,7 @@ class Engine:
             conditioning = self.encode_text(request.prompt, request.negative, progress, request.loras)
             if request.seconds is None and (seconds := self.suggest_seconds(conditioning, shape.fps)):
                 shape = self._first_shape(replace(request, seconds=seconds))
+                self._say_plan(shape, request, recipe)
         with clock.stage("image"):
             guides = self._guides(request, shape, progress)
         with clock.stage("sample"):
@@ -1111,24 +1159,33 @@ class Engine:
             "version for second stages",
         )
 
+    def _unheard(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> tuple[str, ...]:
+        guidance = self._settings(request, recipe, shape).guidance
+        if not request.negative.strip() or (guidance and "uncond" in guidance.passes):
+            return ()
+        return ("the negative prompt has no effect without text guidance: give a cfg above 1",)
+
     def _open_upscaler(self, path: Path) -> tuple[Header, LatentUpsampler | None]:
-        if path not in self._upscalers:
+        file = stamp(path)
+        if file not in self._upscalers:
             header = read_header(path)
             if keymap.UPSAMPLER not in index([header]):
                 raise CheckpointError(
                     f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}"
                 )
-            self._upscalers[path] = (header, None)
-        return self._upscalers[path]
+            self._upscalers[file] = (header, None)
+        return self._upscalers[file]
 
     def _upscaler_module(self, path: Path) -> LatentUpsampler:
         header, module = self._open_upscaler(path)
         if module is None:
             built = build(keymap.UPSAMPLER, header, self._dtype(keymap.UPSAMPLER))
-            module = cast(LatentUpsampler, built if self._place else built.to(self.device))
-            self._upscalers[path] = (header, module)
+            module = cast(LatentUpsampler, built)
+            self._upscalers[stamp(path)] = (header, module)
         if self._place:
             self._place(module)
+        else:
+            self._residence.use(f"{keymap.UPSAMPLER} {stamp(path)}", module)
         return module
 
     @contextmanager

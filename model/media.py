@@ -12,7 +12,8 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from torch.nn import functional
 
 from .errors import MediaError
 from .provenance import Disclosure
+from .shapes import LEAST_FPS, MOST_FPS
 from .values import Clip
 
 AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -36,12 +38,12 @@ _AAC_FRAME_SAMPLES = 1024
 _LAYOUTS = {1: "mono", 2: "stereo"}
 _MAX_PIXELS = 100_000_000  # a 10000x10000 picture takes 1.2 GB as float32
 _COARSEST_CRF = 51
-_LEAST_FPS, _MOST_FPS = 0.1, 1000
 _FEW_FRAMES, _MOST_REPEATS = (
     3000,
     60,
 )  # a picture may be held for long in a slide show, but not in every file for ever
 _BT709 = 1  # the same number names primaries, transfer and matrix (ITU-T H.273)
+_PIECE_FRAMES = 8  # pictures that are handed on together
 _STALE_SECONDS = 24 * 3600  # nobody writes a clip for so long
 _UNSPECIFIED = 2  # matrix not said (ITU-T H.273)
 # Without these flags swscale rounds chroma down and repeats it, which shifts plain colours by up to 4/255.
@@ -93,7 +95,7 @@ def write_sound(path: str | Path, clip: Clip, comment: str = "") -> None:
         raise MediaError("there is no sound to write, or it holds values that are not finite numbers")
     partial = target.with_name(f".{secrets.token_hex(6)}.part")
     try:
-        with av.open(str(partial), "w", format="wav") as container:
+        with av.open(os.path.abspath(partial), "w", format="wav") as container:
             container.metadata["comment"] = comment
             stream = container.add_stream("pcm_s16le", rate=clip.sample_rate_hz)
             stream.layout = _LAYOUTS[len(clip.waveform)]
@@ -119,17 +121,52 @@ def _sweep(folder: Path) -> None:
                         os.unlink(entry.path)
 
 
-def read_clip(path: str | Path) -> Clip:
-    """Reads a clip at a constant frame rate, sound aligned with the first picture and cut or padded to F / fps.
+@dataclass(frozen=True, slots=True)
+class ClipFile:
+    """A clip in a file: what is known without its pictures, which are decoded anew each time that they are asked for."""
+
+    path: Path
+    clip: Clip  # of its frames the shape alone, on the meta device
+    shown: np.ndarray  # (F,), which picture of the file each frame shows
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The frames in order, a few at a time: (n, H, W, 3), float32 0..1.  Raises MediaError."""
+        with _reading(self.path), _opened(self.path) as container:
+            yield from _shown_pictures(container, self.shown)
+
+
+def open_clip(path: str | Path) -> ClipFile:
+    """Finds a constant frame rate for a clip's pictures, and its sound, aligned with the first picture and cut or padded to F / fps.
 
     Time stamps are obeyed: frames of a variable rate are repeated or dropped, late sound is preceded by silence.
     Sound of more than two channels is mixed down to two; waveform is None without sound.  Raises MediaError.
     """
     if not Path(path).is_file():
         raise MediaError(f"no such file: {path}")
+    with _reading(path), _opened(path) as container:
+        return ClipFile(Path(path), *_decode(container))
+
+
+def read_clip(path: str | Path) -> Clip:
+    """The clip of a file with all its pictures, as open_clip finds it.  Raises MediaError."""
+    file = open_clip(path)
+    with _reading(path):
+        frames_FHWC, done = torch.empty(file.clip.frames.shape), 0
+        for piece in file.pieces():
+            frames_FHWC[done : done + len(piece)] = piece
+            done += len(piece)
+    return replace(file.clip, frames=frames_FHWC)
+
+
+def _opened(path: str | Path) -> InputContainer:
+    # absolute, for "10:30.mp4" would be taken for an address; tags may be in any encoding
+    return av.open(os.path.abspath(path), metadata_errors="replace")
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
     try:
-        with av.open(str(path)) as container:
-            return _decode(container)
+        yield
     except (OSError, FFmpegError) as error:
         raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
     except MediaError as error:
@@ -147,7 +184,7 @@ def stream_seconds(path: str | Path) -> tuple[float, float | None]:
     read_clip cuts or pads sound to the pictures: only the file tells whether it had to.  Raises MediaError.
     """
     try:
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             whole = (container.duration or 0) / av.time_base
             streams = [
                 group[0] if group else None for group in (container.streams.video, container.streams.audio)
@@ -168,7 +205,7 @@ def stream_seconds(path: str | Path) -> tuple[float, float | None]:
 def read_origin(path: str | Path) -> dict:
     """Seed and latent hash that a clip's file says of itself, where this package wrote it; nothing of any other file."""
     try:
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             told = json.loads(container.metadata.get("lockstep", "null"))
     except (OSError, FFmpegError, ValueError, RecursionError):  # whatever another program left there
         return {}
@@ -294,8 +331,10 @@ def _check(clip: Clip) -> None:
     if height % 2 or width % 2 or not height or not width:
         near = f"{max(2, width - width % 2)}x{max(2, height - height % 2)}"
         raise MediaError(f"H.264 needs even sizes, got {width}x{height}: use {near}")
-    if not (0 < clip.fps <= 1000):  # also false for nan
-        raise MediaError(f"frames per second must lie above 0 and up to 1000, got {clip.fps}")
+    if not LEAST_FPS <= clip.fps <= MOST_FPS:  # also false for nan
+        raise MediaError(
+            f"frames per second must lie between {LEAST_FPS:g} and {MOST_FPS:g}, got {clip.fps:g}"
+        )
     if clip.waveform is None:
         return
     if clip.waveform.ndim != 2 or clip.waveform.shape[0] not in (1, 2):
@@ -328,7 +367,7 @@ def _encode(path: Path, clip: Clip, pieces: Iterable[Tensor], metadata: Mapping[
     # The file's own clock is the sound's: at the usual 1 ms the two durations would round apart.
     clock_hz = clip.sample_rate_hz if clip.waveform is not None else 48000
     flags = {"movflags": "use_metadata_tags+faststart", "movie_timescale": str(clock_hz)}
-    with av.open(str(path), "w", format="mp4", options=flags) as container:
+    with av.open(os.path.abspath(path), "w", format="mp4", options=flags) as container:
         container.metadata.update({key: str(value) for key, value in metadata.items()})
         video = _video_stream(container, clip, rate)
         frames: list[Iterable] = [_video_frames(_checked(pieces, len(clip.frames)), rate)]
@@ -395,49 +434,80 @@ def _audio_frames(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Ite
 # Reading
 
 
-def _decode(container: InputContainer) -> Clip:
+def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
+    """The clip without its pictures, and which of them each frame shows; no picture is kept meanwhile."""
     if not container.streams.video:
         raise MediaError("holds no picture")
     video = container.streams.video[0]
     if video.width * video.height > _MAX_PIXELS:
         raise MediaError(f"has pictures of {video.width}x{video.height} pixels: 100 million are the most")
     audio = container.streams.audio[0] if container.streams.audio else None
-    pictures, sounds = [], []
+    times: list[float | None] = []
+    sounds, size = [], (0, 0)
     for frame in container.decode(*filter(None, (video, audio))):
-        (pictures if isinstance(frame, av.VideoFrame) else sounds).append(frame)
+        if isinstance(frame, av.VideoFrame):
+            size = size if times else _upright(frame).shape[:2]
+            times.append(frame.time)
+        else:
+            sounds.append(frame)
     rate = video.average_rate or video.guessed_rate
-    if not pictures or not rate:
+    if not times or not rate:
         raise MediaError("holds no picture that can be decoded")
-    if not _LEAST_FPS <= rate <= _MOST_FPS:
+    if not LEAST_FPS <= rate <= MOST_FPS:
         raise MediaError(
-            f"says that it has {float(rate):g} frames per second: {_LEAST_FPS} to {_MOST_FPS} can be read"
+            f"says that it has {float(rate):g} frames per second: {LEAST_FPS:g} to {MOST_FPS:g} can be read"
         )
-    start_seconds = pictures[0].time or 0.0
-    frames_FHWC = _constant_rate(pictures, float(rate), start_seconds)
+    start_seconds = times[0] or 0.0
+    shown = _constant_rate(times, float(rate), start_seconds)
+    frames_FHWC = torch.empty(len(shown), *size, 3, device="meta")
     if not sounds:
-        return Clip(frames_FHWC, None, float(rate), audio.rate if audio else 0)
+        return Clip(frames_FHWC, None, float(rate), audio.rate if audio else 0), shown
     sample_rate_hz = sounds[0].sample_rate  # the header's own may be wrong, as in HE-AAC
     if sample_rate_hz <= 0:
         raise MediaError(f"says that its sound has {sample_rate_hz} samples per second")
-    samples = round(frames_FHWC.shape[0] / rate * sample_rate_hz)
-    return Clip(frames_FHWC, _joined(sounds, samples, start_seconds), float(rate), sample_rate_hz)
+    samples = round(len(shown) / rate * sample_rate_hz)
+    waveform_CS = _joined(sounds, samples, start_seconds)
+    return Clip(frames_FHWC, waveform_CS, float(rate), sample_rate_hz), shown
 
 
-def _constant_rate(pictures: list[av.VideoFrame], fps: float, start_seconds: float) -> Tensor:
-    """Every picture at its own time, held until the next one."""
+def _constant_rate(times: list[float | None], fps: float, start_seconds: float) -> np.ndarray:
+    """Every picture at its own time, held until the next one: which of them each frame shows, (F,)."""
     places = [
-        index if picture.time is None else round((picture.time - start_seconds) * fps)
-        for index, picture in enumerate(pictures)
+        index if time is None else round((time - start_seconds) * fps) for index, time in enumerate(times)
     ]
     order = np.argsort(places, kind="stable")
     places = np.array(places)[order]
     count = max(1, int(places[-1]) + 1)
-    if count > max(_FEW_FRAMES, _MOST_REPEATS * len(pictures)):
-        raise MediaError(f"has {len(pictures)} pictures with times for {count}: its time stamps are damaged")
-    shown = order[(np.searchsorted(places, np.arange(count), side="right") - 1).clip(0)]
-    size = pictures[0].width, pictures[0].height
-    pixels = torch.from_numpy(np.stack([_pixels(pictures[index], *size) for index in shown]))
-    return pixels.float() / 255
+    if count > max(_FEW_FRAMES, _MOST_REPEATS * len(times)):
+        raise MediaError(f"has {len(times)} pictures with times for {count}: its time stamps are damaged")
+    return order[(np.searchsorted(places, np.arange(count), side="right") - 1).clip(0)]
+
+
+def _shown_pictures(container: InputContainer, shown: np.ndarray) -> Iterator[Tensor]:
+    """The pictures of the file in this order; each is kept from its decoding until it is shown for the last time."""
+    last = {int(index): place for place, index in enumerate(shown)}
+    decoded = enumerate(container.decode(video=0))
+    kept: dict[int, np.ndarray] = {}
+    size, piece = None, []
+    for place, index in enumerate(map(int, shown)):
+        while index not in kept:
+            at, picture = next(decoded, (None, None))
+            if at is None or picture is None:
+                raise MediaError("gives fewer pictures when it is read again")
+            size = size or (picture.width, picture.height)
+            if at in last:
+                kept[at] = _pixels(picture, *size)
+        piece.append(kept[index])
+        if last[index] == place:
+            del kept[index]
+        if len(piece) == _PIECE_FRAMES or place == len(shown) - 1:
+            yield torch.from_numpy(np.stack(piece)).float().div_(255)
+            piece = []
+
+
+def _upright(picture: av.VideoFrame) -> np.ndarray:
+    """(H, W) of a picture as it is to be seen, without looking at it."""
+    return np.rot90(np.empty((picture.height, picture.width), np.bool_), picture.rotation // 90)
 
 
 def _pixels(picture: av.VideoFrame, width: int, height: int) -> np.ndarray:

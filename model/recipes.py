@@ -9,7 +9,10 @@ from .errors import CheckpointError, ShapeError, WorkflowError
 from .options import Options, check_number, reading
 from .sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
 from .sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE, Sigmas
-from .shapes import AudioRate, ClipShape, Compression, nearest_frames
+from .shapes import LEAST_FPS, MOST_FPS, AudioRate, ClipShape, Compression, nearest_frames
+
+_MOST_FRAMES = 1_000_000
+_MOST_DIGITS = 6  # of a side or an aspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Recipe:
         """Reads the JSON under the metadata key `recipe` of a checkpoint that this project packed."""
         try:
             section = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"the checkpoint's recipe is no JSON: {error}") from error
         with reading("recipe"):
             return cls._from_section(section)
@@ -186,6 +189,10 @@ def clip_shape(
     """
     fps = recipe.fps if fps is None else float(fps)
     _check_range("fps", fps, recipe.fps_limits, "")
+    if not LEAST_FPS <= fps <= MOST_FPS:  # also false for nan
+        raise ShapeError(
+            f"fps must lie between {LEAST_FPS:g} and {MOST_FPS:g}, got {fps:g}: {recipe.fps:g} is usual"
+        )
     width, height = (recipe.width, recipe.height) if size is None else _read_size(size, recipe, compression)
     if seconds is None:
         frames = (
@@ -195,6 +202,10 @@ def clip_shape(
         )
     else:
         _check_range("seconds", seconds, recipe.seconds_limits, " s")
+        if not 0 <= seconds * fps <= _MOST_FRAMES:  # also false for nan
+            raise ShapeError(
+                f"{seconds:g} s of {fps:g} frames per second are no clip: up to {_MOST_FRAMES} frames are"
+            )
         frames = nearest_frames(seconds * fps, compression)
     shape = ClipShape(frames, height, width, fps, compression, audio_rate)
     for name, side in (("width", width), ("height", height)):
@@ -211,6 +222,7 @@ def _read_size(size: str, recipe: Recipe, compression: Compression) -> tuple[int
             and right.isascii()
             and left.isdigit()
             and right.isdigit()
+            and max(len(left), len(right)) <= _MOST_DIGITS
             and int(left) * int(right)
         ):
             numbers = int(left), int(right)

@@ -5,6 +5,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -60,7 +61,7 @@ def stepping_down(stream: Callable[[Window], Iterator[Tensor]], window: Window) 
                 given += len(piece)
                 yield piece
             return
-        except RuntimeError as raised:
+        except (RuntimeError, MemoryError) as raised:
             if not out_of_memory(raised):
                 raise
             error = str(raised)
@@ -69,7 +70,7 @@ def stepping_down(stream: Callable[[Window], Iterator[Tensor]], window: Window) 
         if smaller is None:
             raise MemoryShortError(
                 f"decoding one frame at a time, in {window.words()}, does not fit into the free memory "
-                f"({error.splitlines()[0]}): make a smaller picture, or free memory"
+                f"({first_line(error)}): make a smaller picture, or free memory"
             )
         window = smaller
         _logger.warning("out of memory: going on with %s", window.words())
@@ -85,9 +86,32 @@ def _behind(pieces: Iterator[Tensor], given: int) -> Iterator[Tensor]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this error says that memory has ended, of a GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = (
+        "can't allocate memory",
+        "not enough memory",
+    )  # as torch's allocators of Linux and Windows have it
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def first_line(error: str) -> str:
+    """What an error says, without its traceback of C++; some say nothing."""
+    return next(iter(error.splitlines()), "out of memory")
+
+
+@contextmanager
+def telling_of_memory() -> Iterator[None]:
+    """Turns whatever says that memory has ended into a MemoryShortError of one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryShortError(
+            f"out of memory ({first_line(str(error))}): make a smaller or shorter clip, let the memory policy be "
+            f"{POLICIES[-1]!r}, or free memory"
+        ) from error
 
 
 def free_cached() -> None:
@@ -419,7 +443,11 @@ class Residence:
             self._here[component] = BlockStream.of(module, self._device)
             return
         weights = HostWeights(module)
-        weights.bring(self._device)
+        try:
+            weights.bring(self._device)
+        except BaseException:
+            weights.let_go()  # or those that came already would stay for good
+            raise
         self._here[component] = weights
 
     def leave(self, except_for: Collection[str] = ()) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .errors import ShapeError
 
+LEAST_FPS, MOST_FPS = 0.1, 1000.0  # that files are written and read with
+
 
 @dataclass(frozen=True, slots=True)
 class Compression:

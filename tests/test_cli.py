@@ -199,6 +199,8 @@ def test_warnings_are_printed_and_reported(generate, engine):
         (["--step-cache", "1.5"], "argument --step-cache"),
         (["--reference-attention", "0.5"], "--reference-attention needs --reference FILE"),
         (["--image", __file__], "as a picture: cannot identify image file"),
+        (["--image-crf", "20"], "--image-crf needs a picture: --image, --last-image or --reference FILE"),
+        (["--refine-lora", "a.safetensors"], "--refine-lora needs --upscaler FILE"),
     ],
 )
 def test_wrong_arguments_are_one_sentence_and_no_file(generate, engine, tmp_path, arguments, sentence):
@@ -254,6 +256,9 @@ def test_what_the_engine_refuses_is_one_sentence_and_exit_code_2(generate, engin
 
 
 def test_a_bug_is_not_hidden(generate, engine):
+    engine.failure = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError):
+        generate()
     engine.failure = AssertionError("x.shape=(1,)")
     with pytest.raises(AssertionError):
         generate()

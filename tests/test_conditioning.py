@@ -229,14 +229,35 @@ def transformer() -> AVTransformer:
     return seeded(AVTransformer(TransformerConfig.from_published(TRANSFORMERS["2.5"])))
 
 
-def make_denoiser(transformer: AVTransformer, guides=(), given_audio=None) -> JointDenoiser:
+def make_denoiser(transformer: AVTransformer, guides=(), given_audio=None, audio_mask=None) -> JointDenoiser:
     contexts = [Context(torch.randn(1, 5, 32), torch.randn(1, 5, 16)) for _ in range(2)]
-    video, audio = lay_out_video(SHAPE, 4, guides), lay_out_audio(SHAPE, 2, 8, given_audio)
+    video, audio = lay_out_video(SHAPE, 4, guides), lay_out_audio(SHAPE, 2, 8, given_audio, audio_mask)
     return JointDenoiser(transformer, video, audio, Conditioning(*contexts, model_id="tiny"), stg_blocks=(1,))
 
 
 def tokens_for(denoiser: JointDenoiser) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn_like(denoiser.video.clean), torch.randn_like(denoiser.audio.clean)
+
+
+def test_a_stream_made_anew_in_one_share_is_told_that_share_of_the_noise(transformer):
+    given, mask = torch.randn(1, 2, SHAPE.audio_latents, 8), torch.full((1, 1, SHAPE.audio_latents, 1), 0.5)
+    denoiser = make_denoiser(transformer, given_audio=given, audio_mask=mask)
+    video, audio = tokens_for(denoiser)
+    made = denoiser(video, audio, 0.6, "cond")[1]
+    context = denoiser.conditioning.positive
+    with torch.inference_mode():
+        velocity = transformer(
+            StreamInput(video, context.video, torch.tensor([0.6]), marked=denoiser.video.marked),
+            StreamInput(
+                audio,
+                context.audio,
+                torch.tensor([0.6]),
+                torch.tensor([[0.3]]),
+                torch.zeros(1, audio.shape[1], dtype=torch.long),
+            ),
+            transformer.rope_tables(denoiser.video.positions, denoiser.audio.positions),
+        )[1]
+    assert_near(made, audio - 0.3 * velocity, 1e-5)  # the same operations
 
 
 def test_clean_tokens_follow_from_velocity_and_each_tokens_own_level(transformer):

@@ -138,6 +138,9 @@ def test_long_and_odd_prompts_are_cut_and_reported():
     assert words.encode("red ball \u202e\x00 слон 🎈").unknown == ("слон",)
     with pytest.raises(PromptError, match="empty"):
         words.encode("\n\t ")
+    # what is not read counts for nothing
+    with pytest.raises(PromptError, match=f"among the first {words.longest}, which are all it reads"):
+        words.encode("the " * words.longest + "red ball")
 
 
 @pytest.mark.parametrize(("motion", "measure"), [("bounces", "y"), ("slides", "x"), ("pulses", "radius")])

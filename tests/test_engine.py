@@ -14,6 +14,7 @@ from lockstep.model.engine import Engine, SampleSettings, latent_sha256
 from lockstep.model.errors import (
     Cancelled,
     CheckpointError,
+    MemoryShortError,
     PromptError,
     ShapeError,
     UnsupportedModelError,
@@ -22,7 +23,7 @@ from lockstep.model.errors import (
 from lockstep.model.sampler.guidance import Guidance
 from lockstep.model.transformer.block import Block
 from lockstep.model.transformer.model import AVTransformer
-from lockstep.model.values import GenerateRequest, Progress
+from lockstep.model.values import GenerateRequest, Lora, Progress
 
 RED_BALL = GenerateRequest("a red ball bounces on a gray background", steps=2, seed=7, seconds=1.0)
 UNGUIDED = SampleSettings(steps=2, guidance=Guidance())
@@ -262,6 +263,24 @@ def test_compiled_blocks_give_the_same_clip_and_tell_what_they_cost(engine, comp
     assert re.fullmatch(r"torch.compile took .* s and saved .* s in .* calls of a block", cost.sentence())
 
 
+def test_a_lora_changes_blocks_that_were_compiled_without_it(engine, compiler, tmp_path):
+    """1e-5 as above; the LoRA itself changes far more."""
+    compiler("eager")
+    layer = "transformer_blocks.2.attn1.to_q"
+    down, up = torch.randn(4, 192), torch.randn(192, 4)
+    prefix = f"diffusion_model.{layer}.lora"
+    save_file({f"{prefix}_A.weight": down, f"{prefix}_B.weight": up}, tmp_path / "lora.safetensors")
+    changed = replace(UNGUIDED, loras=(Lora(tmp_path / "lora.safetensors"),))
+    compiled, shape = Engine("embedded", "cpu", compiled=True), engine.shape(seconds=1.0)
+
+    def made(by: Engine, settings: SampleSettings) -> torch.Tensor:
+        return by.sample(by.encode_text("a red ball"), shape, settings=settings).video
+
+    for settings in (UNGUIDED, changed, UNGUIDED):
+        assert torch.allclose(made(compiled, settings), made(engine, settings), atol=1e-5)
+    assert not torch.allclose(made(engine, changed), made(engine, UNGUIDED), atol=1e-2)
+
+
 def test_a_machine_that_cannot_compile_says_so(compiler):
     def broken(*_):
         raise RuntimeError("no compiler here")
@@ -270,6 +289,29 @@ def test_a_machine_that_cannot_compile_says_so(compiler):
     engine = Engine("embedded", "cpu", compiled=True)
     with pytest.raises(UnsupportedModelError, match=r"torch.compile does not work here .*: run without it"):
         engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_memory_that_ends_anywhere_is_one_sentence_that_names_ways_out(monkeypatch, failure):
+    engine = Engine("embedded", "cpu")
+
+    def fail(*_arguments, **_options):
+        raise failure
+
+    monkeypatch.setattr(Engine, "_denoised", fail)
+    with pytest.raises(
+        MemoryShortError, match=r"^out of memory \(.+\): make a smaller .* 'stream', or free memory$"
+    ):
+        engine.generate(RED_BALL)
 
 
 def test_every_component_s_loading_is_told_with_its_speed(caplog):
@@ -311,7 +353,7 @@ def test_values_of_another_model_are_refused(engine):
         engine.sample(replace(prompt, model_id="other"), shape, settings=UNGUIDED)
     latents = replace(engine.sample(prompt, shape, settings=UNGUIDED), model_id="other")
     for decode in (engine.decode_video, engine.decode_audio):
-        with pytest.raises(WorkflowError, match="decode with the model"):
+        with pytest.raises(WorkflowError, match="use the model that made them"):
             decode(latents)
 
 

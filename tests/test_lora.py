@@ -306,6 +306,9 @@ def test_a_lora_works_on_packed_weights(models, tmp_path):
     before = layer(x)
     stack.put_on("transformer", module, [Lora(tmp_path / "lora.safetensors", 0.5)])
     torch.testing.assert_close(layer(x), before + 0.5 * x @ torch.ones(32, RANK) @ torch.ones(RANK, 32))
+    changed = layer(x)
+    stack.let_go("transformer")
+    assert torch.equal(layer(x), changed)
     stack.take_off("transformer")
     assert torch.equal(layer(x), before)
 
@@ -319,6 +322,8 @@ def test_a_lora_works_on_packed_weights(models, tmp_path):
         ({"alpha": torch.tensor([1.0, 2.0])}, "has alpha 1.0, 2.0, one finite number expected"),
         ({"alpha": torch.zeros(0)}, "has alpha nothing, one finite number expected"),
         ({"told": json.dumps({"transformer.lora_alpha": "4"})}, "has alpha 4, one finite number expected"),
+        ({"told": json.dumps({"lora_alpha": 10**400})}, "one finite number expected"),
+        ({"told": "[" * 200_000}, "metadata lora_adapter_metadata is not valid JSON"),
         ({"twice": True}, f"{TO_Q} is changed twice, by transformer.{TO_Q} and another name"),
     ],
 )

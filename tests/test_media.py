@@ -20,8 +20,10 @@ from lockstep.model.media import (
     compress_image,
     fit_image,
     fit_sound,
+    open_clip,
     read_clip,
     read_image,
+    stream_seconds,
     write_clip,
     write_image,
 )
@@ -158,7 +160,7 @@ def test_sound_is_cut_or_padded_to_the_pictures(tmp_path, samples):
         (make_clip(waveform_CS=torch.zeros(6, 9)), "1 or 2 channels"),
         (Clip(torch.zeros(3, 32, 32, 3), torch.zeros(1, 9), 12, 16001), "resample to 16000 Hz"),
         (Clip(torch.zeros(3, 32, 32, 3), None, float("nan"), 16000), "got nan"),
-        (Clip(torch.zeros(3, 32, 32, 3), None, -1.0, 16000), "above 0 and up to 1000"),
+        (Clip(torch.zeros(3, 32, 32, 3), None, -1.0, 16000), "between 0.1 and 1000"),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_a_sentence(tmp_path, clip, sentence):
@@ -258,6 +260,27 @@ def test_time_stamps_of_pictures_are_obeyed(tmp_path):
     levels = (clip.frames.mean((1, 2, 3)) * 255 / 20).round().int().tolist()
     assert clip.fps == 10
     assert levels == [0, 1, 1, 1, 2, 3]  # the picture of 0.6 s is held until 0.9 s
+
+
+def test_pictures_of_a_file_come_a_few_at_a_time(tmp_path):
+    """Whatever the length, no more than a piece is held; together they are the clip."""
+    write_by_hand(tmp_path / "a.mkv", [0.1 * i for i in range(11)] + [1.5])
+    file = open_clip(tmp_path / "a.mkv")
+    assert file.clip.frames.is_meta
+    pieces = list(file.pieces())
+    assert max(map(len, pieces)) <= 8
+    assert torch.equal(torch.cat(pieces), read_clip(tmp_path / "a.mkv").frames)
+    assert file.clip.frames.shape == (16, *pieces[0].shape[1:])
+
+
+def test_a_name_like_an_address_and_tags_of_another_encoding_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_clip("10:30.mp4", make_clip(), metadata={"title": "Zebra"})
+    content = Path("10:30.mp4").read_bytes()
+    assert content.count(b"Zebra") == 1
+    Path("10:30.mp4").write_bytes(content.replace(b"Zebra", b"Z\xe9bra"))
+    assert len(read_clip("10:30.mp4").frames) == 9
+    assert stream_seconds("10:30.mp4")[0] == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(("sound_starts", "heard_at"), [(0.0, 0), (0.2, 3200)])

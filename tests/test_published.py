@@ -216,6 +216,7 @@ def test_a_file_of_no_use_and_an_empty_folder_are_refused(models, tmp_path):
 
 def test_damaged_files_of_others_in_a_folder_do_not_stand_in_the_way(models, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
     shutil.copy(models / "2.0" / "gemma.safetensors", tmp_path / "gemma.safetensors")
     engine = Engine(models / "ltx-2.0.safetensors", "cpu", folders=[tmp_path])
     engine.require("language_model")
@@ -308,7 +309,7 @@ def test_recipes_loras_and_stages_reach_the_engine(models, tmp_path, capsys):
         (("--recipe", "distilled"), "recipe 'distilled' does not suit LTX-2.3 full"),
         (("--lora", tmp_path / "absent.safetensors"), "absent.safetensors does not exist"),
         (("--lora", f"{models / 'ltx-2.3.safetensors'}=0.5"), "nothing in this LoRA fits this model"),
-        (("--refine-lora", tmp_path / "absent.safetensors"), "absent.safetensors does not exist"),
+        (("--refine-lora", tmp_path / "absent.safetensors"), "--refine-lora needs --upscaler FILE"),
         (("--upscaler", models / "ltx-2.3.safetensors"), "no latent upscaler: it holds"),
     ):
         arguments = (

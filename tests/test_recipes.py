@@ -8,8 +8,8 @@ import torch
 from published_models import config, write_gemma, write_monolith
 
 from lockstep.model.engine import Engine, SampleSettings
-from lockstep.model.errors import WorkflowError
-from lockstep.model.recipes import Fingerprint, choose_recipe, fingerprint, published_recipe
+from lockstep.model.errors import CheckpointError, WorkflowError
+from lockstep.model.recipes import Fingerprint, Recipe, choose_recipe, fingerprint, published_recipe
 from lockstep.model.sampler.guidance import HQ_GUIDANCE, UNGUIDED, full_guidance
 from lockstep.model.sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE
 from lockstep.model.values import GenerateRequest, Lora
@@ -87,6 +87,11 @@ def test_a_recipe_is_one_line():
         .format_recipe()
         .startswith("distilled: 8 fixed steps, ancestral, no guidance;")
     )
+
+
+def test_a_recipe_of_numbers_beyond_reading_is_refused():
+    with pytest.raises(CheckpointError, match="the checkpoint's recipe is no JSON"):
+        Recipe.from_metadata(f'{{"steps": {"1" * 5000}}}')
 
 
 @pytest.fixture(scope="module")

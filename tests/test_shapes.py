@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_audio_codec import FIXTURES, assert_near
 
 from lockstep.model.errors import ShapeError
+from lockstep.model.recipes import Recipe, clip_shape
 from lockstep.model.shapes import (
     AudioRate,
     ClipShape,
@@ -91,6 +92,23 @@ def test_nearest_frames_are_a_count_that_works_and_none_lies_nearer(frames, time
 def test_measures_that_do_not_fit_are_refused_with_the_nearest(measures, message):
     with pytest.raises(ShapeError, match=message):
         ClipShape(**{"frames": 121, "height": 512, "width": 768, "fps": 24.0} | measures)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"size": f"{'9' * 5000}x96"}, "is not WIDTHxHEIGHT"),
+        ({"size": f"1{'0' * 400}:1"}, "is not WIDTHxHEIGHT"),
+        ({"seconds": 1e308}, "are no clip: up to 1000000 frames are"),
+        ({"seconds": math.nan}, "are no clip"),
+        ({"fps": 1e308}, "fps must lie between 0.1 and 1000, got 1e.308: 24 is usual"),
+        ({"fps": 1e-320}, "fps must lie between"),
+        ({"fps": math.nan}, "fps must lie between"),
+    ],
+)
+def test_numbers_beyond_all_clips_are_refused_by_a_model_without_limits(asked, message):
+    with pytest.raises(ShapeError, match=message):
+        clip_shape(Recipe(), Compression(8, 32), AudioRate(), **asked)
 
 
 def test_video_positions_give_the_known_answers():

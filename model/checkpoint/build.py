@@ -64,8 +64,8 @@ def build_on_meta(component: str, files: Files, family: Family | None = None) ->
         raise UnsupportedModelError(
             f"{file_names(headers)}: {component!r} is not implemented for {family.name}: {known} are"
         )
-    section = family.component_config(headers, component)
     with torch.device("meta"), reading_config(component, headers):
+        section = family.component_config(headers, component)
         module = family.modules[component](section)
     if is_dataclass(config := getattr(module, "config", None)):
         check_values(config, component)

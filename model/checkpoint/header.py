@@ -29,6 +29,8 @@ DTYPE_BITS = {
     "BF16": 16, "F16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+Stamp = tuple[Path, int, int]
+
 # What people hand over instead, by its first bytes.
 _OTHER_FORMATS = {
     b"version https://git-lfs": "this is a Git LFS pointer, the weights themselves were not downloaded",
@@ -105,6 +107,15 @@ def read_header(path: str | Path) -> Header:
     tensors = {name: _tensor_info(path, name, entry) for name, entry in entries.items()}
     _check_tiling(path, tensors, file_bytes - 8 - header_bytes)
     return Header(path, MappingProxyType(tensors), MappingProxyType(metadata), 8 + header_bytes)
+
+
+def stamp(path: Path) -> Stamp:
+    """A file as it is now: path, time of change (ns) and bytes; another one under the same name has another."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return path, 0, 0  # reading it will say what is wrong
+    return path, facts.st_mtime_ns, facts.st_size
 
 
 def read_bytes(header: Header, name: str, most: int = 256_000_000) -> bytes:

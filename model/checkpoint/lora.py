@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import CheckpointError, UnsupportedModelError, WorkflowError
 from ..values import Lora
 from . import keymap
-from .header import Header, read_header
+from .header import Header, Stamp, read_header, stamp
 from .index import Index
 
 COMPONENTS = (keymap.TRANSFORMER, keymap.CONNECTORS)  # that LoRAs are made for
@@ -55,6 +55,7 @@ _KEY = re.compile(
     r"^(?P<path>.+?)\.(?:lora_(?P<down>A|down)|lora_(?P<up>B|up)|lora\.(?P<old>down|up))(?:\.[^.]+)?\.weight$"
 )
 _ALPHA, _WEIGHT = ".alpha", ".weight"
+_MOST_ALPHA = 1e6  # ranks are hundreds
 # of LoRAs that follow a reference video
 _REFERENCE = ("reference_downscale_factor", "reference_temporal_scale_factor")
 _OTHER_KINDS = {
@@ -115,18 +116,21 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
         else:
             unmatched.append(name)
     scale_of, changes = _scales_of_metadata(header), {}
-    with safe_open(header.path, framework="pt") as file:
-        for own_path, names in halves.items():
-            target = _find(own_path, spellings)
-            if target is None:
-                unmatched += names.values()
-                continue
-            if target in changes:
-                raise CheckpointError(
-                    f"{header.path}: {target[1]} is changed twice, by {own_path} and another name"
-                )
-            tensors = {kind: file.get_tensor(name) for kind, name in names.items()}
-            changes[target] = _change(header, own_path, tensors, layers[target], scale_of)
+    try:
+        with safe_open(header.path, framework="pt") as file:
+            for own_path, names in halves.items():
+                target = _find(own_path, spellings)
+                if target is None:
+                    unmatched += names.values()
+                    continue
+                if target in changes:
+                    raise CheckpointError(
+                        f"{header.path}: {target[1]} is changed twice, by {own_path} and another name"
+                    )
+                tensors = {kind: file.get_tensor(name) for kind, name in names.items()}
+                changes[target] = _change(header, own_path, tensors, layers[target], scale_of)
+    except SafetensorError as error:
+        raise CheckpointError(f"{header.path}: a tensor of this LoRA cannot be read: {error}") from error
     if not changes:
         first = ", ".join(list(header.tensors)[:3]) or "no tensor"
         raise CheckpointError(f"{header.path}: nothing in this LoRA fits this model: it begins with {first}")
@@ -179,7 +183,7 @@ def _scales_of_metadata(header: Header) -> Mapping[str, Any]:
         return {}
     try:
         told = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{header.path}: metadata lora_adapter_metadata is not valid JSON: {error}"
         ) from error
@@ -208,7 +212,7 @@ def _change(
                 f"{header.path}: {path} holds values that are no numbers: fetch the file again"
             )
     alpha = tensors["alpha"].flatten().tolist() if "alpha" in tensors else [told.get("lora_alpha", rank)]
-    if len(alpha) != 1 or type(alpha[0]) not in (int, float) or not math.isfinite(alpha[0]):
+    if len(alpha) != 1 or type(alpha[0]) not in (int, float) or not abs(alpha[0]) <= _MOST_ALPHA:
         told_alpha = ", ".join(map(str, alpha[:3])) or "nothing"
         raise CheckpointError(f"{header.path}: {path} has alpha {told_alpha}, one finite number expected")
     scale = alpha[0] / (math.sqrt(rank) if told.get("use_rslora") else rank)
@@ -219,16 +223,26 @@ class _Branch:
     """Forward hook of one layer: all of its changes as one pair of matrices, on the device and in the dtype of its input."""
 
     def __init__(self, changes: Sequence[tuple[Change, float]]):
-        self._down = torch.cat([change.down.float() for change, _ in changes])
-        self._up = torch.cat(
-            [change.up.float() * (change.scale * strength) for change, strength in changes], dim=1
-        )
+        self._changes, self._made = tuple(changes), None
 
     def __call__(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
-        if self._down.device != x.device or self._down.dtype != x.dtype:
-            self._down, self._up = self._down.to(x), self._up.to(x)
-        return output + functional.linear(functional.linear(x, self._down), self._up)
+        if self._made is None or self._made[0].device != x.device or self._made[0].dtype != x.dtype:
+            self._made = self._matrices(x)
+        down, up = self._made
+        return output + functional.linear(functional.linear(x, down), up)
+
+    def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        down = torch.cat([change.down.to(x) for change, _ in self._changes])
+        # scaled in float32: the halves of some files are tiny
+        scaled = [
+            change.up.to(x.device).float() * (change.scale * factor) for change, factor in self._changes
+        ]
+        return down, torch.cat([up.to(x.dtype) for up in scaled], dim=1)
+
+    def let_go(self) -> None:
+        """What is on the device goes; the file's own tensors stay mapped."""
+        self._made = None
 
 
 class LoraStack:
@@ -236,8 +250,9 @@ class LoraStack:
 
     def __init__(self, places: Index) -> None:
         self._layers = linear_layers(places)
-        self._files: dict[tuple, LoraFile] = {}
+        self._files: dict[Stamp, LoraFile] = {}
         self._on: dict[str, tuple[tuple, list[RemovableHandle]]] = {}
+        self._branches: dict[str, list[_Branch]] = {}
 
     def read(self, loras: Sequence[Lora]) -> tuple[str, ...]:
         """Reads what is not read yet; returns a sentence about each file with keys that fit nothing.
@@ -249,8 +264,8 @@ class LoraStack:
                 raise WorkflowError(
                     f"the strength of {lora.path.name} is {lora.strength}: a finite number is needed, 1 is usual"
                 )
-        stamps = [_stamp(lora.path) for lora in loras]
-        self._files = {stamp: self._files.get(stamp) or read_lora(stamp[0], self._layers) for stamp in stamps}
+        files = [stamp(lora.path) for lora in loras]
+        self._files = {file: self._files.get(file) or read_lora(file[0], self._layers) for file in files}
         return tuple(_told(self._files.values()))
 
     def put_on(self, component: str, module: nn.Module, loras: Sequence[Lora]) -> None:
@@ -258,35 +273,32 @@ class LoraStack:
 
         Raises as read does, and then leaves what was on.
         """
-        wanted = tuple((_stamp(lora.path), lora.strength) for lora in loras if lora.strength)
+        wanted = tuple((stamp(lora.path), lora.strength) for lora in loras if lora.strength)
         if self._on.get(component, ((), []))[0] == wanted:
             return
         self.read(loras)
         changes: dict[str, list[tuple[Change, float]]] = {}
-        for stamp, strength in wanted:
-            for (owner, path), change in self._files[stamp].changes.items():
+        for file, strength in wanted:
+            for (owner, path), change in self._files[file].changes.items():
                 if owner == component:
                     changes.setdefault(path, []).append((change, strength))
         self.take_off(component)
+        branches = {path: _Branch(several) for path, several in changes.items()}
         handles = [
-            module.get_submodule(path).register_forward_hook(_Branch(several))
-            for path, several in changes.items()
+            module.get_submodule(path).register_forward_hook(branch) for path, branch in branches.items()
         ]
-        self._on[component] = (wanted, handles)
+        self._on[component], self._branches[component] = (wanted, handles), list(branches.values())
+
+    def let_go(self, component: str) -> None:
+        """Frees what they hold on the device; they stay on, and bring it again when they are used."""
+        for branch in self._branches.get(component, []):
+            branch.let_go()
 
     def take_off(self, component: str) -> None:
         """Leaves a component as it was read."""
         for handle in self._on.pop(component, ((), []))[1]:
             handle.remove()
-
-
-def _stamp(path: Path) -> tuple[Path, int, int]:
-    """A file as it is now: another one under the same name is read again."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return path, 0, 0  # reading it will say what is wrong
-    return path, facts.st_mtime_ns, facts.st_size
+        self._branches.pop(component, None)
 
 
 def _told(files: Iterable[LoraFile]) -> Iterator[str]:

@@ -149,7 +149,10 @@ def _candidates(component: str, headers: Sequence[Header], folders: Paths) -> li
     for path in dict.fromkeys(
         path for folder in folders for path in sorted(Path(folder).rglob("*.safetensors"))
     ):
-        facts = path.stat()
+        try:
+            facts = path.stat()
+        except OSError:  # a link to nothing
+            continue
         header, components = _peek(path, facts.st_mtime_ns, facts.st_size)
         if header is not None and component in components and path.resolve() not in used:
             groups.setdefault(shard_group(path), []).append(header)

@@ -441,16 +441,28 @@ def decode_stream(
 
 
 @torch.inference_mode()
-def encode_stream(vae: VideoVAE, pixels_BCFHW: Tensor, window_bytes: int = WINDOW_BYTES) -> Tensor:
-    """What vae.encode gives; the pixels may lie on another device or in another dtype, they come window by window."""
+def encode_stream(
+    vae: VideoVAE, pixels_BCFHW: Tensor, window_bytes: int = WINDOW_BYTES, tick: Tick = no_tick
+) -> Tensor:
+    """What vae.encode gives; the pixels may lie on another device or in another dtype, they come window by window.
+
+    tick: as of decode_stream.
+    """
     check_pixels(pixels_BCFHW, vae.config.compression)
     weight, patch = vae.encoder.conv_in.conv.weight, vae.config.patch
     steps, made = encoding_steps(vae.encoder), []
     frame_bytes = pixels_BCFHW[:, :, :1].numel() * weight.element_size() * weight.shape[0] // weight.shape[1]
     windows = pixels_BCFHW.split(max(1, window_bytes // frame_bytes), dim=2)
+    done, frames = 0, pixels_BCFHW.shape[2]
+
+    def between() -> None:
+        tick(done, frames)
+
     for index, pixels in enumerate(windows):
         patches = rearrange(pixels.to(weight), "B C F (H p) (W q) -> B F H W (C q p)", p=patch, q=patch)
-        made += _flow(steps, [patches], index == len(windows) - 1, window_bytes)
+        made += _flow(steps, [patches], index == len(windows) - 1, window_bytes, between)
+        done += pixels.shape[2]
+        between()
     encoded_BCFHW = rearrange(torch.cat(made, dim=1), "B F H W C -> B C F H W")
     mean, _log_variance = encoded_BCFHW.split([vae.config.latent_channels, 1], dim=1)
     return vae.per_channel_statistics.normalize(mean, 1)

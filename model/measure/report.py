@@ -203,8 +203,13 @@ _PAPER, _INK, _FAINT, _MOTION, _SEEN, _HEARD = (
 )
 
 
-def draw_report(report: ClipReport, clip: Clip, width: int = 960, height: int = 420) -> Tensor:
-    """Motion energy over the waveform with events and onsets marked: (height, width, 3), float32 0..1."""
+def draw_report(
+    report: ClipReport, clip: Clip, look: Look | None = None, width: int = 960, height: int = 420
+) -> Tensor:
+    """Motion energy over the waveform with events and onsets marked: (height, width, 3), float32 0..1.
+
+    look: has seen the frames already, as for report_clip.
+    """
     image = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(image)
     left, right, top, middle, bottom = 12, width - 12, 70, height * 4 // 7, height - 34
@@ -215,7 +220,8 @@ def draw_report(report: ClipReport, clip: Clip, width: int = 960, height: int = 
 
     for index, line in enumerate(report.to_text().splitlines()[:2]):
         draw.text((left, 10 + 20 * index), line[:150], fill=_INK)
-    energy = motion_energy(np.nan_to_num(shrink(clip.frames), posinf=0, neginf=0))
+    pixels = np.nan_to_num(shrink(clip.frames), posinf=0, neginf=0) if look is None else look.pixels
+    energy = motion_energy(pixels)
     _plot_energy(draw, energy, clip.fps, across, top, middle - 12)
     _plot_sound(draw, clip.waveform, left, right, middle + 12, bottom)
     for time in report.sync.events:

@@ -66,11 +66,16 @@ class WordTokenizer:
         """
         given = _WORD.findall(unicodedata.normalize("NFKC", prompt).lower())
         words = list(self._read(given))
-        if required and not any(word in self.content for word in words):
-            what = "the prompt has no word that this model knows" if given else "the prompt is empty"
+        kept = words[: self.longest]
+        if required and not any(word in self.content for word in kept):
+            what = "the prompt is empty"
+            if given:
+                where = (
+                    "" if len(kept) == len(words) else f" among the first {len(kept)}, which are all it reads"
+                )
+                what = f"the prompt has no word that this model knows{where}"
             raise PromptError(f"{what}: it knows {self.known()}")
         index = {word: i + FIRST_ID for i, word in enumerate(self.vocabulary)}
-        kept = words[: self.longest]
         unknown = tuple(dict.fromkeys(word for word in kept if word not in index))
         ids = torch.tensor([index.get(word, UNKNOWN_ID) for word in kept], dtype=torch.int64)
         return Tokens(ids, unknown, len(words) - len(kept))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..values import CompileCost
@@ -49,12 +49,14 @@ def compile_blocks(transformer: AVTransformer) -> CompileReport:
     report, compiled = CompileReport(), set()
     for block in transformer.transformer_blocks:
         block.forward = _reported(
-            block.forward, torch.compile(block.forward, dynamic=False), report, compiled
+            block, block.forward, torch.compile(block.forward, dynamic=False), report, compiled
         )
     return report
 
 
-def _reported(eager: Forward, fast: Forward, report: CompileReport, compiled: set[tuple]) -> Forward:
+def _reported(
+    block: nn.Module, eager: Forward, fast: Forward, report: CompileReport, compiled: set[tuple]
+) -> Forward:
     def forward(video_BTD: Tensor | None, audio_BSD: Tensor | None, *state) -> tuple[Tensor, Tensor]:
         if video_BTD is None or audio_BSD is None:  # a cache lets one stand still; seldom enough
             return eager(video_BTD, audio_BSD, *state)
@@ -62,7 +64,9 @@ def _reported(eager: Forward, fast: Forward, report: CompileReport, compiled: se
             eager(video_BTD, audio_BSD, *state)  # warms up
             report.eager_seconds = _seconds(eager, video_BTD, audio_BSD, *state)[0]
         kept = tuple(memory if memory is None else tuple(memory) for memory in state[4:])
-        key = (video_BTD.shape, audio_BSD.shape, video_BTD.dtype, state[2:4], kept)
+        # LoRAs come and go as hooks, whose coming the compiler does not notice by itself
+        hooks = tuple(id(hook) for layer in block.modules() for hook in layer._forward_hooks.values())
+        key = (video_BTD.shape, audio_BSD.shape, video_BTD.dtype, state[2:4], kept, hooks)
         if key in compiled:
             report.calls += 1
             if len(report.fast_seconds) >= _TIMED_CALLS:
@@ -71,11 +75,11 @@ def _reported(eager: Forward, fast: Forward, report: CompileReport, compiled: se
             report.fast_seconds.append(seconds)
             return made
         try:
-            with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS):
+            with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS, skip_nnmodule_hook_guards=False):
                 seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
         except Exception as error:
             raise UnsupportedModelError(
-                f"torch.compile does not work here ({str(error).splitlines()[0]}): run without it"
+                f"torch.compile does not work here ({next(iter(str(error).splitlines()), type(error).__name__)}): run without it"
             ) from error
         compiled.add(key)
         report.compile_seconds += seconds
