@@ -1,6 +1,6 @@
 """What all nodes of ours share: sockets that hold what they are for, choices and file names that are checked before the run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from comfy_api.latest import io
@@ -12,8 +12,8 @@ from ..model.errors import WorkflowError
 _IS_OF_TYPE = {
     "LOCKSTEP_MODEL": lambda value: hasattr(value, "model_id"),
     "CONDITIONING": lambda value: isinstance(value, list),
-    "LATENT": lambda value: isinstance(value, dict) and "samples" in value,
-    "AUDIO": lambda value: isinstance(value, dict) and "waveform" in value,
+    "LATENT": lambda value: isinstance(value, Mapping) and "samples" in value,
+    "AUDIO": lambda value: isinstance(value, Mapping) and "waveform" in value,
     "IMAGE": lambda value: isinstance(value, Tensor),
     "MASK": lambda value: isinstance(value, Tensor),
 }

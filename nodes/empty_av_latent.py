@@ -33,7 +33,7 @@ class LockstepEmptyAVLatent(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, aspect: str | None) -> bool | str:
+    def validate_inputs(cls, aspect: str | None = None) -> bool | str:
         return check_choices(("aspect", aspect, ASPECTS))
 
     @classmethod

@@ -26,7 +26,7 @@ from server import PromptServer
 from torch import Tensor, nn
 
 from ..model.embedded import WEIGHTS
-from ..model.engine import Engine
+from ..model.engine import Engine, model_files
 from ..model.errors import CheckpointError, MediaError, MemoryShortError
 from ..model.residency import out_of_memory
 from ..model.values import Progress
@@ -51,9 +51,6 @@ _engines: WeakValueDictionary[tuple, Engine] = WeakValueDictionary()
 _lock = threading.Lock()
 
 join_latents = NestedTensor  # ComfyUI's latent of several streams
-
-# newer hosts have a class that pages weights in by itself
-_Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
 # Models
@@ -85,7 +82,7 @@ def open_engine(
     Raises CheckpointError for a file that is not there, and as Engine does for one that is no model of ours.
     """
     where = device_of(device)
-    key = (*file_signature(choice), str(where), precision, offload, attention, compiled)
+    key = (file_signature(choice), str(where), precision, offload, attention, compiled)
     with _lock:
         engine = _engines.get(key)
         if engine is None:
@@ -102,11 +99,10 @@ def open_engine(
         return engine
 
 
-def file_signature(choice: str) -> tuple[str, int, int]:
-    """Path, time and size of a model's file: another file under the same name is another model."""
-    path = _find(choice).resolve()
-    facts = path.stat() if path.exists() else None
-    return (str(path), facts.st_mtime_ns, facts.st_size) if facts else (str(path), 0, 0)
+def file_signature(choice: str) -> tuple[tuple[Path, int, int], ...]:
+    """Path, time and size of a model's file and of those that hold its parts: others under the same names are another model,
+    and so is one whose missing part has been put where it is looked for."""
+    return model_files(_find(choice).resolve(), _folders())
 
 
 def _folders() -> list[str]:
@@ -139,13 +135,16 @@ class _Placement:
 
     def __call__(self, module: nn.Module) -> None:
         if module not in self._patchers:
-            self._patchers[module] = _Patcher(
+            # the plain one: that which newer hosts prefer pages in the weights of their own kinds of layers alone
+            self._patchers[module] = comfy.model_patcher.ModelPatcher(
                 module, load_device=self._device, offload_device=torch.device("cpu")
             )
         if self._offload == "always" and not self._is_alone(self._patchers[module]):
             memory.free_memory(_EVERYTHING, self._device)
         # whole: plain layers cannot use weights that were left behind on another device
         memory.load_models_gpu([self._patchers[module]], force_full_load=True)
+        if any(weight.device.type != self._device.type for weight in module.parameters()):
+            self._patchers[module].partially_load(self._device, _EVERYTHING)  # --novram left them behind
 
     def _is_alone(self, patcher: comfy.model_patcher.ModelPatcher) -> bool:
         others = (model for model in memory.loaded_models() if model is not patcher)
@@ -233,6 +232,10 @@ def new_output_path(prefix: str, suffix: str) -> tuple[Path, dict[str, str]]:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, folder_paths.get_output_directory()
         )
+    except OSError as error:
+        raise MediaError(
+            f"the output folder cannot take files of filename_prefix {prefix!r}: {error.strerror or error}"
+        ) from error
     except Exception as error:  # the host has no type of its own for it
         raise MediaError(
             f"filename_prefix {prefix!r} lies outside the output folder: use a name such as 'lockstep/clip'"
@@ -278,7 +281,8 @@ class Reporter:
     ):
         self._node_id, self._task, self._look = node_id, task, look
         self._film = _Film(node_id, fps)
-        self._started = time.monotonic()
+        self._started = self._ticked = time.monotonic()
+        self._stage, self._first = "", (0, 0.0)  # the stage's first step, and when it was done
         self._next_look = 0.0
 
     def __enter__(self) -> "Reporter":
@@ -310,10 +314,19 @@ class Reporter:
             self._film.show(frames)
 
     def _tell_time_left(self, progress: Progress) -> None:
-        passed = time.monotonic() - self._started
-        left = passed / progress.step * (progress.steps - progress.step)
-        text = f"{progress.step} of {progress.steps}, {left:.0f} s left" if left else f"took {passed:.1f} s"
-        tell(self._node_id, text)
+        """Of this stage, at the pace of its steps after the first, which reads weights."""
+        now = time.monotonic()
+        if progress.stage != self._stage:
+            self._stage, self._first = progress.stage, (progress.step, now)
+            pace = (now - self._ticked) / progress.step
+        else:
+            pace = (now - self._first[1]) / max(1, progress.step - self._first[0])
+        self._ticked = now
+        left = pace * (progress.steps - progress.step)
+        text = f"{progress.step} of {progress.steps}, {left:.0f} s left"
+        if progress.step == progress.steps:
+            text = f"took {now - self._started:.1f} s"
+        tell(self._node_id, f"{progress.stage}: {text}" if progress.stage == "sound" else text)
 
 
 class _Film:

@@ -44,7 +44,7 @@ class LockstepLatentUpscale(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, upscaler: str | None) -> bool | str:
+    def validate_inputs(cls, upscaler: str | None = None) -> bool | str:
         return host.check_file(host.UPSCALERS, upscaler)
 
     @classmethod

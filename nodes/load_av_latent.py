@@ -37,7 +37,7 @@ class LockstepLoadAVLatent(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         try:
             if file is not None:
                 host.latent_path(file)

@@ -78,8 +78,8 @@ class LockstepLoader(Node):
     @classmethod
     def validate_inputs(
         cls,
-        model: str | None,
-        device: str | None,
+        model: str | None = None,
+        device: str | None = None,
         precision: str | None = None,
         offload: str | None = None,
         attention: str | None = None,

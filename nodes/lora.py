@@ -49,7 +49,7 @@ class LockstepLoRA(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, lora: str | None) -> bool | str:
+    def validate_inputs(cls, lora: str | None = None) -> bool | str:
         return host.check_file(host.LORAS, lora)
 
     @classmethod

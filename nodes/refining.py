@@ -5,6 +5,7 @@ from ..model.errors import WorkflowError
 from ..model.shapes import ClipShape
 
 STAGES = ("spatial", "temporal")
+_LEAST_SHARE = 0.01  # below, nearly all levels would be left out
 _HELP = (
     "use spatial or temporal after Lockstep Latent Upscale, one number such as 0.5 for the share that is made anew, "
     "or falling noise levels such as 0.9, 0.7, 0.4, 0"
@@ -14,7 +15,7 @@ _HELP = (
 def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipShape) -> tuple[float, ...]:
     """Noise levels, falling, the last 0.
 
-    words: a name in STAGES for the model's own second stage; a share above 0 up to 1, of whose levels the last `steps`
+    words: a name in STAGES for the model's own second stage; a share from 0.01 to 1, of whose levels the last `steps`
     are taken; or the levels themselves. Raises WorkflowError for anything else.
     """
     name = words.strip().lower()
@@ -27,8 +28,8 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     if len(numbers) != 1:
         return numbers
     (share,) = numbers
-    if not 0 < share <= 1:
-        raise WorkflowError(f"refine {words!r} lies outside 0 to 1: {_HELP}")
+    if not _LEAST_SHARE <= share <= 1:
+        raise WorkflowError(f"refine {words!r} lies outside {_LEAST_SHARE} to 1: {_HELP}")
     count = len(model.sigmas(steps, shape)) - 1
     if share == 1:
         return model.sigmas(steps, shape)

@@ -170,7 +170,7 @@ class LockstepSampler(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, aspect: str | None, sampler: str | None) -> bool | str:
+    def validate_inputs(cls, aspect: str | None = None, sampler: str | None = None) -> bool | str:
         return check_choices(("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLERS))
 
     @classmethod

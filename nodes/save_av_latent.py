@@ -31,7 +31,7 @@ class LockstepSaveAVLatent(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         return check_prefix(filename_prefix)
 
     @classmethod

@@ -55,7 +55,7 @@ class LockstepSaveClip(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, disclosure: str | None, filename_prefix: str | None) -> bool | str:
+    def validate_inputs(cls, disclosure: str | None = None, filename_prefix: str | None = None) -> bool | str:
         known = check_choices(("disclosure", disclosure, DISCLOSURES))
         return check_prefix(filename_prefix) if known is True else known
 

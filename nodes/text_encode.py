@@ -43,7 +43,7 @@ class LockstepTextEncode(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None) -> bool | str:
+    def validate_inputs(cls, prompt: str | None = None) -> bool | str:
         if prompt is not None and not prompt.strip():
             return 'prompt is empty: say what is to be seen, such as "a red ball bounces"'
         return True

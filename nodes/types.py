@@ -5,7 +5,7 @@ ComfyUI: IMAGE (B, H, W, 3) in 0..1, a video being a batch; AUDIO {"waveform": (
 B batch, C channels, F frames, H rows, W columns, L text tokens or audio latents, D width, S samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,15 @@ from torch.nn import functional
 
 from ..model.errors import MediaError, ShapeError, WorkflowError
 from ..model.media import AAC_RATES_HZ, fit_sound
-from ..model.shapes import ClipShape
+from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape
 from ..model.values import AVLatents, Clip, Conditioning
 
 _KEY = "lockstep"
+# what the host's nodes write into a conditioning for its own samplers: areas, parts of the run, control networks, rates
+_OF_OTHER_SAMPLERS = (
+    *("area", "mask", "start_percent", "end_percent", "control", "hooks"),
+    *("guidance", "frame_rate", "reference_latents", "keyframe_idxs"),
+)
 OWN_ASPECT, CUSTOM_ASPECT = "model default", "custom"
 
 
@@ -69,6 +74,12 @@ def from_conditioning(conditioning: Any) -> Script:
     if context.shape != expected.shape or not context.equal(expected):
         raise WorkflowError(
             "conditioning was changed by a node in between: connect the Lockstep Text Encode directly"
+        )
+    added = [name for name in _OF_OTHER_SAMPLERS if name in conditioning[0][1]]
+    if added:
+        raise WorkflowError(
+            f"conditioning holds {' and '.join(added)} of a node in between, which this sampler does not follow: "
+            "connect the Lockstep Text Encode directly"
         )
     return scripts[0]
 
@@ -241,10 +252,11 @@ def given_streams(
         if "audio" not in sound:
             raise ShapeError("audio_latent holds a video and no sound: connect it to latent instead")
         streams["audio"] = sound["audio"]
-    for stream in streams.values():
+    for kind, stream in streams.items():
         if stream.origin.model_id != model_id:
+            name = "audio_latent" if kind == "audio" and audio_latent is not None else "latent"
             raise WorkflowError(
-                f"latent was made by {stream.origin.model_id}, the sampler runs {model_id}: encode it again with this model"
+                f"{name} was made by {stream.origin.model_id}, the sampler runs {model_id}: encode it again with this model"
             )
     return streams
 
@@ -313,11 +325,11 @@ def _fit_audio_mask(mask: Tensor, samples: Tensor) -> Tensor:
 
 
 def _flat_mask(mask: Tensor) -> Tensor:
-    """(F, H, W) of a MASK (F, H, W), SetLatentNoiseMask's (F, 1, H, W) or a video's (1, 1, F, H, W)."""
+    """(F, H, W) of a MASK (F, H, W), SetLatentNoiseMask's (F, 1, H, W), a sound's (1, C, L, M) or a video's (1, C, F, H, W)."""
     mask = mask.float().cpu().clamp(0, 1)
     if mask.ndim == 5:
-        return mask[0, 0]
-    return rearrange(mask, "F 1 H W -> F H W") if mask.ndim == 4 else mask
+        return mask[0].amax(0)
+    return mask.amax(1) if mask.ndim == 4 else mask
 
 
 def _in_steps(mask: Tensor) -> Tensor:
@@ -378,6 +390,10 @@ def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Cl
     Raises MediaError for what are no pictures, for a batch of sounds, or for one without samples.
     """
     images_FHWC = _to_rgb("images", images_FHWC)
+    if not LEAST_FPS <= fps <= MOST_FPS:  # also false for nan
+        raise MediaError(
+            f"fps is {fps:g}, {LEAST_FPS:g} to {MOST_FPS:g} are needed: use the clip's own, such as 24"
+        )
     if audio is None:
         return Clip(images_FHWC, None, fps, 0)
     waveform = audio["waveform"]
@@ -385,10 +401,14 @@ def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Cl
         raise MediaError(
             f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"
         )
+    return Clip(images_FHWC, waveform[0].float().cpu(), fps, _rate_of(audio))
+
+
+def _rate_of(audio: Mapping[str, Any]) -> int:
     rate_hz = int(audio["sample_rate"])
     if rate_hz < 1:
         raise MediaError(f"audio says that it has {rate_hz} samples per second: load it again")
-    return Clip(images_FHWC, waveform[0].float().cpu(), fps, rate_hz)
+    return rate_hz
 
 
 def to_encodable(clip: Clip) -> Clip:
@@ -407,7 +427,7 @@ def to_encodable(clip: Clip) -> Clip:
 
 def from_audio(audio: Any) -> tuple[Tensor, int]:
     """One AUDIO as (channels, S) and its rate. Raises MediaError for a batch, silence of no length or no numbers."""
-    waveform, rate_hz = audio["waveform"], int(audio["sample_rate"])
+    waveform, rate_hz = audio["waveform"], _rate_of(audio)
     if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.shape[1]:
         raise MediaError(
             f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"

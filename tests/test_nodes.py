@@ -68,6 +68,11 @@ def test_copies_of_a_conditioning_are_welcome():
         (lambda c: [[torch.zeros_like(c[0][0]), c[0][1]]], "changed by a node in between"),
         (lambda c: [[torch.cat([c[0][0]] * 2, 1), c[0][1]]], "changed by a node in between"),
         (lambda c: c + c, "holds 2 prompts"),
+        (
+            lambda c: [[c[0][0], c[0][1] | {"start_percent": 0.0, "end_percent": 0.5}]],
+            "holds start_percent and end_percent of a node in between",
+        ),
+        (lambda c: [[c[0][0], c[0][1] | {"control": object()}]], "holds control of a node in between"),
     ],
 )
 def test_a_conditioning_that_is_not_ours_is_refused(change, sentence):
@@ -252,8 +257,20 @@ def test_masks_of_a_joint_latent_belong_to_their_streams():
     assert not alone["video"].mask.any()
 
 
+def test_a_mask_with_the_channels_of_its_latent_is_read():
+    """As ComfyUI's LTXVConcatAVLatent makes for the stream that has none."""
+    sound = torch.ones(1, 2, 19, 5)
+    sound[:, :, :7] = 0
+    joint = parts()[2] | {"noise_mask": Nested(torch.zeros(1, 8, 3, 4, 6), sound)}
+    streams = types.given_streams(joint, None, "tiny/1")
+    assert not streams["video"].mask.any()
+    assert streams["audio"].mask[0, 0, :, 0].tolist() == [0] * 7 + [1] * 12
+
+
 def test_given_latents_that_do_not_fit_are_refused():
     video, audio, joint = parts()
+    with pytest.raises(WorkflowError, match=r"^audio_latent was made by tiny/1, the sampler runs other/2"):
+        types.given_streams(None, audio, "other/2")
     with pytest.raises(WorkflowError, match=r"latent was made by tiny/1, the sampler runs other/2"):
         types.given_streams(joint, None, "other/2")
     with pytest.raises(ShapeError, match="audio_latent holds a video and no sound"):
@@ -428,7 +445,7 @@ def test_refining_starts_at_the_levels_asked_for(words, levels):
     assert refining_levels(words, model, None, latents().shape) == levels
 
 
-@pytest.mark.parametrize("words", ["a bit", "0", "1.5", "-0.5", "nan", "0.5 of it"])
+@pytest.mark.parametrize("words", ["a bit", "0", "1e-9", "1.5", "-0.5", "nan", "0.5 of it"])
 def test_refining_by_other_words_is_refused(words):
     with pytest.raises(WorkflowError, match="use spatial or temporal after Lockstep Latent Upscale"):
         refining_levels(words, Recorder(), None, latents().shape)

@@ -15,6 +15,7 @@ import torch
 from comfyui import PACK, ROOT, ComfyUI, Listener
 from make_workflows import LORA, UPSCALER
 from PIL import Image
+from published_models import write_gemma, write_monolith
 
 from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import Engine, latent_sha256
@@ -416,6 +417,26 @@ def test_models_of_every_configured_folder_are_offered(server: ComfyUI, graph: d
     assert server.run(graph).status == "success"
 
 
+def test_a_part_that_was_missing_is_found_once_it_is_there(server: ComfyUI, graph: dict):
+    """The text encoder of a published model, put where it is looked for after a first run in vain."""
+    models = server.base / "models"
+    main, part = models / "checkpoints" / "ltx-2.3.safetensors", models / "text_encoders" / "gemma.safetensors"
+    graph["1"]["inputs"]["model"] = main.name
+    graph["3"]["inputs"] |= {"aspect": "custom", "width": 64, "height": 64, "seconds": 0.375, "fps": 24.0}
+    part.parent.mkdir(exist_ok=True)
+    try:
+        write_monolith(main, "2.3")
+        missing = server.run(graph)
+        assert missing.status == "error"
+        assert "no text encoder" in missing.error
+        write_gemma(part, "2.3")
+        found = server.run(graph)
+        assert found.status == "success", found.error
+    finally:
+        main.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
 def test_another_pack_beside_it_lives_too(server: ComfyUI):
     shown = server.get("/object_info")
     assert "AnotherShout" in shown
@@ -515,6 +536,35 @@ def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, n
 
 
 @pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        ("1", "model"),
+        ("1", "device"),
+        ("2", "prompt"),
+        ("3", "aspect"),
+        ("3", "sampler"),
+        ("lora", "lora"),
+        ("upscale", "upscaler"),
+        ("keep", "filename_prefix"),
+        ("file", "file"),
+    ],
+)
+def test_an_input_that_is_missing_is_told_as_such(server: ComfyUI, graph: dict, node: str, name: str):
+    graph |= spare_nodes()
+    graph["3"]["inputs"] |= {"model": ["lora", 0], "conditioning": ["late", 0], "latent": ["file", 0]}
+    graph["5"]["inputs"]["audio"] = ["upscale", 0]
+    graph["keep"] = {
+        "class_type": "LockstepSaveAVLatent",
+        "inputs": {"latent": ["3", 2], "filename_prefix": "a"},
+    }
+    del graph[node]["inputs"][name]
+    status, answer = server.post("/prompt", {"prompt": graph})
+    assert status == 400
+    errors = answer["node_errors"][node]["errors"]
+    assert [(error["type"], error["details"]) for error in errors] == [("required_input_missing", name)]
+
+
+@pytest.mark.parametrize(
     ("node", "wrong", "sentence"),
     [
         ("2", {"prompt": "xyzzy plugh"}, "it knows"),
@@ -551,7 +601,7 @@ def test_wrong_values_are_refused_before_the_run(server: ComfyUI, graph: dict, n
         ("3", {"refine": "0.5"}, "latent holds no video and no audio"),
         ("3", {"latent": ["clip", 0], "refine": "0.5"}, "latent holds no audio: connect the av_latent of"),
         ("3", {"latent": ["long", 0], "refine": "a bit"}, "refine 'a bit' is not understood: use spatial"),
-        ("3", {"latent": ["long", 0], "refine": "1.5"}, "refine '1.5' lies outside 0 to 1"),
+        ("3", {"latent": ["long", 0], "refine": "1.5"}, "refine '1.5' lies outside 0.01 to 1"),
         ("3", {"latent": ["long", 0], "refine": "0.5, 0.7, 0"}, "sigmas must fall from step to step"),
         ("3", {"latent": ["long", 0], "refine": "0.5", "step_cache": 0.1}, "for clips made from noise"),
         ("late", {"frame": 0, "attention": 0.5}, "a guide at frame 0 is part of the clip"),
