@@ -420,7 +420,10 @@ def test_models_of_every_configured_folder_are_offered(server: ComfyUI, graph: d
 def test_a_part_that_was_missing_is_found_once_it_is_there(server: ComfyUI, graph: dict):
     """The text encoder of a published model, put where it is looked for after a first run in vain."""
     models = server.base / "models"
-    main, part = models / "checkpoints" / "ltx-2.3.safetensors", models / "text_encoders" / "gemma.safetensors"
+    main, part = (
+        models / "checkpoints" / "ltx-2.3.safetensors",
+        models / "text_encoders" / "gemma.safetensors",
+    )
     graph["1"]["inputs"]["model"] = main.name
     graph["3"]["inputs"] |= {"aspect": "custom", "width": 64, "height": 64, "seconds": 0.375, "fps": 24.0}
     part.parent.mkdir(exist_ok=True)
