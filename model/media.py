@@ -152,9 +152,9 @@ def read_clip(path: str | Path) -> Clip:
     file = open_clip(path)
     with _reading(path):
         frames_FHWC, done = torch.empty(file.clip.frames.shape), 0
-        for piece in file.pieces():
-            frames_FHWC[done : done + len(piece)] = piece
-            done += len(piece)
+    for piece in file.pieces():
+        frames_FHWC[done : done + len(piece)] = piece
+        done += len(piece)
     return replace(file.clip, frames=frames_FHWC)
 
 

@@ -273,6 +273,19 @@ def test_pictures_of_a_file_come_a_few_at_a_time(tmp_path):
     assert file.clip.frames.shape == (16, *pieces[0].shape[1:])
 
 
+def test_a_file_that_ends_early_when_read_again_is_named_once(tmp_path, monkeypatch):
+    write_clip(tmp_path / "a.mp4", make_clip())
+
+    def ends(*_):
+        raise MediaError("gives fewer pictures when it is read again")
+        yield
+
+    monkeypatch.setattr(media, "_shown_pictures", ends)
+    with pytest.raises(MediaError) as told:
+        read_clip(tmp_path / "a.mp4")
+    assert str(told.value).count("a.mp4") == 1
+
+
 def test_a_name_like_an_address_and_tags_of_another_encoding_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_clip("10:30.mp4", make_clip(), metadata={"title": "Zebra"})

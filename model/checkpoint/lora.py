@@ -9,6 +9,7 @@ prefixes). Source: spec sections 3.1 and 3.4.
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,6 @@ _KEY = re.compile(
     r"^(?P<path>.+?)\.(?:lora_(?P<down>A|down)|lora_(?P<up>B|up)|lora\.(?P<old>down|up))(?:\.[^.]+)?\.weight$"
 )
 _ALPHA, _WEIGHT = ".alpha", ".weight"
-_MOST_ALPHA = 1e6  # ranks are hundreds
 # of LoRAs that follow a reference video
 _REFERENCE = ("reference_downscale_factor", "reference_temporal_scale_factor")
 _OTHER_KINDS = {
@@ -212,7 +212,7 @@ def _change(
                 f"{header.path}: {path} holds values that are no numbers: fetch the file again"
             )
     alpha = tensors["alpha"].flatten().tolist() if "alpha" in tensors else [told.get("lora_alpha", rank)]
-    if len(alpha) != 1 or type(alpha[0]) not in (int, float) or not abs(alpha[0]) <= _MOST_ALPHA:
+    if len(alpha) != 1 or type(alpha[0]) not in (int, float) or not abs(alpha[0]) <= sys.float_info.max:
         told_alpha = ", ".join(map(str, alpha[:3])) or "nothing"
         raise CheckpointError(f"{header.path}: {path} has alpha {told_alpha}, one finite number expected")
     scale = alpha[0] / (math.sqrt(rank) if told.get("use_rslora") else rank)
