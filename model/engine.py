@@ -598,12 +598,14 @@ class Engine:
             apart=sound_alone,
             cache=cache,
         )
-        with self._numbers(keymap.TRANSFORMER), attention_by(self._attention):
-            # all levels first: what embeds them need not be on the device while blocks run
-            denoiser.tabulate(model_levels(sigmas, sampler))
-            done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
-        if self._place or self._residence.policy != "resident":
-            self._loras.let_go(keymap.TRANSFORMER)  # nobody who frees room for the next stage knows of them
+        try:
+            with self._numbers(keymap.TRANSFORMER), attention_by(self._attention):
+                # all levels first: what embeds them need not be on the device while blocks run
+                denoiser.tabulate(model_levels(sigmas, sampler))
+                done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
+        finally:  # of an interrupted run, too
+            if self._place or self._residence.policy != "resident":
+                self._loras.let_go(keymap.TRANSFORMER)  # nobody who frees room for the next stage knows of them
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
         if sound_alone:
             return replace(self.empty_latents(shape), audio=tokens_to_audio(audio_tokens, z))

@@ -81,17 +81,17 @@ class Forecast:
         encoder, connectors = (self._module(name) for name in (keymap.TEXT_ENCODER, keymap.CONNECTORS))
         if encoder is None or connectors is None:
             language_model = self._module(keymap.LANGUAGE_MODEL)
-            return StageNeed("text", _bytes(encoder, language_model, connectors), 0)
+            return StageNeed("text", weight_bytes(encoder, language_model, connectors), 0)
         ids = torch.zeros(1, self._text_length, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, self._text_length, device="meta")
         with MemoryCount() as count:
             connectors(encoder(ids, mask), mask, self._text_length)
-        return StageNeed("text", _bytes(encoder, connectors), count.peak)
+        return StageNeed("text", weight_bytes(encoder, connectors), count.peak)
 
     def _sample(self, shape: ClipShape, passes: tuple[str, ...], perturbed: bool, cached: bool) -> StageNeed:
         transformer = cast(AVTransformer, self._module(keymap.TRANSFORMER))
         config, layers = transformer.config, len(transformer.transformer_blocks)
-        weights, block = _bytes(transformer), _bytes(transformer.transformer_blocks[0])
+        weights, block = weight_bytes(transformer), weight_bytes(transformer.transformer_blocks[0])
         transformer.transformer_blocks = transformer.transformer_blocks[:_BLOCKS]
         dtype = next(transformer.parameters()).dtype
         video = lay_out_video(shape, config.video.channels_in, ())
@@ -121,14 +121,14 @@ class Forecast:
                 del state, made
         kept = denoiser.kept_text_bytes + denoiser.kept_meeting_bytes
         unseen = kept * (layers - min(layers, _BLOCKS)) // max(1, layers)
-        levels = _bytes(*level_embedders(transformer))
+        levels = weight_bytes(*level_embedders(transformer))
         fixed = weights - (layers - 1) * block - levels
         return StageNeed("sample", weights, peak + unseen, block, fixed, levels)
 
     def _video(self, shape: ClipShape, window_bytes: int) -> StageNeed:
         vae = self._module(keymap.VIDEO_VAE) or self._module(keymap.VIDEO_VAE_DIFFUSION)
         if not isinstance(vae, VideoVAE):
-            return StageNeed("video", _bytes(vae), 0)
+            return StageNeed("video", weight_bytes(vae), 0)
         grid = (min(shape.latent_frames, _LATENTS), shape.latent_height, shape.latent_width)
         latent = torch.empty(
             1, vae.config.latent_channels, *grid, device="meta", dtype=next(vae.parameters()).dtype
@@ -137,12 +137,12 @@ class Forecast:
             for _ in decode_stream(vae, latent, window_bytes):
                 pass
         banded = latent.nbytes + _BAND_TENSORS * cast(int, BANDS.band_bytes)
-        return StageNeed("video", _bytes(vae), count.peak, banded=min(banded, count.peak))
+        return StageNeed("video", weight_bytes(vae), count.peak, banded=min(banded, count.peak))
 
     def _audio(self, shape: ClipShape) -> StageNeed:
         vae, vocoder = self._module(keymap.AUDIO_VAE), self._module(keymap.VOCODER)
         if not isinstance(vae, AudioVAE) or not isinstance(vocoder, Generator | ExtendedVocoder | GriffinLim):
-            return StageNeed("audio", _bytes(vae, vocoder), 0)
+            return StageNeed("audio", weight_bytes(vae, vocoder), 0)
         with MemoryCount() as count:
             latents = min(shape.audio_latents, 2 * WINDOW_LATENTS)
             latent = torch.empty(
@@ -156,9 +156,4 @@ class Forecast:
         if isinstance(vocoder, GriffinLim):  # a search that looks at values cannot run on meta tensors
             frames = vae.config.mel_frames(shape.audio_latents)
             peak = max(peak, vae.config.channels_out * vocoder.working_bytes(frames))
-        return StageNeed("audio", _bytes(vae, vocoder), peak)
-
-
-def _bytes(*modules: nn.Module | None) -> int:
-    tensors = (t for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return StageNeed("audio", weight_bytes(vae, vocoder), peak)

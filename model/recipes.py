@@ -160,7 +160,7 @@ def choose_recipe(
     """
     own = "distilled" if file.distilled else "full"
     if name is None:
-        return published_recipe(own, file.version)
+        return published_recipe("distilled" if distilled_lora else own, file.version)
     if name not in RECIPE_NAMES:
         raise WorkflowError(f"unknown recipe {name!r}: use {', '.join(RECIPE_NAMES)}")
     suits = {own, "distilled"} if distilled_lora else {own}

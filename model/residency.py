@@ -172,7 +172,7 @@ class Plan:
         how = {
             "resident": "all weights stay on the device",
             "offload": "one stage's weights at a time",
-            "stream": "the transformer's blocks come one by one",
+            "stream": "blocks come one by one",
         }[self.policy]
         free = "" if self.budget is None else f" of {_gigabytes(self.budget)} free"
         bands = "; pictures are decoded in bands of rows" if self.bands else ""
@@ -293,7 +293,14 @@ class HostWeights:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+    """Page-locked, so that its copy runs beside the computation; as it is where the machine has no room for that."""
+    if tensor.device.type != "cpu":
+        return tensor
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
+        _logger.warning("weights stay where they are, copies take longer: %s", first_line(str(error)))
+        return tensor
 
 
 class BlockStream:
@@ -328,13 +335,12 @@ class BlockStream:
             self._hooks.append(embedder.register_forward_pre_hook(lambda *_: self._bring_embedders()))
 
     @classmethod
-    def of(cls, transformer: nn.Module, device: torch.device) -> "BlockStream":
-        """A transformer's `transformer_blocks` as a stream, everything else of it on the device."""
-        blocks = list(transformer.get_submodule("transformer_blocks").children())
-        embedders = level_embedders(transformer)
+    def of(cls, module: nn.Module, device: torch.device) -> "BlockStream":
+        """The stack of a transformer or a language model as a stream, everything else of it on the device."""
+        blocks, embedders = streamed_stack(module), level_embedders(module)
         parts = (*blocks, *embedders)
         inside = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
-        return cls(blocks, device, HostWeights(transformer, skip=inside), embedders)
+        return cls(blocks, device, HostWeights(module, skip=inside), embedders)
 
     @property
     def blocks_here(self) -> int:
@@ -395,11 +401,33 @@ class BlockStream:
             self._weights[index].let_go()
 
 
+def streamed_stack(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer or a language model, which can come one by one; none of another module."""
+    stacks = dict(module.named_modules())
+    return next((list(stacks[name].children()) for name in _STACKS if name in stacks), [])
+
+
 def level_embedders(transformer: nn.Module) -> list[nn.Module]:
     """The modules that make modulations of noise levels."""
     return [module for name, module in transformer.named_children() if name.endswith("adaln_single")]
 
 
+def weight_bytes(*modules: nn.Module | None) -> int:
+    """Parameters and buffers of these modules, wherever they are."""
+    tensors = (t for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def stack_need(name: str, module: nn.Module, working: int = 0) -> StageNeed:
+    """What a stage with this module alone holds, streamed or not."""
+    weights, blocks, levels = weight_bytes(module), streamed_stack(module), weight_bytes(*level_embedders(module))
+    block = max((weight_bytes(block) for block in blocks), default=0)
+    fixed = weights - weight_bytes(*blocks[1:]) - levels
+    return StageNeed(name, weights, working, block, fixed, levels)
+
+
+# where blocks that can be streamed stand: in a transformer, in a language model
+_STACKS = ("transformer_blocks", "model.layers")
 # components whose weights one stage uses together
 _TOGETHER = (
     {"text_encoder", "language_model", "connectors"},
@@ -439,7 +467,7 @@ class Residence:
         if self.policy != "resident":
             together = next((group for group in _TOGETHER if component in group), {component})
             self.leave(except_for=together)
-        if self.policy == "stream" and component == "transformer":
+        if self.policy == "stream" and streamed_stack(module):
             self._here[component] = BlockStream.of(module, self._device)
             return
         weights = HostWeights(module)

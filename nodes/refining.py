@@ -1,5 +1,7 @@
 """The noise levels of a run that goes on from latents instead of noise, from what the sampler's input `refine` says."""
 
+import math
+
 from ..model.engine import Engine
 from ..model.errors import WorkflowError
 from ..model.shapes import ClipShape
@@ -33,4 +35,5 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     count = len(model.sigmas(steps, shape)) - 1
     if share == 1:
         return model.sigmas(steps, shape)
-    return model.sigmas(int(count / share), shape)[-count - 1 :]
+    # rounded up: as many levels as without would start from noise alone, and what is refined would count for nothing
+    return model.sigmas(math.ceil(count / share - 1e-9), shape)[-count - 1 :]

@@ -1,6 +1,7 @@
 """Weights files: headers under attack, the key map, structure from shapes, strict builds, and descriptions.
 
 golden/keys: names and shapes of the published files, {name: [shape, dtype]}; no weight is in them.
+golden/configs: the entry `config` of their headers as it was published, where it is known.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from lockstep.model.errors import CheckpointError, UnsupportedModelError
 from lockstep.model.text.encoder import WordEncoder, WordEncoderConfig
 
 KEYS = Path(__file__).parent / "golden" / "keys"
+CONFIGS = Path(__file__).parent / "golden" / "configs"
 FIXTURES = os.environ.get("LOCKSTEP_FIXTURES")
 # What each model's files hold together: tensors and parameters per component, counted by the references.
 PUBLISHED = {
@@ -117,6 +119,23 @@ def test_every_published_tensor_has_its_parameter_and_none_is_left_over(model, c
     }
     assert needed == shapes
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == PUBLISHED[model][component]
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "components"),
+    [
+        ("ltx-2.0", "ltx-2.0", ("transformer", "connectors")),
+        ("ltx-2.3", "ltx-2.3", ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")),
+        ("ltx-2.5.transformer-file", "ltx-2.5", ("transformer",)),
+        ("ltx-2.5.video-vae-diffusion-file", "ltx-2.5-video-vae", ("video_vae_diffusion",)),
+    ],
+)
+def test_the_configs_of_the_published_headers_are_understood_to_the_last_key(file, config, components):
+    header = fake_header(golden_keys(file), json.loads((CONFIGS / f"{config}.json").read_text()))
+    for component in components:
+        held = component_shapes([header])[component]
+        needed = build_on_meta(component, [header]).state_dict()
+        assert {name: tuple(tensor.shape) for name, tensor in needed.items()} == held
 
 
 @pytest.mark.parametrize("path", sorted(KEYS.glob("*.gz")), ids=lambda path: path.name)

@@ -60,7 +60,8 @@ def test_the_second_order_recipe_is_for_full_checkpoints_since_2_3():
 def test_a_distilled_recipe_wants_distilled_weights_or_their_lora():
     with pytest.raises(WorkflowError, match="or add the distilled LoRA"):
         choose_recipe(full("2.3"), "distilled")
-    assert choose_recipe(full("2.3"), "distilled", distilled_lora=True).sigmas == DISTILLED
+    for name in ("distilled", None):
+        assert choose_recipe(full("2.3"), name, distilled_lora=True).sigmas == DISTILLED
     with pytest.raises(WorkflowError, match=r"'full' does not suit LTX-2\.3 distilled: use distilled"):
         choose_recipe(distilled("2.3"), "full")
     with pytest.raises(WorkflowError, match="unknown recipe 'best': use full, hq, distilled"):

@@ -111,6 +111,8 @@ class DiffusionVAEConfig:
         """
         options = Options(section, "vae")
         options.expect("_class_name", "CausalDiffusionVAE")
+        options.expect("dims", 3)
+        options.expect("spatial_padding_mode", "zeros")
         options.expect("model_output_type", "x0")
         channels = options.take("latent_channels", 128)
         alone = options.expect("decoder_only", False, True)
@@ -122,8 +124,11 @@ class DiffusionVAEConfig:
 
 
 def _read_decoder(options: Options, channels: int) -> DiffusionDecoderConfig:
+    options.expect("_class_name", "NADiffusionDecoder")
     options.expect("in_channels", channels)
     options.expect("out_channels", 3)
+    options.expect("spatial_padding_mode", "zeros")
+    options.expect("resampler_kind", "linear")
     widths, depths = options.take("stage_channels"), options.take("stage_depths")
     upsamples, last = options.take("upsamples"), options.take("stage5_kernel")
     # files name the last stage's window twice

@@ -58,7 +58,7 @@ class MelConfig:
         options = Options(section, "audio_vae.preprocessing")
         audio, stft, mel = options.section("audio", {}), options.section("stft"), options.section("mel", {})
         audio.expect("sampling_rate", sample_rate_hz)
-        audio.ignore("max_wav_value", "duration", "stereo")
+        audio.ignore("max_wav_value", "duration", "stereo", "causal_padding")
         # "causal" speaks of the latent frames; the transform itself is centred
         stft.expect("causal", True)
         n_fft = stft.take("filter_length", 1024)

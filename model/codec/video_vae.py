@@ -79,6 +79,7 @@ class VideoVAEConfig:
         options.expect("norm_layer", "pixel_norm")
         options.expect("latent_log_var", "uniform")
         options.expect("use_quant_conv", False)
+        options.expect("normalize_latent_channels", False)
         options.expect("scaling_factor", 1.0)
         options.ignore("encoder_spatial_padding_mode")
         # the key names the decoder's padding; encoders of every version pad with zeros
@@ -100,12 +101,14 @@ class VideoVAEConfig:
 
 def read_encoder(options: Options, latent_channels: int) -> VideoVAEConfig:
     """Reads the `encoder` section that stands apart in a diffusion VAE's config; the decoder's part stays empty."""
+    options.expect("_class_name", "Encoder")
     options.expect("dims", 3)
     options.expect("in_channels", 3)
     options.expect("out_channels", latent_channels)
     options.expect("norm_layer", "pixel_norm")
     # either way one log-variance beside the means, which encoding drops
     options.expect("latent_log_var", "constant", "uniform")
+    options.ignore("latent_log_var_value")
     config = VideoVAEConfig(
         encoder_stages=_read_stages(options.take("blocks"), encoder=True),
         decoder_stages=(),

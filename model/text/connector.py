@@ -61,6 +61,7 @@ class ConnectorsConfig:
         dual = options.expect("caption_proj_before_connector", False, True)
         norm = str(options.take("text_encoder_norm_type", "per_token_rms" if dual else "range")).lower()
         options.expect("connector_norm_output", True)
+        options.ignore("connector_learnable_registers_std")  # of their initial values
         config = cls(
             video=ConnectorConfig(heads, head_width, layers),
             audio=ConnectorConfig(

@@ -97,6 +97,7 @@ def _read_stream(
 def _refuse_variants(options: Options) -> None:
     """Options of the wider family that no published joint checkpoint sets otherwise."""
     options.expect("_class_name", "AVTransformer3DModel")
+    options.expect("attention_type", "default")
     options.expect("activation_fn", "gelu-approximate")
     options.expect("standardization_norm", "rms_norm")
     options.expect("qk_norm", "rms_norm")
@@ -132,10 +133,13 @@ def _refuse_variants(options: Options) -> None:
         options.expect(key, False)
     options.expect("caption_projection_second_linear", False)
     options.expect("num_vector_embeds", None)
-    options.ignore("dropout", "num_embeds_ada_norm", "text_encoder_norm_type")
+    # norm_num_groups: of group norms, of which there are none
+    options.ignore("dropout", "num_embeds_ada_norm", "norm_num_groups", "text_encoder_norm_type")
     for prefix in ("connector", "audio_connector"):
         options.ignore(
             *(f"{prefix}_{k}" for k in ("num_attention_heads", "attention_head_dim", "num_layers"))
         )
     options.ignore("connector_positional_embedding_max_pos", "connector_num_learnable_registers")
     options.ignore("connector_norm_output", "connector_apply_gated_attention")
+    options.ignore("connector_learnable_registers_std")  # of their initial values
+    options.ignore("_diffusers_version")
