@@ -117,7 +117,8 @@ PRECISIONS = {
     "float16": torch.float16,
     "float8": torch.bfloat16,
 }
-Placement = Callable[[nn.Module], None]  # brings a module to the device, before every use
+# brings a module to the device before every use; the bytes that its stage holds there beside weights, 0 if not known
+Placement = Callable[[nn.Module, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +197,7 @@ class Engine:
         self._loras = LoraStack(self._places)
         self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
+        self._beside: dict[str, int] = {}  # component -> bytes that its stage holds beside weights, for a host
         self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
         self._compiled = compiled
@@ -386,8 +388,11 @@ class Engine:
         positive = self.tokenizer.encode(prompt)
         other = self.tokenizer.encode(negative, required=False)
         with self._lock, torch.inference_mode(), self._numbers(self._text_component, keymap.CONNECTORS):
+            # all states first, so that a language model which has to make room comes once
+            states = [self._states(tokens) for tokens in (positive, other)]
             self._loras.put_on(keymap.CONNECTORS, self._module(keymap.CONNECTORS), loras)
-            contexts = [self._context(tokens) for tokens in (positive, other)]
+            with self._brought(keymap.CONNECTORS):
+                contexts = [self.connect(*state) for state in states]
             for context in contexts:
                 _check_finite("the prompt's contexts", context.video, context.audio)
         progress(Progress("text", 1, 1))
@@ -534,6 +539,7 @@ class Engine:
         settings = replace(settings, guidance=guidance, sampler=sampler, sigmas=tuple(sigmas))
         given = start is not None or given_video is not None or given_audio is not None
         sound_first = recipe.sound_first and not sound_alone and not given
+        self._tell_host(shape, guidance, settings.step_cache, settings.loras)
         with self._lock:
             if sound_first:
                 given_audio = self._sound(conditioning, shape, settings, seed, progress)
@@ -598,14 +604,14 @@ class Engine:
             apart=sound_alone,
             cache=cache,
         )
-        try:
-            with self._numbers(keymap.TRANSFORMER), attention_by(self._attention):
-                # all levels first: what embeds them need not be on the device while blocks run
-                denoiser.tabulate(model_levels(sigmas, sampler))
-                done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
-        finally:  # of an interrupted run, too
-            if self._place or self._residence.policy != "resident":
-                self._loras.let_go(keymap.TRANSFORMER)  # nobody who frees room for the next stage knows of them
+        with (
+            self._brought(keymap.TRANSFORMER),
+            self._numbers(keymap.TRANSFORMER),
+            attention_by(self._attention),
+        ):
+            # all levels first: what embeds them need not be on the device while blocks run
+            denoiser.tabulate(model_levels(sigmas, sampler))
+            done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
         video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
         if sound_alone:
             return replace(self.empty_latents(shape), audio=tokens_to_audio(audio_tokens, z))
@@ -975,22 +981,53 @@ class Engine:
             for component in self._needed:
                 self._module(component)
 
-    def plan(self, shape: ClipShape, guidance: Guidance | None = None, step_cache: float = 0.0) -> Plan:
+    def plan(
+        self,
+        shape: ClipShape,
+        guidance: Guidance | None = None,
+        step_cache: float = 0.0,
+        loras: Sequence[Lora] = (),
+    ) -> Plan:
         """The memory that a clip will need, from shapes alone; its policy, if none was given, rules from now on.
 
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
-        guidance = guidance or self.recipe.guidance
+        needs = self._needs(shape, guidance or self.recipe.guidance, step_cache, loras)
+        budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
+        return self._residence.follow(needs, budget)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _needs(
+        self, shape: ClipShape, guidance: Guidance, step_cache: float, loras: Sequence[Lora]
+    ) -> tuple[StageNeed, ...]:
+        """Of text, sampling, video and audio of a clip, as far as their components are there."""
         key = (shape, guidance.passes, step_cache > 0)
         if key not in self._forecasts:
-            forecast = Forecast(self.headers, self._needed, self._dtype, self.recipe.text_length, self._packs)
+            held = [component for component in self._needed if component in self._places]
+            forecast = Forecast(self.headers, held, self._dtype, self.recipe.text_length, self._packs)
             self._forecasts[key] = forecast.needs(
                 shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
             )
-        budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
-        return self._residence.follow(self._forecasts[key], budget)
+        text, sample, *decodes = self._forecasts[key]
+        # all of their matrices stay on the device while the transformer runs, streamed or not
+        changes = self._loras.bytes(keymap.TRANSFORMER, loras, self._dtype(keymap.TRANSFORMER))
+        return text, replace(sample, working=sample.working + changes), *decodes
 
-    # -- inside ----------------------------------------------------------------------------------------------------
+    def _tell_host(
+        self, shape: ClipShape, guidance: Guidance, step_cache: float, loras: Sequence[Lora]
+    ) -> None:
+        """Before a clip is sampled: what its stages hold beside weights. On a CPU no host asks."""
+        if self._place and self.device.type != "cpu":
+            self._loras.read(loras)
+            _, sample, video, audio = self._needs(shape, guidance, step_cache, loras)
+            self._beside = {
+                keymap.TRANSFORMER: sample.working,
+                keymap.VIDEO_VAE: video.working,
+                keymap.VIDEO_VAE_DIFFUSION: video.working,
+                keymap.AUDIO_VAE: audio.working,
+                keymap.VOCODER: audio.working,
+            }
 
     def _module(self, component: str) -> nn.Module:
         with self._lock:
@@ -1009,7 +1046,7 @@ class Engine:
                 if self._compiled and component == keymap.TRANSFORMER:
                     self._compile_report = compile_blocks(cast(AVTransformer, module))
             if self._place:
-                self._place(self._modules[component])
+                self._place(self._modules[component], self._beside.get(component, 0))
             else:
                 self._residence.use(component, self._modules[component])
                 if fresh and self.device.type == "cuda":
@@ -1036,7 +1073,8 @@ class Engine:
             return
         for path in request.upscalers:
             shape = self.upscaler(path).grown(shape)
-        _plan_logger.info("%s", self.plan(shape, recipe.guidance, request.step_cache).sentence())
+        guidance = self._settings(request, recipe, shape).guidance
+        _plan_logger.info("%s", self.plan(shape, guidance, request.step_cache, request.loras).sentence())
 
     @property
     def _needed(self) -> tuple[str, ...]:
@@ -1097,12 +1135,13 @@ class Engine:
             return torch.float32
         return self._precision or (torch.float32 if self._parameters < _SMALL_PARAMETERS else torch.bfloat16)
 
-    def _context(self, tokens: Tokens) -> Context:
+    def _states(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Hidden states and mask of one text, as connect takes them."""
         encoder = self._module(self._text_component)
         # an empty prompt keeps one masked place, so that registers fill everything
         ids = tokens.ids if len(tokens.ids) else torch.zeros(1, dtype=torch.int64)
         mask = torch.ones(1, len(ids)) if len(tokens.ids) else torch.zeros(1, 1)
-        return self.connect(encoder(ids[None].to(self.device), mask.to(self.device)), mask)
+        return encoder(ids[None].to(self.device), mask.to(self.device)), mask
 
     def _latent_mask(self, mask_HW: Tensor | None, shape: ClipShape) -> Tensor | None:
         if mask_HW is None:
@@ -1185,10 +1224,20 @@ class Engine:
             module = cast(LatentUpsampler, built)
             self._upscalers[stamp(path)] = (header, module)
         if self._place:
-            self._place(module)
+            self._place(module, 0)
         else:
             self._residence.use(f"{keymap.UPSAMPLER} {stamp(path)}", module)
         return module
+
+    @contextmanager
+    def _brought(self, component: str) -> Iterator[None]:
+        """A component's LoRAs are on the device inside, behind it no more where others need the room: also behind a run
+        that was broken off, for nobody who frees memory knows of them."""
+        try:
+            yield
+        finally:
+            if self._place or self._residence.policy != "resident":
+                self._loras.let_go(component)
 
     @contextmanager
     def _numbers(self, *components: str) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 So a forecast follows every change of the code, and holds for each checkpoint. What libraries take beside tensors
 (workspaces of convolutions, fragmentation) is not in it, nor what a language model or the diffusion decoder hold beside
-their weights; packed weights count as unpacked ones.
+their weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .checkpoint import keymap
-from .checkpoint.build import build_on_meta
+from .checkpoint.build import build_as_held
 from .checkpoint.families import Files
 from .codec.audio_vae import AudioVAE
 from .codec.griffin_lim import GriffinLim
@@ -24,7 +24,7 @@ from .codec.windows import WINDOW_LATENTS, WINDOW_MELS, decode_audio_stream, voc
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser
 from .layers.scaled_linear import pack_linears
-from .residency import BANDS, MemoryCount, StageNeed, level_embedders
+from .residency import BANDS, MemoryCount, StageNeed, stack_need, weight_bytes
 from .shapes import ClipShape
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
@@ -72,7 +72,7 @@ class Forecast:
     def _module(self, component: str) -> nn.Module | None:
         if component not in self._components:
             return None
-        module = build_on_meta(component, self._files).to(self._dtype_of(component))
+        module = build_as_held(component, self._files, self._dtype_of(component))
         if self._packs and component == keymap.TRANSFORMER:
             pack_linears(module.get_submodule("transformer_blocks"))
         return module
@@ -80,8 +80,9 @@ class Forecast:
     def _text(self) -> StageNeed:
         encoder, connectors = (self._module(name) for name in (keymap.TEXT_ENCODER, keymap.CONNECTORS))
         if encoder is None or connectors is None:
-            language_model = self._module(keymap.LANGUAGE_MODEL)
-            return StageNeed("text", weight_bytes(encoder, language_model, connectors), 0)
+            beside = weight_bytes(encoder, connectors)
+            need = stack_need("text", self._module(keymap.LANGUAGE_MODEL) or nn.Identity())
+            return replace(need, weights=need.weights + beside, fixed=need.fixed + beside)
         ids = torch.zeros(1, self._text_length, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, self._text_length, device="meta")
         with MemoryCount() as count:
@@ -91,7 +92,7 @@ class Forecast:
     def _sample(self, shape: ClipShape, passes: tuple[str, ...], perturbed: bool, cached: bool) -> StageNeed:
         transformer = cast(AVTransformer, self._module(keymap.TRANSFORMER))
         config, layers = transformer.config, len(transformer.transformer_blocks)
-        weights, block = weight_bytes(transformer), weight_bytes(transformer.transformer_blocks[0])
+        need = stack_need("sample", transformer)
         transformer.transformer_blocks = transformer.transformer_blocks[:_BLOCKS]
         dtype = next(transformer.parameters()).dtype
         video = lay_out_video(shape, config.video.channels_in, ())
@@ -121,9 +122,7 @@ class Forecast:
                 del state, made
         kept = denoiser.kept_text_bytes + denoiser.kept_meeting_bytes
         unseen = kept * (layers - min(layers, _BLOCKS)) // max(1, layers)
-        levels = weight_bytes(*level_embedders(transformer))
-        fixed = weights - (layers - 1) * block - levels
-        return StageNeed("sample", weights, peak + unseen, block, fixed, levels)
+        return replace(need, working=peak + unseen)
 
     def _video(self, shape: ClipShape, window_bytes: int) -> StageNeed:
         vae = self._module(keymap.VIDEO_VAE) or self._module(keymap.VIDEO_VAE_DIFFUSION)

@@ -282,9 +282,13 @@ class HostWeights:
         return sum(tensor.nbytes for tensor in self._host)
 
     def bring(self, device: torch.device, non_blocking: bool = False) -> None:
-        """Copies to the device; weights that are there already, as a CPU's are, stay as they are."""
-        for tensor, host in zip(self._tensors, self._host, strict=True):
-            tensor.data = host.to(device, non_blocking=non_blocking)
+        """Copies to the device, all or none; weights that are there already, as a CPU's are, stay as they are."""
+        try:
+            for tensor, host in zip(self._tensors, self._host, strict=True):
+                tensor.data = host.to(device, non_blocking=non_blocking)
+        except BaseException:
+            self.let_go()  # or those that came already would stay for good
+            raise
 
     def let_go(self) -> None:
         """Back to the host's own tensors: the device's copies are freed."""
@@ -319,13 +323,10 @@ class BlockStream:
         embedders: Sequence[nn.Module] = (),
     ):
         self._device, self._blocks, self._rest = device, list(blocks), rest
-        if rest is not None:
-            rest.bring(device)
         pin = device.type == "cuda"
         self._weights = [HostWeights(block, pin) for block in self._blocks]
         self._copies = torch.cuda.Stream(device) if pin else None
         self._here: dict[int, object] = {}  # index -> the event behind its copy
-        self._weights[0].bring(device)
         self._hooks = []
         for index, block in enumerate(self._blocks[1:], start=1):
             self._hooks.append(block.register_forward_pre_hook(lambda *_, index=index: self._before(index)))
@@ -333,6 +334,12 @@ class BlockStream:
         self._embedders, self._embeds = HostWeights(nn.ModuleList(embedders), pin), False
         for embedder in embedders:
             self._hooks.append(embedder.register_forward_pre_hook(lambda *_: self._bring_embedders()))
+        try:
+            for weights in (*([rest] if rest else []), self._weights[0]):
+                weights.bring(device)
+        except BaseException:
+            self.let_go()
+            raise
 
     @classmethod
     def of(cls, module: nn.Module, device: torch.device) -> "BlockStream":
@@ -341,6 +348,10 @@ class BlockStream:
         parts = (*blocks, *embedders)
         inside = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
         return cls(blocks, device, HostWeights(module, skip=inside), embedders)
+
+    def holds(self, index: int) -> bool:
+        """Whether a block's weights are on the device now."""
+        return index == 0 or index in self._here
 
     @property
     def blocks_here(self) -> int:
@@ -372,19 +383,19 @@ class BlockStream:
         if self._embeds:
             self._embedders.let_go()
             self._embeds = False
-        self._fetch(index)
+        self._fetch(index, running=index)
         event = self._here[index]
         if isinstance(event, torch.cuda.Event):
             torch.cuda.current_stream(self._device).wait_event(event)
         following = index + 1 if index + 1 < len(self._blocks) else 1
         if following != index:
-            self._fetch(following)
+            self._fetch(following, running=index)
 
-    def _fetch(self, index: int) -> None:
+    def _fetch(self, index: int, running: int) -> None:
         if index in self._here:
             return
         # one block runs, one is on its way: whatever else a broken-off pass left here goes
-        for other in [i for i in self._here if i not in (index, index - 1)]:
+        for other in [i for i in self._here if i not in (index, running)]:
             self._after(other)
         if self._copies is None:
             self._weights[index].bring(self._device)
@@ -415,15 +426,15 @@ def level_embedders(transformer: nn.Module) -> list[nn.Module]:
 def weight_bytes(*modules: nn.Module | None) -> int:
     """Parameters and buffers of these modules, wherever they are."""
     tensors = (t for m in modules if m is not None for t in (*m.parameters(), *m.buffers()))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
-def stack_need(name: str, module: nn.Module, working: int = 0) -> StageNeed:
-    """What a stage with this module alone holds, streamed or not."""
+def stack_need(name: str, module: nn.Module) -> StageNeed:
+    """What a stage with this module alone holds of weights, streamed or not."""
     weights, blocks, levels = weight_bytes(module), streamed_stack(module), weight_bytes(*level_embedders(module))
     block = max((weight_bytes(block) for block in blocks), default=0)
     fixed = weights - weight_bytes(*blocks[1:]) - levels
-    return StageNeed(name, weights, working, block, fixed, levels)
+    return StageNeed(name, weights, 0, block, fixed, levels)
 
 
 # where blocks that can be streamed stand: in a transformer, in a language model
@@ -471,11 +482,7 @@ class Residence:
             self._here[component] = BlockStream.of(module, self._device)
             return
         weights = HostWeights(module)
-        try:
-            weights.bring(self._device)
-        except BaseException:
-            weights.let_go()  # or those that came already would stay for good
-            raise
+        weights.bring(self._device)
         self._here[component] = weights
 
     def leave(self, except_for: Collection[str] = ()) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..model.embedded import WEIGHTS
 from ..model.engine import Engine, model_files
 from ..model.errors import CheckpointError, MediaError, MemoryShortError
-from ..model.residency import out_of_memory
+from ..model.residency import BlockStream, out_of_memory, stack_need
 from ..model.values import Progress
 from .types import to_still
 
@@ -36,7 +36,7 @@ _logger = logging.getLogger("lockstep")
 
 EMBEDDED = "embedded"
 DEVICES = ("auto", "cpu")
-OFFLOADS = ("auto", "always")
+OFFLOADS = ("auto", "always", "stream")
 LATENT_SUFFIX = ".latent"
 _FOLDERS = ("checkpoints", "diffusion_models")
 _PART_FOLDERS = ("text_encoders", "vae")
@@ -44,6 +44,8 @@ LORAS, UPSCALERS = "loras", "latent_upscale_models"  # the host's names of folde
 _PREVIEW_PIXELS = 512
 _PREVIEW_FPS = 8.0
 _EVERYTHING = 1e30  # bytes to free: the host's own word for all
+_KEPT_FREE = 0.08  # of a device, for its driver and what allocators round up
+_SHORT = (memory.VRAMState.LOW_VRAM, memory.VRAMState.NO_VRAM)  # the user says that memory is short
 _PREVIEW_SHARE = 4  # after a preview that took a second, none for four: at most a fifth of the run
 
 # One engine per file and choice of how to run it for all nodes and workflows, for as long as one of them holds it.
@@ -123,28 +125,75 @@ def _find(choice: str) -> Path:
     )
 
 
+class _Streamed(comfy.model_patcher.ModelPatcher):
+    """A module whose blocks come to the device one by one: the host counts and frees what is there at most."""
+
+    _stream: BlockStream | None = None
+
+    def loaded_size(self) -> int:
+        return self.size if self._stream else 0
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self._stream else self.offload_device
+
+    def partially_load(self, device_to: torch.device, *_room: object, **_choices: object) -> int:
+        if self._stream is None:
+            self._stream = BlockStream.of(self.model, device_to)
+        return self.size
+
+    def partially_unload(self, *_room: object, **_choices: object) -> int:
+        self.detach()
+        return self.size
+
+    def detach(self, unpatch_all: bool = True) -> nn.Module:
+        if self._stream is not None:
+            self._stream.let_go()
+            self._stream = None
+        return self.model
+
+
 class _Placement:
     """Makes each module known to ComfyUI's memory manager, and asks for it before every use.
 
-    offload: "auto" leaves modules on the device until ComfyUI needs the room, "always" moves all others away first.
+    offload: "auto" leaves modules on the device until ComfyUI needs the room, "always" moves all others away first,
+    "stream" brings the blocks of transformer and language model one by one. So do the others where the whole does not
+    fit.
     """
 
     def __init__(self, device: torch.device, offload: str):
         self._device, self._offload = device, offload
         self._patchers: dict[nn.Module, comfy.model_patcher.ModelPatcher] = {}
 
-    def __call__(self, module: nn.Module) -> None:
-        if module not in self._patchers:
-            # the plain one: that which newer hosts prefer pages in the weights of their own kinds of layers alone
-            self._patchers[module] = comfy.model_patcher.ModelPatcher(
-                module, load_device=self._device, offload_device=torch.device("cpu")
-            )
-        if self._offload == "always" and not self._is_alone(self._patchers[module]):
+    def __call__(self, module: nn.Module, beside: int) -> None:
+        patcher = self._patcher(module, beside)
+        if self._offload == "always" and not self._is_alone(patcher):
             memory.free_memory(_EVERYTHING, self._device)
         # whole: plain layers cannot use weights that were left behind on another device
-        memory.load_models_gpu([self._patchers[module]], force_full_load=True)
+        memory.load_models_gpu([patcher], memory_required=beside, force_full_load=True)
+        if isinstance(patcher, _Streamed):
+            return
         if any(weight.device.type != self._device.type for weight in module.parameters()):
-            self._patchers[module].partially_load(self._device, _EVERYTHING)  # --novram left them behind
+            patcher.partially_load(self._device, _EVERYTHING)  # --novram left them behind
+
+    def _patcher(self, module: nn.Module, beside: int) -> comfy.model_patcher.ModelPatcher:
+        need, known = stack_need(type(module).__name__, module), self._patchers.get(module)
+        streams = need.block > 0 and (self._offload == "stream" or self._is_too_large(need.weights + beside))
+        if known is None or isinstance(known, _Streamed) != streams:
+            if known is not None:
+                known.detach()  # a longer clip than before, or a shorter one
+            # the plain one: that which newer hosts prefer pages in the weights of their own kinds of layers alone
+            kind, size = (_Streamed, need.streamed) if streams else (comfy.model_patcher.ModelPatcher, 0)
+            self._patchers[module] = kind(module, self._device, torch.device("cpu"), size)
+            if streams:
+                _logger.info("%s: blocks come to %s one by one", need.name, self._device)
+        return self._patchers[module]
+
+    def _is_too_large(self, size: int) -> bool:
+        """Whether that much cannot be on the device, even alone; a CPU's weights are mapped files."""
+        if self._device.type == "cpu":
+            return False
+        room = memory.get_total_memory(self._device) - memory.extra_reserved_memory()
+        return memory.vram_state in _SHORT or size > room * (1 - _KEPT_FREE)
 
     def _is_alone(self, patcher: comfy.model_patcher.ModelPatcher) -> bool:
         others = (model for model in memory.loaded_models() if model is not patcher)
@@ -294,7 +343,7 @@ class Reporter:
             # the host knows it by its type: it unloads all models, and the server stays usable
             raise torch.OutOfMemoryError(
                 f"out of memory while {self._task}: make the clip smaller or shorter, or choose offload "
-                f"{OFFLOADS[1]!r} or a 16-bit precision in Lockstep Loader"
+                f"{OFFLOADS[-1]!r} or precision 'float8' in Lockstep Loader"
             ) from error
 
     def __call__(self, progress: Progress) -> None:

@@ -46,8 +46,9 @@ class LockstepLoader(Node):
                     options=list(host.OFFLOADS),
                     default=host.OFFLOADS[0],
                     optional=True,
-                    tooltip="auto: parts of the model stay on the device until ComfyUI needs the room. "
-                    "always: only the part in use is there, which takes least memory and more time.",
+                    tooltip="auto: parts of the model stay on the device until ComfyUI needs the room; blocks come one by one "
+                    "where the whole does not fit. always: only the part in use is there, which takes more time. "
+                    "stream: blocks always come one by one, which takes least memory.",
                 ),
                 io.Combo.Input(
                     "attention",

@@ -72,6 +72,16 @@ def build_on_meta(component: str, files: Files, family: Family | None = None) ->
     return module
 
 
+def build_as_held(component: str, files: Files, dtype: torch.dtype) -> nn.Module:
+    """The module as `build` would hold it, without weights: of this dtype, what stays packed in its packed form."""
+    headers = as_headers(files)
+    module = build_on_meta(component, headers).to(dtype)
+    if component in _KEPT_PACKED:
+        places = _places(component, headers, detect(headers))
+        put_packed_layers(module, packed_layers(component, places), dtype)
+    return module
+
+
 @contextmanager
 def reading_config(component: str, files: Files) -> Iterator[None]:
     """Turns what a config of wrong types or values makes of our arithmetic into a CheckpointError."""

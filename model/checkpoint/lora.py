@@ -268,6 +268,12 @@ class LoraStack:
         self._files = {file: self._files.get(file) or read_lora(file[0], self._layers) for file in files}
         return tuple(_told(self._files.values()))
 
+    def bytes(self, component: str, loras: Sequence[Lora], dtype: torch.dtype) -> int:
+        """What these, which have been read, take on the device while a component computes in this dtype."""
+        files = [self._files[stamp(lora.path)] for lora in loras if lora.strength]
+        changes = (change for file in files for (at, _), change in file.changes.items() if at == component)
+        return dtype.itemsize * sum(change.down.numel() + change.up.numel() for change in changes)
+
     def put_on(self, component: str, module: nn.Module, loras: Sequence[Lora]) -> None:
         """Makes these, and no others, change a component; costs nothing where they are on already.
 

@@ -140,7 +140,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
 
 - Put the file into `models/checkpoints` (or `models/diffusion_models`), press R and choose it in Lockstep Loader. Its text encoder, a Gemma folder or file, belongs in `models/text_encoders`; parts that come in files of their own are found in `models/vae`.
 - **Aspect, steps, cfg, stg** at their defaults take the recipe of the checkpoint.
-- In Lockstep Loader **offload** *always* keeps only the part in use on the GPU, **attention** takes another kernel, **compile** spends a minute or more first and says what it saved.
+- In Lockstep Loader **offload** *auto* brings blocks one by one where the whole does not fit on the GPU, *stream* always does, **attention** takes another kernel, **compile** spends a minute or more first and says what it saved.
 - Read the terms of these weights before you use them. No published weight was run for this workflow.""",
         [
             {"loader": loader("ltx-2.3-22b-dev.safetensors")},

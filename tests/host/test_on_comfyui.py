@@ -342,6 +342,7 @@ def test_only_the_masked_part_of_a_clip_is_made_anew(server: ComfyUI):
         {"precision": "float16"},
         {"precision": "float8"},
         {"offload": "always"},
+        {"offload": "stream"},
         {"attention": "pytorch"},
     ],
 )
@@ -351,7 +352,8 @@ def test_every_way_to_run_makes_a_clip(server: ComfyUI, graph: dict, choice: dic
     requested = server.log.count("Requested to load AVTransformer")
     server.run(with_seed(graph, 63))
     moved = server.log.count("Requested to load AVTransformer") - requested
-    assert (moved > 0) == ("offload" in choice)
+    assert (moved > 0) == (choice.get("offload") == "always")
+    assert ("blocks come to cpu one by one" in server.log) >= (choice.get("offload") == "stream")
 
 
 def sampled(server: ComfyUI, graph: dict, latent: str = "3") -> AVLatents:
@@ -495,7 +497,7 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("1", {"model": "damaged.safetensors"}, "damaged.safetensors"),
         ("1", {"device": "abacus"}, "use auto or cpu"),
         ("1", {"precision": "int4"}, "use auto, float32, bfloat16, float16 or float8"),
-        ("1", {"offload": "never"}, "use auto or always"),
+        ("1", {"offload": "never"}, "use auto, always or stream"),
         ("1", {"attention": "magic"}, "use auto, pytorch"),
         ("1", {"attention": "sageattention"}, "attention 'sageattention' needs a CUDA device"),
         ("2", {"prompt": "  "}, "prompt is empty"),
@@ -759,9 +761,9 @@ def test_latents_are_the_same_wherever_weights_lie(server: ComfyUI, graph: dict)
         return read_latents(next(file for file in files if file.suffix == ".latent"))
 
     first, _other = latents(54, "auto"), latents(55, "auto")
-    moved = latents(54, "always")
+    moved, streamed = latents(54, "always"), latents(54, "stream")
     free(server, unload_models=True, free_memory=True)  # read from the file again
-    for again in (moved, latents(54, "auto")):
+    for again in (moved, streamed, latents(54, "auto"), latents(54, "stream")):
         assert latent_sha256(again) == latent_sha256(first)
 
 
