@@ -53,7 +53,7 @@ class LockstepLatentUpscale(Node):
 
     @classmethod
     def run(cls, model: Engine, latent: dict, upscaler: str) -> io.NodeOutput:
-        latents = from_joint_latent(latent)
+        latents = from_joint_latent(latent, model)
         with host.Reporter(cls.hidden.unique_id, "upscaling latents") as report:
             grown = model.upscale(latents, host.find_file(host.UPSCALERS, upscaler), report)
         return io.NodeOutput(to_latents(grown, host.join_latents)[2])

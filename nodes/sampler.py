@@ -198,7 +198,7 @@ class LockstepSampler(Node):
         step_cache: float = 0.0,
     ) -> io.NodeOutput:
         script = from_conditioning(conditioning)
-        given = given_streams(latent, audio_latent, model.model_id)
+        given = given_streams(latent, audio_latent, model, fps)
         shape = shape_of(given, partial(model.shape, size_of(aspect, width, height)), seconds, fps)
         second = refine.strip().lower() in STAGES
         own = UNGUIDED if second else model.recipe.guidance

@@ -170,6 +170,85 @@ def test_latents_come_back_as_they_went():
     assert torch.equal(both.audio, made.audio)
 
 
+def model(model_id: str = "tiny/1") -> SimpleNamespace:
+    """Stands for an engine with latents such as those above; its own rate is 12."""
+
+    def empty_latents(shape: ClipShape) -> AVLatents:
+        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+        sound = torch.zeros(1, 2, shape.audio_latents, 5)
+        return AVLatents(torch.zeros(1, 8, *grid), sound, shape, model_id)
+
+    return SimpleNamespace(model_id=model_id, shape=shape_of, empty_latents=empty_latents)
+
+
+def join(video: dict, audio: dict) -> dict:
+    """As ComfyUI's LTXVConcatAVLatent does."""
+    return video | audio | {"samples": Nested(video["samples"], audio["samples"])}
+
+
+def of_length(frames: int, fps: float = 12.0, model_id: str = "tiny/1") -> AVLatents:
+    shape = replace(latents().shape, frames=frames, fps=fps)
+    return replace(model(model_id).empty_latents(shape), shape=shape)
+
+
+def test_joined_streams_keep_what_each_of_them_says():
+    video, audio = parts(of_length(9, 24.0, "a"))[0], parts(of_length(9, 12.0, "b"))[1]
+    joint = join(video, audio)
+    assert types.from_video_latent(joint).shape.fps == 24.0
+    assert types.from_video_latent(joint).model_id == "a"
+    assert types.from_audio_latent(joint).model_id == "b"
+    with pytest.raises(
+        WorkflowError, match="pictures of a and sound of b: encode the sound with the model of"
+    ):
+        types.from_joint_latent(joint)
+
+
+def test_the_sound_of_a_cut_video_is_cut_to_it():
+    video, audio, _ = parts()
+    joint = join(video | {"samples": video["samples"][:, :, :2]}, audio)
+    whole = types.from_joint_latent(joint)
+    assert (whole.shape.frames, whole.audio.shape[2]) == (5, 10)
+    assert torch.equal(whole.audio, audio["samples"][:, :, :10])
+    heard = types.from_audio_latent(joint)
+    assert (heard.shape.seconds, heard.audio.shape[2]) == (5 / 12, 10)
+
+
+def test_sound_that_is_too_short_for_its_pictures_is_refused_where_rounding_does_not_explain_it():
+    video, audio, _ = parts()
+    almost = types.from_joint_latent(join(video, audio | {"samples": audio["samples"][:, :, :18]}))
+    assert torch.equal(almost.audio[:, :, 18], audio["samples"][:, :, 17])
+    for convert in (types.from_joint_latent, types.from_audio_latent):
+        with pytest.raises(ShapeError, match=r"has 17 latents, its pictures of 0\.75 s need 19"):
+            convert(join(video, audio | {"samples": audio["samples"][:, :, :17]}))
+
+
+def test_latents_of_other_nodes_are_those_of_the_model_that_they_are_given_to():
+    made, engine = latents(), model()
+    video = {"samples": made.video, "noise_mask": torch.ones(1, 1, 3, 1, 1)}
+    shown = types.from_video_latent(video, engine)
+    assert (shown.model_id, shown.shape) == ("tiny/1", made.shape)
+    given = types.given_streams(video, {"samples": made.audio, "type": "audio"}, engine, 24.0)
+    assert {stream.shape.fps for stream in given.values()} == {24.0}
+    assert given["audio"].shape.frames == 17  # 19 latents, 0.76 s
+    both = types.from_joint_latent({"samples": Nested(made.video, made.audio)}, engine)
+    assert (both.shape, both.audio.shape[2]) == (made.shape, 19)
+    with pytest.raises(ShapeError, match="connect a latent of this model"):
+        types.from_video_latent({"samples": torch.zeros(1, 128, 3, 4, 6)}, engine)
+
+
+def test_a_stream_that_lost_its_facts_has_those_of_the_one_it_is_joined_with():
+    made = of_length(9, 24.0)
+    audio = parts(made)[1]
+    assert types.from_joint_latent(join({"samples": made.video}, audio)).shape == made.shape
+
+
+@pytest.mark.parametrize("count", [1, 18, 20])
+def test_sound_of_other_nodes_decodes_as_long_as_it_is(count):
+    heard = types.from_audio_latent({"samples": torch.zeros(1, 2, count, 5)}, model())
+    assert heard.audio.shape[2] == heard.shape.audio_latents == count
+    assert heard.shape.samples(16000) == count * 640
+
+
 def test_latents_joined_and_separated_by_other_nodes_still_decode():
     made = latents()
     video, audio, _ = parts(made)
@@ -190,7 +269,7 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
 @pytest.mark.parametrize(
     ("stream", "change", "error", "sentence"),
     [
-        (0, {"lockstep": None}, WorkflowError, "video was not made by a Lockstep node"),
+        (0, {"lockstep_video": None}, WorkflowError, "video does not say its model and fps"),
         (0, {"samples": torch.zeros(2, 8, 3, 4, 6)}, ShapeError, "video holds 2 clips"),
         (0, {"samples": torch.zeros(1, 4, 3, 4, 6)}, ShapeError, "connect a latent of this model"),
         (0, {"samples": torch.zeros(1, 8, 3)}, ShapeError, "connect a latent of this model"),
@@ -198,6 +277,7 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
         (1, {"samples": torch.zeros(1, 8, 3, 4, 6)}, ShapeError, "audio output, not video"),
         (1, {"samples": torch.zeros(1, 2, 9, 5)}, ShapeError, "the sampler made 19"),
         (1, {"samples": torch.zeros(1, 2, 19, 4)}, ShapeError, "connect a latent of this model"),
+        (1, {"samples": torch.zeros(1, 2, 0, 5)}, ShapeError, "connect a latent of this model"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
@@ -210,15 +290,15 @@ def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
 
 
 def test_a_latent_without_a_mask_sets_the_size_alone():
-    streams = types.given_streams(parts()[2], None, "tiny/1")
+    streams = types.given_streams(parts()[2], None, model())
     assert {name: stream.mask for name, stream in streams.items()} == {"video": None, "audio": None}
     assert streams["video"].shape == latents().shape
-    assert types.given_streams(None, None, "tiny/1") == {}
+    assert types.given_streams(None, None, model()) == {}
 
 
 def test_encoded_clips_stay_as_they_are():
     made = latents()
-    streams = types.given_streams(types.to_kept_video(made), types.to_kept_audio(made), "tiny/1")
+    streams = types.given_streams(types.to_kept_video(made), types.to_kept_audio(made), model())
     assert torch.equal(streams["video"].samples, made.video)
     assert torch.equal(streams["audio"].samples, made.audio)
     assert streams["video"].mask.shape == (1, 1, 3, 4, 6)
@@ -229,7 +309,7 @@ def test_encoded_clips_stay_as_they_are():
 
 def test_masks_of_every_layout_fit_the_latents():
     def mask_of(noise_mask: torch.Tensor) -> torch.Tensor | None:
-        return types.given_streams(parts()[0] | {"noise_mask": noise_mask}, None, "tiny/1")["video"].mask
+        return types.given_streams(parts()[0] | {"noise_mask": noise_mask}, None, model())["video"].mask
 
     left = torch.zeros(64, 96)
     left[:, :48] = 1
@@ -249,10 +329,10 @@ def test_masks_of_a_joint_latent_belong_to_their_streams():
     sound = torch.zeros(1, 1, 19, 1)
     sound[:, :, 10:] = 1
     joint = parts()[2] | {"noise_mask": Nested(torch.ones(1, 1, 3, 1, 1), sound)}
-    streams = types.given_streams(joint, None, "tiny/1")
+    streams = types.given_streams(joint, None, model())
     assert streams["video"].mask is None
     assert streams["audio"].mask[0, 0, :, 0].tolist() == [0] * 10 + [1] * 9
-    alone = types.given_streams(parts()[2] | {"noise_mask": torch.zeros(1, 1, 8, 8)}, None, "tiny/1")
+    alone = types.given_streams(parts()[2] | {"noise_mask": torch.zeros(1, 1, 8, 8)}, None, model())
     assert alone["audio"].mask is None
     assert not alone["video"].mask.any()
 
@@ -262,7 +342,7 @@ def test_a_mask_with_the_channels_of_its_latent_is_read():
     sound = torch.ones(1, 2, 19, 5)
     sound[:, :, :7] = 0
     joint = parts()[2] | {"noise_mask": Nested(torch.zeros(1, 8, 3, 4, 6), sound)}
-    streams = types.given_streams(joint, None, "tiny/1")
+    streams = types.given_streams(joint, None, model())
     assert not streams["video"].mask.any()
     assert streams["audio"].mask[0, 0, :, 0].tolist() == [0] * 7 + [1] * 12
 
@@ -270,22 +350,23 @@ def test_a_mask_with_the_channels_of_its_latent_is_read():
 def test_given_latents_that_do_not_fit_are_refused():
     video, audio, joint = parts()
     with pytest.raises(WorkflowError, match=r"^audio_latent was made by tiny/1, the sampler runs other/2"):
-        types.given_streams(None, audio, "other/2")
-    with pytest.raises(WorkflowError, match=r"latent was made by tiny/1, the sampler runs other/2"):
-        types.given_streams(joint, None, "other/2")
+        types.given_streams(None, audio, model("other/2"))
+    with pytest.raises(WorkflowError, match=r"^latent was made by tiny/1, the sampler runs other/2"):
+        types.given_streams(joint, None, model("other/2"))
     with pytest.raises(ShapeError, match="audio_latent holds a video and no sound"):
-        types.given_streams(None, video, "tiny/1")
-    with pytest.raises(WorkflowError, match="audio_latent was not made by a Lockstep node"):
-        types.given_streams(None, {"samples": audio["samples"]}, "tiny/1")
+        types.given_streams(None, video, model())
 
 
 def test_a_given_sound_is_cut_to_the_clip_and_may_not_be_shorter():
-    sound = types.given_streams(None, types.to_kept_audio(latents()), "tiny/1")["audio"]
+    sound = types.given_streams(None, types.to_kept_audio(latents()), model())["audio"]
     shorter = types.replace(latents().shape, frames=5)
     cut = types.fit_sound_to(sound, shorter)
     assert cut.samples.shape[2] == cut.mask.shape[2] == shorter.audio_latents < 19
-    with pytest.raises(ShapeError, match=r"has 19 latents, a clip of 1\.08333 s needs 27"):
+    with pytest.raises(ShapeError, match=r"of audio_latent has 19 latents, a clip of 1\.08333 s needs 27"):
         types.fit_sound_to(sound, types.replace(latents().shape, frames=13))
+    joint = types.given_streams(parts()[2], None, model())["audio"]
+    with pytest.raises(ShapeError, match="the sound of latent has 19 latents"):
+        types.fit_sound_to(joint, types.replace(latents().shape, frames=13))
 
 
 # Clips from outside
