@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.cli_args
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 
 from ..model.embedded import WEIGHTS
 from ..model.engine import Engine, model_files
-from ..model.errors import CheckpointError, MediaError, MemoryShortError
+from ..model.errors import CheckpointError, LockstepError, MediaError, MemoryShortError
 from ..model.residency import out_of_memory
 from ..model.values import Progress
+from .base import shown, text_of
 from .types import to_still
 
 _logger = logging.getLogger("lockstep")
@@ -43,6 +45,7 @@ _PART_FOLDERS = ("text_encoders", "vae")
 LORAS, UPSCALERS = "loras", "latent_upscale_models"  # the host's names of folders
 _PREVIEW_PIXELS = 512
 _PREVIEW_FPS = 8.0
+_LONGEST_NAME = 255  # of a file
 _EVERYTHING = 1e30  # bytes to free: the host's own word for all
 _PREVIEW_SHARE = 4  # after a preview that took a second, none for four: at most a fifth of the run
 
@@ -117,9 +120,9 @@ def _find(choice: str) -> Path:
         path = folder_paths.get_full_path(folder, choice)
         if path:
             return Path(path)
-    near = difflib.get_close_matches(choice, model_choices(), n=1, cutoff=0.0) or [EMBEDDED]
+    near = _nearest(choice, model_choices()) or [EMBEDDED]
     raise CheckpointError(
-        f"no model file {choice!r} in ComfyUI's folders {' or '.join(_FOLDERS)}: use {near[0]!r}"
+        f"no model file {shown(choice)} in ComfyUI's folders {' or '.join(_FOLDERS)}: use {near[0]!r}"
     )
 
 
@@ -164,17 +167,17 @@ def find_file(kind: str, choice: str) -> Path:
     path = folder_paths.get_full_path(kind, choice) if choice in file_choices(kind) else None
     if path:
         return Path(path)
-    near = difflib.get_close_matches(choice, file_choices(kind), n=1, cutoff=0.0)
+    near = _nearest(choice, file_choices(kind))
     advice = f"use {near[0]!r}" if near else f"put a safetensors file into models/{kind} and press R"
-    raise CheckpointError(f"no file {choice!r} in ComfyUI's folder {kind}: {advice}")
+    raise CheckpointError(f"no file {shown(choice)} in ComfyUI's folder {kind}: {advice}")
 
 
-def check_file(kind: str, choice: str | None) -> bool | str:
-    """What validate_inputs returns for a choice of files; None is a linked one, not known yet."""
+def check_file(name: str, kind: str, choice: Any) -> bool | str:
+    """What validate_inputs returns for the input of this name, a choice of files; None is a linked one, not known yet."""
     try:
         if choice is not None:
-            find_file(kind, choice)
-    except CheckpointError as error:
+            find_file(kind, text_of(name, choice))
+    except LockstepError as error:
         return str(error)
     return True
 
@@ -212,33 +215,49 @@ def latent_choices() -> list[str]:
 
 def latent_path(choice: str) -> Path:
     """The file of a choice. Raises MediaError for one that is not there or lies outside the host's folders."""
-    path = Path(folder_paths.get_annotated_filepath(choice)).resolve()
+    path = _file_inside(choice)
+    if path is None:
+        near = _nearest(choice, latent_choices())
+        advice = f"use {near[0]!r}" if near else "save one with Lockstep Save AV Latent first"
+        raise MediaError(f"no latent file {shown(choice)} in ComfyUI's input or output folder: {advice}")
+    return path
+
+
+def _file_inside(choice: str) -> Path | None:
     folders = (
         folder_paths.get_input_directory(),
         folder_paths.get_output_directory(),
         folder_paths.get_temp_directory(),
     )
-    inside = any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
-    if not inside or not path.is_file():
-        near = difflib.get_close_matches(choice, latent_choices(), n=1, cutoff=0.0)
-        advice = f"use {near[0]!r}" if near else "save one with Lockstep Save AV Latent first"
-        raise MediaError(f"no latent file {choice!r} in ComfyUI's input or output folder: {advice}")
-    return path
+    try:
+        path = Path(folder_paths.get_annotated_filepath(choice)).resolve()
+        inside = any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
+        return path if inside and path.is_file() else None
+    except (OSError, ValueError):  # no file can have such a name
+        return None
 
 
-def new_output_path(prefix: str, suffix: str) -> tuple[Path, dict[str, str]]:
-    """The next free file of the output folder for a prefix, and how the host's page calls it."""
+def _nearest(choice: str, known: list[str]) -> list[str]:
+    """The one most like it, if there is any at all."""
+    return difflib.get_close_matches(choice[:_LONGEST_NAME], known, n=1, cutoff=0.0)
+
+
+def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> tuple[Path, dict[str, str]]:
+    """The next free file of the output folder for a prefix, and how the host's page calls it.
+
+    width, height: in pixels, what the host puts in for %width% and %height%.
+    """
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            prefix, folder_paths.get_output_directory()
+            prefix, folder_paths.get_output_directory(), width, height
         )
     except OSError as error:
         raise MediaError(
-            f"the output folder cannot take files of filename_prefix {prefix!r}: {error.strerror or error}"
+            f"the output folder cannot take files of filename_prefix {shown(prefix)}: {error.strerror or error}"
         ) from error
     except Exception as error:  # the host has no type of its own for it
         raise MediaError(
-            f"filename_prefix {prefix!r} lies outside the output folder: use a name such as 'lockstep/clip'"
+            f"filename_prefix {shown(prefix)} lies outside the output folder: use a name such as 'lockstep/clip'"
         ) from error
     path = Path(folder) / f"{name}_{counter:05}_{suffix}"
     return path, {"filename": path.name, "subfolder": subfolder, "type": "output"}

@@ -45,7 +45,7 @@ class LockstepLatentUpscale(Node):
 
     @classmethod
     def validate_inputs(cls, upscaler: str | None = None) -> bool | str:
-        return host.check_file(host.UPSCALERS, upscaler)
+        return host.check_file("upscaler", host.UPSCALERS, upscaler)
 
     @classmethod
     def fingerprint_inputs(cls, model: Engine | None, latent: dict | None, upscaler: str | None) -> str:

@@ -6,9 +6,12 @@ tests/host/object_info.json is what a real ComfyUI says of the nodes; tests/host
 import inspect
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -28,6 +31,54 @@ OURS = sorted(name for name in SCHEMA if name.startswith("Lockstep"))
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 LANGUAGES = ("en", "zh", "ja")
 AFTER_A_SEED = ("fixed", "increment", "decrement", "randomize")
+
+
+HOST_MODULES = (
+    *("comfy", "comfy.cli_args", "comfy.model_management", "comfy.model_patcher", "comfy.utils"),
+    *(
+        "comfy.nested_tensor",
+        "comfy_api",
+        "comfy_api.latest",
+        "comfy_execution",
+        "comfy_execution.graph_utils",
+    ),
+    *("comfy_execution.progress", "folder_paths", "protocol", "server"),
+)
+
+
+@pytest.fixture(scope="module")
+def pack() -> SimpleNamespace:
+    """The modules of nodes as a host has them, where a mock stands for all that they ask of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in HOST_MODULES:
+            patch.setitem(sys.modules, name, MagicMock())
+        sys.modules["comfy_api.latest"].io.ComfyNode = type("ComfyNode", (), {})
+        names = (
+            "base",
+            "host",
+            "load_av_latent",
+            "loader",
+            "lora",
+            "sampler",
+            "save_av_latent",
+            "text_encode",
+        )
+        return SimpleNamespace(**{name: import_module(f"lockstep.nodes.{name}") for name in names})
+
+
+@pytest.fixture
+def host(pack, monkeypatch, tmp_path) -> Iterator[SimpleNamespace]:
+    """The pack's dealings with a host whose folders are empty and whose browser is called "page"."""
+    folders, server = MagicMock(), MagicMock(client_id="page")
+    for kind in ("input", "output", "temp"):
+        (tmp_path / kind).mkdir()
+        getattr(folders, f"get_{kind}_directory").return_value = str(tmp_path / kind)
+    folders.get_annotated_filepath.side_effect = lambda name: str(tmp_path / "input" / name)
+    folders.get_full_path.return_value = None
+    folders.get_filename_list.return_value = ["known.safetensors"]
+    monkeypatch.setattr(pack.host, "folder_paths", folders)
+    monkeypatch.setattr(pack.host, "PromptServer", SimpleNamespace(instance=server))
+    return pack.host
 
 
 def script() -> types.Script:
@@ -367,6 +418,105 @@ def test_a_given_sound_is_cut_to_the_clip_and_may_not_be_shorter():
     joint = types.given_streams(parts()[2], None, model())["audio"]
     with pytest.raises(ShapeError, match="the sound of latent has 19 latents"):
         types.fit_sound_to(joint, types.replace(latents().shape, frames=13))
+
+
+# Inputs
+
+
+def socket(kind: str, name: str = "x", optional: bool = False, **limits: float) -> SimpleNamespace:
+    """An input as ComfyUI describes it."""
+    return SimpleNamespace(id=name, optional=optional, get_io_type=lambda: kind, **limits)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "sentence"),
+    [
+        (socket("COMBO"), None, "x holds nothing: text or a choice"),
+        (socket("COMBO", optional=True), None, "x holds nothing: text or a choice"),
+        (socket("COMBO"), 5, "x holds 5: text or a choice"),
+        (socket("STRING"), ["a"], "x holds ['a']: text or a choice"),
+        (socket("INT", min=0, max=9), 10, "x holds 10: a whole number from 0 to 9 is needed"),
+        (socket("INT", min=0, max=9), 2.5, "x holds 2.5: a whole number from 0 to 9 is needed"),
+        (socket("FLOAT", min=0.0, max=1.0), float("nan"), "x holds nan: a number from 0.0 to 1.0 is needed"),
+        (socket("FLOAT", optional=True, min=0.0, max=1.0), None, "x holds nothing: a number from 0.0 to 1.0"),
+        (socket("FLOAT", min=0.0, max=1.0), "0.5", "x holds '0.5': a number from 0.0 to 1.0"),
+        (socket("CONDITIONING"), [1], "x holds [1]: connect an output of type CONDITIONING"),
+        (socket("CONDITIONING"), [[torch.zeros(1), 2]], "connect an output of type CONDITIONING"),
+        (socket("LATENT"), {"samples": 5}, "x holds {'samples': 5}: connect an output of type LATENT"),
+        (socket("LATENT"), None, "x holds nothing: connect an output of type LATENT"),
+        (socket("STRING"), 10**200, f"x holds 1{'0' * 56}...: text or a choice"),
+    ],
+)
+def test_an_input_that_holds_what_it_cannot_take_is_named(pack, asked, given, sentence):
+    with pytest.raises(WorkflowError) as error:
+        pack.base.check_inputs([asked], {"x": given})
+    assert sentence in str(error.value)
+
+
+def test_inputs_that_hold_what_they_are_for_pass(pack):
+    sockets = [
+        socket("COMBO", "choice"),
+        socket("INT", "seed", min=0, max=2**64 - 1),
+        socket("FLOAT", "whole", min=0.0, max=120.0),
+        socket("FLOAT", "left_out", optional=True, min=0.0, max=1.0),
+        socket("LATENT", "unconnected", optional=True),
+        socket("CONDITIONING", "text"),
+    ]
+    values = {"choice": "a", "seed": 2**64 - 1, "whole": 24, "unconnected": None}
+    pack.base.check_inputs(sockets, values | {"text": types.to_conditioning(script())})
+
+
+@pytest.mark.parametrize("moment", [float("nan"), 1.5, -0.1])
+def test_a_moment_outside_the_clip_is_refused_before_sampling(pack, moment):
+    limits = inputs_of("LockstepSampler")["trajectory_moment"][1]
+    asked = socket("FLOAT", "trajectory_moment", min=limits["min"], max=limits["max"])
+    with pytest.raises(WorkflowError, match="trajectory_moment holds"):
+        pack.base.check_inputs([asked], {"trajectory_moment": moment})
+
+
+def test_linked_choices_are_checked_as_constants_are(pack):
+    class Choosing(pack.base.Node):
+        SCHEMA = SimpleNamespace(inputs=[socket("COMBO", "aspect"), socket("COMBO", "free")])
+
+        @classmethod
+        def validate_inputs(cls, aspect: str | None = None) -> bool | str:
+            return pack.base.check_choices(("aspect", aspect, ("1:1", "4:3")))
+
+        @classmethod
+        def run(cls, **inputs: str) -> dict:
+            return inputs
+
+    assert Choosing.execute(aspect="4:3", free="any") == {"aspect": "4:3", "free": "any"}
+    with pytest.raises(WorkflowError, match="unknown aspect '5:1': use 1:1 or 4:3"):
+        Choosing.execute(aspect="5:1", free="any")
+
+
+def test_constants_of_another_type_are_refused_before_the_run(pack, host):
+    assert pack.loader.LockstepLoader.validate_inputs(model=5).startswith("model holds 5: ")
+    assert pack.lora.LockstepLoRA.validate_inputs(lora=[5]).startswith("lora holds [5]: ")
+    assert pack.load_av_latent.LockstepLoadAVLatent.validate_inputs(file={}).startswith("file holds {}: ")
+    assert pack.lora.LockstepLoRA.validate_inputs(lora=None) is True  # linked
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 100_000])
+def test_names_that_no_file_can_have_are_refused_in_a_short_sentence(pack, host, name):
+    for said in (
+        pack.load_av_latent.LockstepLoadAVLatent.validate_inputs(file=name),
+        pack.lora.LockstepLoRA.validate_inputs(lora=name),
+        pack.loader.LockstepLoader.validate_inputs(model=name),
+    ):
+        assert said.startswith("no ")
+        assert len(said) < 250
+    assert "holds a character that names no file" in pack.base.check_prefix("a\0b")
+
+
+def test_a_saved_latent_s_name_may_hold_its_size(pack, host):
+    host.folder_paths.get_save_image_path.return_value = ("out", "64x96", 7, "", "")
+    path, _ = host.new_output_path("%width%x%height%", ".latent", 96, 64)
+    assert path == Path("out/64x96_00007_.latent")
+    host.folder_paths.get_save_image_path.assert_called_with(
+        "%width%x%height%", host.folder_paths.get_output_directory(), 96, 64
+    )
 
 
 # Clips from outside
