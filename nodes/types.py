@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from ..model.engine import carried_audio
 from ..model.errors import MediaError, ShapeError, WorkflowError
 from ..model.media import AAC_RATES_HZ, fit_sound
 from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape, nearest_frames
-from ..model.two_stage import carried_audio
 from ..model.values import AVLatents, Clip, Conditioning
 
 _KEY = "lockstep"
