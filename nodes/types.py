@@ -24,11 +24,14 @@ from ..model.values import AVLatents, Clip, Conditioning
 
 _KEY = "lockstep"
 _ORIGINS = {"video": "lockstep_video", "audio": "lockstep_audio"}
-# what the host's nodes write into a conditioning for its own samplers: areas, parts of the run, control networks, rates
-_OF_OTHER_SAMPLERS = (
-    *("area", "mask", "start_percent", "end_percent", "control", "hooks"),
-    *("guidance", "frame_rate", "reference_latents", "keyframe_idxs"),
-)
+_OURS = (_KEY, "pooled_output")
+# what the host's nodes write into a conditioning where they ask nothing of a sampler: all of the strength, the whole run
+_ASKING_NOTHING = {"strength": 1, "start_percent": 0, "end_percent": 1, "set_area_to_bounds": False}
+_WAYS_OUT = {
+    "frame_rate": "set fps on Lockstep Sampler and leave that node out",
+    "reference_latents": "hold the picture with Lockstep Image Encode instead",
+    "keyframe_idxs": "hold the picture with Lockstep Image Encode instead",
+}
 OWN_ASPECT, CUSTOM_ASPECT = "model default", "custom"
 
 
@@ -78,13 +81,20 @@ def from_conditioning(conditioning: Any) -> Script:
         raise WorkflowError(
             "conditioning was changed by a node in between: connect the Lockstep Text Encode directly"
         )
-    added = [name for name in _OF_OTHER_SAMPLERS if name in conditioning[0][1]]
+    added = [name for name, value in conditioning[0][1].items() if _asks(name, value)]
     if added:
         raise WorkflowError(
-            f"conditioning holds {' and '.join(added)} of a node in between, which this sampler does not follow: "
-            "connect the Lockstep Text Encode directly"
+            f"conditioning holds {' and '.join(map(str, added))} of a node in between, which this sampler does not follow: "
+            f"{_WAYS_OUT.get(added[0], 'connect the Lockstep Text Encode directly')}"
         )
     return scripts[0]
+
+
+def _asks(name: str, value: Any) -> bool:
+    """Whether an entry of a conditioning asks something that only another sampler would do; None takes back what it was."""
+    if name in _OURS or value is None:
+        return False
+    return name not in _ASKING_NOTHING or value != _ASKING_NOTHING[name]
 
 
 def with_picture(conditioning: Any, picture: Picture) -> list:

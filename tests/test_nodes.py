@@ -111,6 +111,13 @@ def test_copies_of_a_conditioning_are_welcome():
     types.from_conditioning([[context.clone(), dict(extras) | {"strength": 1.0}]])
 
 
+def test_what_asks_nothing_of_a_sampler_is_welcome_in_a_conditioning():
+    """As SetTimestepRange over the whole run and LTXVCropGuides leave it."""
+    ((context, extras),) = types.to_conditioning(script())
+    said = {"start_percent": 0.0, "end_percent": 1.0, "keyframe_idxs": None, "guide_attention_entries": None}
+    types.from_conditioning([[context, extras | said]])
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -121,9 +128,12 @@ def test_copies_of_a_conditioning_are_welcome():
         (lambda c: c + c, "holds 2 prompts"),
         (
             lambda c: [[c[0][0], c[0][1] | {"start_percent": 0.0, "end_percent": 0.5}]],
-            "holds start_percent and end_percent of a node in between",
+            "holds end_percent of a node in between",
         ),
         (lambda c: [[c[0][0], c[0][1] | {"control": object()}]], "holds control of a node in between"),
+        (lambda c: [[c[0][0], c[0][1] | {"strength": 0.5}]], "holds strength of a node in between"),
+        (lambda c: [[c[0][0], c[0][1] | {"ref_audio": {}}]], "holds ref_audio of a node in between"),
+        (lambda c: [[c[0][0], c[0][1] | {"frame_rate": 25.0}]], "set fps on Lockstep Sampler"),
     ],
 )
 def test_a_conditioning_that_is_not_ours_is_refused(change, sentence):
