@@ -287,18 +287,13 @@ def blocked() -> object:
 class Reporter:
     """Progress of one node, as a context: its bar, the time left, a moving preview; interruption ends the run here.
 
-    task: what the node does, for the sentence when memory runs out. look: the estimate in Progress.preview to frames
-    (F, H, W, 3), or to None where that would cost too much. fps: of those frames.
+    task: what the node does, for the sentence when memory runs out. fps: of the preview's frames. `look`, None at first:
+    the estimate in Progress.preview to frames (F, H, W, 3), or to None where that would cost too much.
     """
 
-    def __init__(
-        self,
-        node_id: str | None,
-        task: str,
-        look: Callable[[Tensor], Tensor | None] | None = None,
-        fps: float = _PREVIEW_FPS,
-    ):
-        self._node_id, self._task, self._look = node_id, task, look
+    def __init__(self, node_id: str | None, task: str, fps: float = _PREVIEW_FPS):
+        self._node_id, self._task = node_id, task
+        self.look: Callable[[Tensor], Tensor | None] | None = None
         self._film = _Film(node_id, fps)
         self._started = self._ticked = time.monotonic()
         self._stage, self._first = "", (0, 0.0)  # the stage's first step, and when it was done
@@ -325,9 +320,9 @@ class Reporter:
 
     def _show(self, progress: Progress) -> None:
         now = time.monotonic()
-        if self._look is None or progress.preview is None or now < self._next_look:
+        if self.look is None or progress.preview is None or now < self._next_look:
             return
-        frames = self._look(progress.preview)
+        frames = self.look(progress.preview)
         self._next_look = time.monotonic() + _PREVIEW_SHARE * (time.monotonic() - now)
         if frames is not None:
             self._film.show(frames)
@@ -386,6 +381,11 @@ class _Film:
             server.send_sync(BinaryEventTypes.UNENCODED_PREVIEW_IMAGE, jpeg, client)
 
 
+def is_watched() -> bool:
+    """Whether the run was queued by a page, which shows previews and lines of text."""
+    return PromptServer.instance.client_id is not None
+
+
 def _preview_facts(node_id: str | None) -> dict[str, str | None]:
     """Where the page shows a preview: a node that another one unfolded into shows on that one."""
     state = get_progress_state()
@@ -399,9 +399,12 @@ def _preview_facts(node_id: str | None) -> dict[str, str | None]:
 
 
 def tell(node_id: str | None, text: str) -> None:
-    """Shows a line of text on a node."""
-    if node_id is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+    """Shows a line of text on a node, to the page that queued the run; others have nodes of the same ids."""
+    if node_id is not None and is_watched():
+        server = PromptServer.instance
+        # a node that another one unfolded into shows on that one
+        place = get_progress_state().dynprompt.get_display_node_id(node_id)
+        server.send_progress_text(text, place, sid=server.client_id)
 
 
 def warn(node_id: str | None, warnings: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ import torch
 
 import lockstep
 from lockstep.model.engine import SampleSettings, latent_sha256
-from lockstep.model.errors import MediaError, ShapeError, WorkflowError
+from lockstep.model.errors import CheckpointError, MediaError, ShapeError, WorkflowError
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.values import AVLatents, Conditioning, Context, Lora
 from lockstep.nodes import history, types
@@ -527,6 +527,35 @@ def test_a_saved_latent_s_name_may_hold_its_size(pack, host):
     host.folder_paths.get_save_image_path.assert_called_with(
         "%width%x%height%", host.folder_paths.get_output_directory(), 96, 64
     )
+
+
+# What a node shows
+
+
+def test_a_line_of_text_goes_to_the_page_that_asked_and_to_the_node_that_it_sees(host, monkeypatch):
+    unfolded = MagicMock()
+    unfolded.return_value.dynprompt.get_display_node_id.side_effect = {"3.0.1": "3"}.get
+    monkeypatch.setattr(host, "get_progress_state", unfolded)
+    host.tell("3.0.1", "half done")
+    send = host.PromptServer.instance.send_progress_text
+    send.assert_called_once_with("half done", "3", sid="page")
+    host.PromptServer.instance.client_id = None
+    host.tell("3.0.1", "done")
+    assert send.call_count == 1
+
+
+def test_previews_are_made_where_someone_looks_and_the_model_can(pack, host):
+    seen = pack.sampler.preview_of(
+        SimpleNamespace(prepare_preview=lambda: None, preview=max), latents().shape
+    )
+    assert seen is not None
+    lacking = MagicMock()
+    lacking.prepare_preview.side_effect = CheckpointError("no encoder")
+    assert pack.sampler.preview_of(lacking, latents().shape) is None
+    host.PromptServer.instance.client_id = None
+    unseen = MagicMock()
+    assert pack.sampler.preview_of(unseen, latents().shape) is None
+    assert not unseen.prepare_preview.called
 
 
 # Clips from outside
