@@ -387,10 +387,13 @@ class Engine:
         other = self.tokenizer.encode(negative, required=False)
         with self._lock, torch.inference_mode(), self._numbers(self._text_component, keymap.CONNECTORS):
             self._loras.put_on(keymap.CONNECTORS, self._module(keymap.CONNECTORS), loras)
-            contexts = [self._context(tokens) for tokens in (positive, other)]
+            contexts = []
+            for tokens in (positive, other):
+                progress(Progress("text", len(contexts), 2))
+                contexts.append(self._context(tokens))
             for context in contexts:
                 _check_finite("the prompt's contexts", context.video, context.audio)
-        progress(Progress("text", 1, 1))
+        progress(Progress("text", 2, 2))
         warnings = (*_warn("prompt", positive), *_warn("negative prompt", other))
         return Conditioning(contexts[0], contexts[1], self.model_id, warnings)
 
