@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..model.engine import carried_audio
-from ..model.errors import MediaError, ShapeError, WorkflowError
+from ..model.errors import MediaError, NotFiniteError, ShapeError, WorkflowError
 from ..model.media import AAC_RATES_HZ, fit_sound
 from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape, nearest_frames
 from ..model.values import AVLatents, Clip, Conditioning
@@ -367,6 +367,10 @@ def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin
         raise ShapeError(
             f"{name} holds {samples.shape[0]} clips, one is needed: choose one with LatentFromBatch"
         )
+    if not samples.isfinite().all():
+        raise NotFiniteError(
+            f"{name} holds values that are no numbers: look at the node that made it, or sample it again"
+        )
     if mask is None:
         return Stream(samples, None, origin, name)
     fitted = _fit_video_mask(mask, samples, origin) if samples.ndim == 5 else _fit_audio_mask(mask, samples)
@@ -474,18 +478,33 @@ def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Cl
         )
     if audio is None:
         return Clip(images_FHWC, None, fps, 0)
+    waveform_CS, rate_hz = _one_sound(audio)
+    return Clip(images_FHWC, waveform_CS, fps, rate_hz)
+
+
+def _one_sound(audio: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """An AUDIO as (channels, S), float32 on the CPU, and its rate; values that are no numbers stay."""
     waveform = audio["waveform"]
-    if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.numel():
+    if not isinstance(waveform, Tensor):
+        raise MediaError(f"audio holds a {type(waveform).__name__} as its waveform: connect an AUDIO output")
+    if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.shape[1]:
         raise MediaError(
             f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"
         )
-    return Clip(images_FHWC, waveform[0].float().cpu(), fps, _rate_of(audio))
+    if not waveform.shape[2]:
+        raise MediaError(
+            "audio is empty, it has no samples at all: connect a sound that is not cut to nothing"
+        )
+    return waveform[0].float().cpu(), _rate_of(audio)
 
 
 def _rate_of(audio: Mapping[str, Any]) -> int:
-    rate_hz = int(audio["sample_rate"])
+    try:
+        rate_hz = int(audio.get("sample_rate", 0))
+    except (TypeError, ValueError, OverflowError):
+        rate_hz = 0
     if rate_hz < 1:
-        raise MediaError(f"audio says that it has {rate_hz} samples per second: load it again")
+        raise MediaError("audio does not say how many samples per second it has: load it again")
     return rate_hz
 
 
@@ -505,14 +524,10 @@ def to_encodable(clip: Clip) -> Clip:
 
 def from_audio(audio: Any) -> tuple[Tensor, int]:
     """One AUDIO as (channels, S) and its rate. Raises MediaError for a batch, silence of no length or no numbers."""
-    waveform, rate_hz = audio["waveform"], _rate_of(audio)
-    if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.shape[1]:
-        raise MediaError(
-            f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"
-        )
-    if not waveform.shape[2] or not waveform.isfinite().all():
-        raise MediaError("audio is empty or holds values that are no numbers: load it again")
-    return waveform[0].float().cpu(), rate_hz
+    waveform_CS, rate_hz = _one_sound(audio)
+    if not waveform_CS.isfinite().all():
+        raise MediaError("audio holds values that are no numbers: load it again")
+    return waveform_CS, rate_hz
 
 
 # What comes out

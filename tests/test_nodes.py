@@ -18,7 +18,7 @@ import torch
 
 import lockstep
 from lockstep.model.engine import SampleSettings, latent_sha256
-from lockstep.model.errors import CheckpointError, MediaError, ShapeError, WorkflowError
+from lockstep.model.errors import CheckpointError, MediaError, NotFiniteError, ShapeError, WorkflowError
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.values import AVLatents, Conditioning, Context, Lora
 from lockstep.nodes import history, types
@@ -338,6 +338,13 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
         (1, {"samples": torch.zeros(1, 8, 3, 4, 6)}, ShapeError, "audio output, not video"),
         (1, {"samples": torch.zeros(1, 2, 9, 5)}, ShapeError, "the sampler made 19"),
         (1, {"samples": torch.zeros(1, 2, 19, 4)}, ShapeError, "connect a latent of this model"),
+        (
+            0,
+            {"samples": torch.full((1, 8, 3, 4, 6), torch.nan)},
+            NotFiniteError,
+            "video holds values that are",
+        ),
+        (1, {"samples": torch.full((1, 2, 19, 5), torch.inf)}, NotFiniteError, "audio holds values that are"),
         (1, {"samples": torch.zeros(1, 2, 0, 5)}, ShapeError, "connect a latent of this model"),
     ],
 )
@@ -632,8 +639,23 @@ def test_a_clip_to_be_looked_at_keeps_what_is_wrong_with_it():
         types.to_clip(frames[..., :2], 12.0, None)
     with pytest.raises(MediaError, match="one sound"):
         types.to_clip(frames, 12.0, {"waveform": torch.zeros(2, 1, 9), "sample_rate": 8000})
-    with pytest.raises(MediaError, match="0 samples per second"):
-        types.to_clip(frames, 12.0, {"waveform": torch.zeros(1, 1, 9), "sample_rate": 0})
+
+
+@pytest.mark.parametrize(
+    ("audio", "sentence"),
+    [
+        ({"waveform": torch.zeros(1, 2, 0), "sample_rate": 8000}, "audio is empty, it has no samples"),
+        ({"waveform": [0.0], "sample_rate": 8000}, "audio holds a list as its waveform"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": 0}, "how many samples per second"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": "fast"}, "how many samples per second"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": float("nan")}, "how many samples per second"),
+        ({"waveform": torch.zeros(1, 1, 9)}, "how many samples per second"),
+    ],
+)
+def test_a_sound_of_another_form_is_told_as_what_it_is(audio, sentence):
+    for convert in (types.from_audio, lambda sound: types.to_clip(torch.zeros(1, 4, 6, 3), 12.0, sound)):
+        with pytest.raises(MediaError, match=sentence):
+            convert(audio)
 
 
 @pytest.mark.parametrize(
