@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -45,6 +46,7 @@ _PART_FOLDERS = ("text_encoders", "vae")
 LORAS, UPSCALERS = "loras", "latent_upscale_models"  # the host's names of folders
 _PREVIEW_PIXELS = 512
 _PREVIEW_FPS = 8.0
+_LISTED_SECONDS = 3.0  # for which a list of files is kept
 _LONGEST_NAME = 255  # of a file
 _EVERYTHING = 1e30  # bytes to free: the host's own word for all
 _PREVIEW_SHARE = 4  # after a preview that took a second, none for four: at most a fifth of the run
@@ -200,17 +202,20 @@ def digest(*facts: object) -> str:
 
 
 def latent_choices() -> list[str]:
-    """Latent files of the input folder, then those that were saved to the output folder."""
-    choices = []
-    for kind, folder in (
-        ("input", folder_paths.get_input_directory()),
-        ("output", folder_paths.get_output_directory()),
-    ):
-        names = (
-            path.relative_to(folder).as_posix() for path in sorted(Path(folder).rglob("*" + LATENT_SUFFIX))
-        )
-        choices += [name if kind == "input" else f"{name} [{kind}]" for name in names]
-    return choices
+    """Latent files of the input folder, then those that were saved to the output folder, as of the last few seconds."""
+    # the host asks several times for one page or graph, and the output folder may be a large one
+    period = int(time.monotonic() / _LISTED_SECONDS)
+    saved = _latents_below(folder_paths.get_output_directory(), period)
+    return [
+        *_latents_below(folder_paths.get_input_directory(), period),
+        *(f"{name} [output]" for name in saved),
+    ]
+
+
+@lru_cache(maxsize=2)
+def _latents_below(folder: str, _period: int) -> tuple[str, ...]:
+    paths = sorted(Path(folder).rglob("*" + LATENT_SUFFIX))
+    return tuple(path.relative_to(folder).as_posix() for path in paths)
 
 
 def latent_path(choice: str) -> Path:

@@ -527,6 +527,20 @@ def test_names_that_no_file_can_have_are_refused_in_a_short_sentence(pack, host,
     assert "holds a character that names no file" in pack.base.check_prefix("a\0b")
 
 
+def test_folders_of_latents_are_looked_through_once_in_a_few_seconds(host, monkeypatch, tmp_path):
+    now = 100.0
+    monkeypatch.setattr(host, "time", SimpleNamespace(monotonic=lambda: now))
+    (tmp_path / "input" / "b.latent").touch()
+    (tmp_path / "output" / "clips").mkdir()
+    (tmp_path / "output" / "clips" / "a.latent").touch()
+    known = ["b.latent", "clips/a.latent [output]"]
+    assert host.latent_choices() == known
+    (tmp_path / "input" / "c.latent").touch()
+    assert host.latent_choices() == known
+    now += 4
+    assert host.latent_choices() == ["b.latent", "c.latent", "clips/a.latent [output]"]
+
+
 def test_a_saved_latent_s_name_may_hold_its_size(pack, host):
     host.folder_paths.get_save_image_path.return_value = ("out", "64x96", 7, "", "")
     path, _ = host.new_output_path("%width%x%height%", ".latent", 96, 64)
