@@ -6,7 +6,7 @@ from ..model.engine import Engine
 from . import host
 from .base import Node
 from .sockets import CATEGORY, LockstepModel
-from .types import from_joint_latent, to_latents
+from .types import counted_fps_of, from_joint_latent, to_latents
 
 
 class LockstepLatentUpscale(Node):
@@ -56,4 +56,5 @@ class LockstepLatentUpscale(Node):
         latents = from_joint_latent(latent, model)
         with host.Reporter(cls.hidden.unique_id, "upscaling latents") as report:
             grown = model.upscale(latents, host.find_file(host.UPSCALERS, upscaler), report)
-        return io.NodeOutput(to_latents(grown, host.join_latents)[2])
+        counted_fps = counted_fps_of(latent) or latents.shape.fps
+        return io.NodeOutput(to_latents(grown, host.join_latents, counted_fps)[2])

@@ -203,6 +203,7 @@ class LockstepSampler(Node):
         script = from_conditioning(conditioning)
         given = given_streams(latent, audio_latent, model, fps)
         shape = shape_of(given, partial(model.shape, size_of(aspect, width, height)), seconds, fps)
+        counted_fps = given["video"].origin.counted_fps if "video" in given else shape.fps
         second = refine.strip().lower() in STAGES
         own = UNGUIDED if second else model.recipe.guidance
         guidance = guide(model, own, cfg_video, cfg_audio, stg, stg_block)
@@ -221,7 +222,9 @@ class LockstepSampler(Node):
             report.look = preview_of(model, shape)
             kept = kept_parts(given, shape)
             way = Trajectory(trajectory, report) if trajectory.strip() else None
-            guides = [encode_picture(model, picture, shape, report) for picture in script.pictures]
+            guides = [
+                encode_picture(model, picture, shape, counted_fps, report) for picture in script.pictures
+            ]
             with history.measured(model, "sample") as meter:
                 latents = model.sample(
                     script.text,
@@ -247,7 +250,7 @@ class LockstepSampler(Node):
         model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
         model_facts["step_cache"] = approximation and asdict(approximation)
         history.note(latents, meter, seed=seed, **model_facts)
-        return io.NodeOutput(*to_latents(latents, host.join_latents), pictures)
+        return io.NodeOutput(*to_latents(latents, host.join_latents, counted_fps), pictures)
 
 
 def preview_of(model: Engine, shape: ClipShape) -> Callable[[Tensor], Tensor | None] | None:
@@ -310,9 +313,11 @@ def wholly_kept_video(name: str, stream: Stream) -> bool:
     return name == "video" and stream.mask is not None and not stream.mask.any()
 
 
-def encode_picture(model: Engine, picture: Picture, shape: ClipShape, report: host.Reporter) -> Guide:
+def encode_picture(
+    model: Engine, picture: Picture, shape: ClipShape, counted_fps: float, report: host.Reporter
+) -> Guide:
     """A picture at its place in this clip."""
-    frame = frame_of(picture, shape)
+    frame = frame_of(picture, shape, counted_fps)
     return model.encode_image(
         picture.image, shape, frame, picture.strength, report, picture.mask, attention=picture.attention
     )

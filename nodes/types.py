@@ -149,17 +149,22 @@ def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
     return functional.interpolate(mask_BHW[None].float().cpu(), size=(rows, columns), mode="bilinear")[0, 0]
 
 
-def frame_of(picture: Picture, shape: ClipShape) -> int | None:
-    """The pixel frame at which a picture stands in this clip, None beside it. Raises ShapeError if it stands outside."""
+def frame_of(picture: Picture, shape: ClipShape, counted_fps: float | None = None) -> int | None:
+    """The pixel frame at which a picture stands in this clip, None beside it. Raises ShapeError if it stands outside.
+
+    counted_fps: the rate of the frames that pictures count, None the clip's own; the picture stands at the same second.
+    """
     if picture.frame is None:
         return None
-    frame = picture.frame + (shape.frames if picture.frame < 0 else 0)
-    if not 0 <= frame < shape.frames:
+    pace = shape.fps / (counted_fps or shape.fps)
+    counted = round((shape.frames - 1) / pace) + 1
+    frame = picture.frame + (counted if picture.frame < 0 else 0)
+    if not 0 <= frame < counted:
         raise ShapeError(
-            f"image at frame {picture.frame} lies outside the clip of {shape.frames} frames: "
-            f"use 0 to {shape.frames - 1}, or -1 for the last"
+            f"image at frame {picture.frame} lies outside the clip of {counted} frames: "
+            f"use 0 to {counted - 1}, or -1 for the last"
         )
-    return frame
+    return min(round(frame * pace), shape.frames - 1)
 
 
 def size_of(aspect: str, width: int, height: int) -> str | None:
@@ -181,6 +186,7 @@ class Origin:
     video_channels: int
     audio_channels: int
     audio_bins: int
+    counted_fps: float  # of the frames that pictures count: those of the clip before it got more of them
     assumed: bool = False  # nothing was said: of the model that the latent is given to
 
 
@@ -206,9 +212,14 @@ class Stream:
         return replace(shape, frames=frames, height=size[3] * space, width=size[4] * space)
 
 
-def to_latents(latents: AVLatents, join: Callable[[tuple[Tensor, Tensor]], Any]) -> tuple[dict, dict, dict]:
-    """A video LATENT (1, C, F, H, W), an audio LATENT (1, C, L, M) and both in ComfyUI's joint one, made by `join`."""
-    origin = _origin_of(latents)
+def to_latents(
+    latents: AVLatents, join: Callable[[tuple[Tensor, Tensor]], Any], counted_fps: float | None = None
+) -> tuple[dict, dict, dict]:
+    """A video LATENT (1, C, F, H, W), an audio LATENT (1, C, L, M) and both in ComfyUI's joint one, made by `join`.
+
+    counted_fps: of the frames that pictures count, None the clip's own.
+    """
+    origin = _origin_of(latents, counted_fps)
     video, audio = {_ORIGINS["video"]: origin}, {_ORIGINS["audio"]: origin}
     return (
         {"samples": latents.video, **video},
@@ -270,6 +281,12 @@ def from_joint_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
         )
     samples = _sound_of_pictures(audio, video.shape)
     return AVLatents(video.samples, samples, video.shape, video.origin.model_id)
+
+
+def counted_fps_of(latent: dict[str, Any]) -> float | None:
+    """The rate of the frames that pictures count in a LATENT's video; None where nobody says it."""
+    origin = _told_origin("video", latent)
+    return origin and origin.counted_fps
 
 
 def given_streams(
@@ -343,7 +360,7 @@ def _assumed_origin(name: str, samples: Tensor, model: Any, fps: float) -> Origi
         shape = replace(shape, frames=_frames_within(samples.shape[2], shape))
     # the least latents tell channels and bins
     origin = _origin_of(model.empty_latents(shape.sound_alone()))
-    return replace(origin, shape=shape, assumed=True)
+    return replace(origin, shape=shape, counted_fps=shape.fps, assumed=True)
 
 
 def _frames_within(audio_latents: int, shape: ClipShape) -> int:
@@ -406,9 +423,10 @@ def _in_steps(mask: Tensor) -> Tensor:
     return (mask * 8).round() / 8
 
 
-def _origin_of(latents: AVLatents) -> Origin:
-    audio = latents.audio.shape
-    return Origin(latents.shape, latents.model_id, latents.video.shape[1], audio[1], audio[3])
+def _origin_of(latents: AVLatents, counted_fps: float | None = None) -> Origin:
+    shape, audio = latents.shape, latents.audio.shape
+    channels = (latents.video.shape[1], audio[1], audio[3])
+    return Origin(shape, latents.model_id, *channels, counted_fps=counted_fps or shape.fps)
 
 
 def _stream(kind: str, streams: dict[str, Stream]) -> Stream:

@@ -53,16 +53,7 @@ def pack() -> SimpleNamespace:
         for name in HOST_MODULES:
             patch.setitem(sys.modules, name, MagicMock())
         sys.modules["comfy_api.latest"].io.ComfyNode = type("ComfyNode", (), {})
-        names = (
-            "base",
-            "host",
-            "load_av_latent",
-            "loader",
-            "lora",
-            "sampler",
-            "save_av_latent",
-            "text_encode",
-        )
+        names = ("base", "host", "latent_upscale", "load_av_latent", "loader", "lora", "sampler")
         return SimpleNamespace(**{name: import_module(f"lockstep.nodes.{name}") for name in names})
 
 
@@ -184,6 +175,35 @@ def test_frames_count_from_either_end():
     for frame in (9, -10):
         with pytest.raises(ShapeError, match="use 0 to 8"):
             at(frame)
+
+
+def test_a_picture_stays_at_its_second_when_the_clip_gets_more_frames():
+    grown = of_length(17, 24.0)
+    (joint,) = types.to_latents(grown, lambda streams: Nested(*streams), 12.0)[2:]
+    assert types.counted_fps_of(joint) == 12.0
+    video = types.given_streams(joint, None, model())["video"]
+
+    def at(frame: int) -> int:
+        picture = types.Picture(torch.zeros(2, 2, 3), frame, 1.0)
+        return types.frame_of(picture, video.shape, video.origin.counted_fps)
+
+    assert [at(frame) for frame in (0, 4, 8, -1, -2)] == [0, 8, 16, 16, 14]
+    with pytest.raises(ShapeError, match="clip of 9 frames: use 0 to 8"):
+        at(9)
+
+
+def test_upscaled_latents_tell_at_which_rate_pictures_count_their_frames(pack, host, monkeypatch):
+    module, engine = pack.latent_upscale, model()
+    engine.upscale = lambda *_: of_length(17, 24.0)
+    monkeypatch.setattr(host, "find_file", lambda *_: Path("more_frames"))
+    monkeypatch.setattr(host, "join_latents", lambda streams: Nested(*streams))
+    node = type("Upscale", (module.LockstepLatentUpscale,), {"hidden": SimpleNamespace(unique_id=None)})
+    node.run(engine, parts()[2], "more_frames")
+    (joint,) = module.io.NodeOutput.call_args.args
+    assert (types.counted_fps_of(joint), types.given_streams(joint, None, engine)["video"].shape.fps) == (
+        12,
+        24,
+    )
 
 
 def test_size_is_what_the_three_inputs_say():
