@@ -83,7 +83,7 @@ def text_of(name: str, value: Any) -> str:
 
 def shown(value: Any) -> str:
     """How a sentence repeats a value: anyone can give anything, as long as they like."""
-    text = "nothing" if value is None else repr(value)
+    text = "nothing" if value is None else " ".join(repr(value).split())
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 

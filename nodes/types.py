@@ -353,7 +353,7 @@ def _assumed_origin(name: str, samples: Tensor, model: Any, fps: float) -> Origi
     if model is None:
         raise WorkflowError(
             f"{name} does not say its model and fps, as a node that is not Lockstep's made it or dropped them: connect the "
-            "latent of a Lockstep node directly, or pass it through Lockstep Sampler, which knows its model"
+            "av_latent of a Lockstep node directly, or decode it by Lockstep VAE Decode, which takes it as its model's"
         )
     shape = model.shape(None, None, fps or None)
     if samples.ndim == 4:
@@ -376,10 +376,12 @@ def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin
     video = (1, origin.video_channels, *samples.shape[2:])
     audio = (1, origin.audio_channels, *samples.shape[2:3], origin.audio_bins)
     needed = {5: video, 4: audio}.get(samples.ndim)
-    if needed is None or tuple(samples.shape[1:]) != needed[1:] or not samples.shape[2]:
+    if needed is None or tuple(samples.shape[1:]) != needed[1:]:
         raise ShapeError(
             f"{name} has the shape {tuple(samples.shape)}, {needed or video} is needed: connect a latent of this model"
         )
+    if not samples.numel():
+        raise ShapeError(f"{name} is empty: connect a latent that is not cut to nothing")
     if samples.shape[0] != 1:
         raise ShapeError(
             f"{name} holds {samples.shape[0]} clips, one is needed: choose one with LatentFromBatch"

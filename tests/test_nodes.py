@@ -6,11 +6,10 @@ tests/host/object_info.json is what a real ComfyUI says of the nodes; tests/host
 import inspect
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -58,7 +57,7 @@ def pack() -> SimpleNamespace:
 
 
 @pytest.fixture
-def host(pack, monkeypatch, tmp_path) -> Iterator[SimpleNamespace]:
+def host(pack, monkeypatch, tmp_path) -> ModuleType:
     """The pack's dealings with a host whose folders are empty and whose browser is called "page"."""
     folders, server = MagicMock(), MagicMock(client_id="page")
     for kind in ("input", "output", "temp"):
@@ -365,7 +364,8 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
             "video holds values that are",
         ),
         (1, {"samples": torch.full((1, 2, 19, 5), torch.inf)}, NotFiniteError, "audio holds values that are"),
-        (1, {"samples": torch.zeros(1, 2, 0, 5)}, ShapeError, "connect a latent of this model"),
+        (1, {"samples": torch.zeros(1, 2, 0, 5)}, ShapeError, "audio is empty"),
+        (0, {"samples": torch.zeros(1, 8, 3, 0, 6)}, ShapeError, "video is empty"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
@@ -481,6 +481,7 @@ def socket(kind: str, name: str = "x", optional: bool = False, **limits: float) 
         (socket("CONDITIONING"), [[torch.zeros(1), 2]], "connect an output of type CONDITIONING"),
         (socket("LATENT"), {"samples": 5}, "x holds {'samples': 5}: connect an output of type LATENT"),
         (socket("LATENT"), None, "x holds nothing: connect an output of type LATENT"),
+        (socket("IMAGE"), {"a": torch.zeros(2, 1)}, "x holds {'a': tensor([[0.], [0.]])}: connect"),
         (socket("STRING"), 10**200, f"x holds 1{'0' * 56}...: text or a choice"),
     ],
 )
