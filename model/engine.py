@@ -389,13 +389,16 @@ class Engine:
         other = self.tokenizer.encode(negative, required=False)
         with self._lock, torch.inference_mode(), self._numbers(self._text_component, keymap.CONNECTORS):
             # all states first, so that a language model which has to make room comes once
-            states = [self._states(tokens) for tokens in (positive, other)]
+            states = []
+            for tokens in (positive, other):
+                progress(Progress("text", len(states), 2))
+                states.append(self._states(tokens))
             self._loras.put_on(keymap.CONNECTORS, self._module(keymap.CONNECTORS), loras)
             with self._brought(keymap.CONNECTORS):
                 contexts = [self.connect(*state) for state in states]
             for context in contexts:
                 _check_finite("the prompt's contexts", context.video, context.audio)
-        progress(Progress("text", 1, 1))
+        progress(Progress("text", 2, 2))
         warnings = (*_warn("prompt", positive), *_warn("negative prompt", other))
         return Conditioning(contexts[0], contexts[1], self.model_id, warnings)
 

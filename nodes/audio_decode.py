@@ -29,7 +29,7 @@ class LockstepAudioDecode(Node):
 
     @classmethod
     def run(cls, model: Engine, audio: dict) -> io.NodeOutput:
-        latents = from_audio_latent(audio)
+        latents = from_audio_latent(audio, model)
         reporter = host.Reporter(cls.hidden.unique_id, f"decoding {latents.shape.seconds:.1f} s of sound")
         with reporter as report, history.measured(model, "audio") as meter:
             waveform_CS = model.decode_audio(latents, report)

@@ -1,6 +1,8 @@
-"""What all nodes of ours share: sockets that hold what they are for, choices and file names that are checked before the run."""
+"""What all nodes of ours share: inputs that hold what they are for, choices and file names that are checked before the run."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from comfy_api.latest import io
@@ -8,11 +10,24 @@ from torch import Tensor
 
 from ..model.errors import WorkflowError
 
+_SHOWN = 60  # characters of a value that a sentence repeats
+
+
+def _is_conditioning(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, list | tuple)
+        and len(entry) == 2
+        and isinstance(entry[0], Tensor)
+        and isinstance(entry[1], Mapping)
+        for entry in value
+    )
+
+
 # what tells a value of each type that comes over a link; graphs in API format may hold anything in its place
 _IS_OF_TYPE = {
     "LOCKSTEP_MODEL": lambda value: hasattr(value, "model_id"),
-    "CONDITIONING": lambda value: isinstance(value, list),
-    "LATENT": lambda value: isinstance(value, Mapping) and "samples" in value,
+    "CONDITIONING": _is_conditioning,
+    "LATENT": lambda value: isinstance(value, Mapping) and hasattr(value.get("samples"), "ndim"),
     "AUDIO": lambda value: isinstance(value, Mapping) and "waveform" in value,
     "IMAGE": lambda value: isinstance(value, Tensor),
     "MASK": lambda value: isinstance(value, Tensor),
@@ -20,31 +35,63 @@ _IS_OF_TYPE = {
 
 
 class Node(io.ComfyNode):
-    """A node of ours, whose `run` gets what the host gives to `execute`, once every socket holds a value of its type."""
+    """A node of ours, whose `run` gets what the host gives to `execute`, once every input holds a value that it can take."""
 
     run: ClassVar[Callable[..., io.NodeOutput]]
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
-        check_sockets(cls.SCHEMA.inputs, inputs)
+        check_inputs(cls.SCHEMA.inputs, inputs)
+        # before the run it saw constants alone
+        named = [name for name in inspect.getfullargspec(cls.validate_inputs).args if name in inputs]
+        said = cls.validate_inputs(**{name: inputs[name] for name in named}) if named else True
+        if said is not True:
+            raise WorkflowError(str(said))
         return cls.run(**inputs)
 
 
-def check_sockets(sockets: Sequence[io.Input], inputs: dict[str, Any]) -> None:
-    """Raises WorkflowError for the first input (name in `inputs`) that is not of its socket's type."""
+def check_inputs(sockets: Sequence[io.Input], inputs: dict[str, Any]) -> None:
+    """Raises WorkflowError for the first input (name in `inputs`) that is not of its socket's type or outside its range."""
     for socket in sockets:
         name, kind = socket.id, socket.get_io_type()
         value = inputs.get(name)
-        if kind in _IS_OF_TYPE and not _IS_OF_TYPE[kind](value) and not (socket.optional and value is None):
-            given = "nothing" if value is None else repr(value)[:40]
-            raise WorkflowError(f"{name} holds {given}: connect an output of type {kind}")
+        if kind in _IS_OF_TYPE:
+            if not _IS_OF_TYPE[kind](value) and not (socket.optional and value is None):
+                raise WorkflowError(f"{name} holds {shown(value)}: connect an output of type {kind}")
+        elif name in inputs and kind in ("COMBO", "STRING"):
+            text_of(name, value)
+        elif name in inputs and kind in ("INT", "FLOAT"):
+            _check_number(socket, value)
 
 
-def check_choices(*choices: tuple[str, str | None, Sequence[str]]) -> bool | str:
+def _check_number(socket: Any, value: Any) -> None:
+    whole = socket.get_io_type() == "INT"
+    # a nan lies between no two numbers
+    if not isinstance(value, Integral if whole else Real) or not socket.min <= value <= socket.max:
+        needed = "a whole number" if whole else "a number"
+        raise WorkflowError(
+            f"{socket.id} holds {shown(value)}: {needed} from {socket.min} to {socket.max} is needed"
+        )
+
+
+def text_of(name: str, value: Any) -> str:
+    """The value of an input that holds words or a choice. Raises WorkflowError for anything else, None included."""
+    if not isinstance(value, str):
+        raise WorkflowError(f"{name} holds {shown(value)}: text or a choice of its list is needed")
+    return value
+
+
+def shown(value: Any) -> str:
+    """How a sentence repeats a value: anyone can give anything, as long as they like."""
+    text = "nothing" if value is None else " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def check_choices(*choices: tuple[str, Any, Sequence[str]]) -> bool | str:
     """What validate_inputs returns for inputs (name, value, known values); None is a linked one, not known yet."""
     for name, value, known in choices:
         if value is not None and value not in known:
-            return f"unknown {name} {value!r}: use {', '.join(known[:-1])} or {known[-1]}"
+            return f"unknown {name} {shown(value)}: use {', '.join(known[:-1])} or {known[-1]}"
     return True
 
 
@@ -52,4 +99,6 @@ def check_prefix(prefix: str | None) -> bool | str:
     """What validate_inputs returns for the beginning of a file's name; None is a linked one, not known yet."""
     if prefix is not None and not prefix.strip(" ./"):
         return "filename_prefix is empty: use a name such as 'lockstep/clip'"
+    if prefix is not None and "\0" in prefix:
+        return f"filename_prefix {shown(prefix)} holds a character that names no file: use a name such as 'lockstep/clip'"
     return True

@@ -7,7 +7,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.cli_args
@@ -27,9 +29,10 @@ from torch import Tensor, nn
 
 from ..model.embedded import WEIGHTS
 from ..model.engine import Engine, model_files
-from ..model.errors import CheckpointError, MediaError, MemoryShortError
+from ..model.errors import CheckpointError, LockstepError, MediaError, MemoryShortError
 from ..model.residency import BlockStream, out_of_memory, stack_need
 from ..model.values import Progress
+from .base import shown, text_of
 from .types import to_still
 
 _logger = logging.getLogger("lockstep")
@@ -43,6 +46,8 @@ _PART_FOLDERS = ("text_encoders", "vae")
 LORAS, UPSCALERS = "loras", "latent_upscale_models"  # the host's names of folders
 _PREVIEW_PIXELS = 512
 _PREVIEW_FPS = 8.0
+_LISTED_SECONDS = 3.0  # for which a list of files is kept
+_LONGEST_NAME = 255  # of a file
 _EVERYTHING = 1e30  # bytes to free: the host's own word for all
 _KEPT_FREE = 0.08  # of a device, for its driver and what allocators round up
 _SHORT = (memory.VRAMState.LOW_VRAM, memory.VRAMState.NO_VRAM)  # the user says that memory is short
@@ -119,9 +124,9 @@ def _find(choice: str) -> Path:
         path = folder_paths.get_full_path(folder, choice)
         if path:
             return Path(path)
-    near = difflib.get_close_matches(choice, model_choices(), n=1, cutoff=0.0) or [EMBEDDED]
+    near = _nearest(choice, model_choices()) or [EMBEDDED]
     raise CheckpointError(
-        f"no model file {choice!r} in ComfyUI's folders {' or '.join(_FOLDERS)}: use {near[0]!r}"
+        f"no model file {shown(choice)} in ComfyUI's folders {' or '.join(_FOLDERS)}: use {near[0]!r}"
     )
 
 
@@ -213,17 +218,17 @@ def find_file(kind: str, choice: str) -> Path:
     path = folder_paths.get_full_path(kind, choice) if choice in file_choices(kind) else None
     if path:
         return Path(path)
-    near = difflib.get_close_matches(choice, file_choices(kind), n=1, cutoff=0.0)
+    near = _nearest(choice, file_choices(kind))
     advice = f"use {near[0]!r}" if near else f"put a safetensors file into models/{kind} and press R"
-    raise CheckpointError(f"no file {choice!r} in ComfyUI's folder {kind}: {advice}")
+    raise CheckpointError(f"no file {shown(choice)} in ComfyUI's folder {kind}: {advice}")
 
 
-def check_file(kind: str, choice: str | None) -> bool | str:
-    """What validate_inputs returns for a choice of files; None is a linked one, not known yet."""
+def check_file(name: str, kind: str, choice: Any) -> bool | str:
+    """What validate_inputs returns for the input of this name, a choice of files; None is a linked one, not known yet."""
     try:
         if choice is not None:
-            find_file(kind, choice)
-    except CheckpointError as error:
+            find_file(kind, text_of(name, choice))
+    except LockstepError as error:
         return str(error)
     return True
 
@@ -246,48 +251,67 @@ def digest(*facts: object) -> str:
 
 
 def latent_choices() -> list[str]:
-    """Latent files of the input folder, then those that were saved to the output folder."""
-    choices = []
-    for kind, folder in (
-        ("input", folder_paths.get_input_directory()),
-        ("output", folder_paths.get_output_directory()),
-    ):
-        names = (
-            path.relative_to(folder).as_posix() for path in sorted(Path(folder).rglob("*" + LATENT_SUFFIX))
-        )
-        choices += [name if kind == "input" else f"{name} [{kind}]" for name in names]
-    return choices
+    """Latent files of the input folder, then those that were saved to the output folder, as of the last few seconds."""
+    # the host asks several times for one page or graph, and the output folder may be a large one
+    period = int(time.monotonic() / _LISTED_SECONDS)
+    saved = _latents_below(folder_paths.get_output_directory(), period)
+    return [
+        *_latents_below(folder_paths.get_input_directory(), period),
+        *(f"{name} [output]" for name in saved),
+    ]
+
+
+@lru_cache(maxsize=2)
+def _latents_below(folder: str, _period: int) -> tuple[str, ...]:
+    paths = sorted(Path(folder).rglob("*" + LATENT_SUFFIX))
+    return tuple(path.relative_to(folder).as_posix() for path in paths)
 
 
 def latent_path(choice: str) -> Path:
     """The file of a choice. Raises MediaError for one that is not there or lies outside the host's folders."""
-    path = Path(folder_paths.get_annotated_filepath(choice)).resolve()
+    path = _file_inside(choice)
+    if path is None:
+        near = _nearest(choice, latent_choices())
+        advice = f"use {near[0]!r}" if near else "save one with Lockstep Save AV Latent first"
+        raise MediaError(f"no latent file {shown(choice)} in ComfyUI's input or output folder: {advice}")
+    return path
+
+
+def _file_inside(choice: str) -> Path | None:
     folders = (
         folder_paths.get_input_directory(),
         folder_paths.get_output_directory(),
         folder_paths.get_temp_directory(),
     )
-    inside = any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
-    if not inside or not path.is_file():
-        near = difflib.get_close_matches(choice, latent_choices(), n=1, cutoff=0.0)
-        advice = f"use {near[0]!r}" if near else "save one with Lockstep Save AV Latent first"
-        raise MediaError(f"no latent file {choice!r} in ComfyUI's input or output folder: {advice}")
-    return path
+    try:
+        path = Path(folder_paths.get_annotated_filepath(choice)).resolve()
+        inside = any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
+        return path if inside and path.is_file() else None
+    except (OSError, ValueError):  # no file can have such a name
+        return None
 
 
-def new_output_path(prefix: str, suffix: str) -> tuple[Path, dict[str, str]]:
-    """The next free file of the output folder for a prefix, and how the host's page calls it."""
+def _nearest(choice: str, known: list[str]) -> list[str]:
+    """The one most like it, if there is any at all."""
+    return difflib.get_close_matches(choice[:_LONGEST_NAME], known, n=1, cutoff=0.0)
+
+
+def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> tuple[Path, dict[str, str]]:
+    """The next free file of the output folder for a prefix, and how the host's page calls it.
+
+    width, height: in pixels, what the host puts in for %width% and %height%.
+    """
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            prefix, folder_paths.get_output_directory()
+            prefix, folder_paths.get_output_directory(), width, height
         )
     except OSError as error:
         raise MediaError(
-            f"the output folder cannot take files of filename_prefix {prefix!r}: {error.strerror or error}"
+            f"the output folder cannot take files of filename_prefix {shown(prefix)}: {error.strerror or error}"
         ) from error
     except Exception as error:  # the host has no type of its own for it
         raise MediaError(
-            f"filename_prefix {prefix!r} lies outside the output folder: use a name such as 'lockstep/clip'"
+            f"filename_prefix {shown(prefix)} lies outside the output folder: use a name such as 'lockstep/clip'"
         ) from error
     path = Path(folder) / f"{name}_{counter:05}_{suffix}"
     return path, {"filename": path.name, "subfolder": subfolder, "type": "output"}
@@ -317,18 +341,13 @@ def blocked() -> object:
 class Reporter:
     """Progress of one node, as a context: its bar, the time left, a moving preview; interruption ends the run here.
 
-    task: what the node does, for the sentence when memory runs out. look: the estimate in Progress.preview to frames
-    (F, H, W, 3), or to None where that would cost too much. fps: of those frames.
+    task: what the node does, for the sentence when memory runs out. fps: of the preview's frames. `look`, None at first:
+    the estimate in Progress.preview to frames (F, H, W, 3), or to None where that would cost too much.
     """
 
-    def __init__(
-        self,
-        node_id: str | None,
-        task: str,
-        look: Callable[[Tensor], Tensor | None] | None = None,
-        fps: float = _PREVIEW_FPS,
-    ):
-        self._node_id, self._task, self._look = node_id, task, look
+    def __init__(self, node_id: str | None, task: str, fps: float = _PREVIEW_FPS):
+        self._node_id, self._task = node_id, task
+        self.look: Callable[[Tensor], Tensor | None] | None = None
         self._film = _Film(node_id, fps)
         self._started = self._ticked = time.monotonic()
         self._stage, self._first = "", (0, 0.0)  # the stage's first step, and when it was done
@@ -355,9 +374,9 @@ class Reporter:
 
     def _show(self, progress: Progress) -> None:
         now = time.monotonic()
-        if self._look is None or progress.preview is None or now < self._next_look:
+        if self.look is None or progress.preview is None or now < self._next_look:
             return
-        frames = self._look(progress.preview)
+        frames = self.look(progress.preview)
         self._next_look = time.monotonic() + _PREVIEW_SHARE * (time.monotonic() - now)
         if frames is not None:
             self._film.show(frames)
@@ -416,6 +435,11 @@ class _Film:
             server.send_sync(BinaryEventTypes.UNENCODED_PREVIEW_IMAGE, jpeg, client)
 
 
+def is_watched() -> bool:
+    """Whether the run was queued by a page, which shows previews and lines of text."""
+    return PromptServer.instance.client_id is not None
+
+
 def _preview_facts(node_id: str | None) -> dict[str, str | None]:
     """Where the page shows a preview: a node that another one unfolded into shows on that one."""
     state = get_progress_state()
@@ -429,9 +453,12 @@ def _preview_facts(node_id: str | None) -> dict[str, str | None]:
 
 
 def tell(node_id: str | None, text: str) -> None:
-    """Shows a line of text on a node."""
-    if node_id is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+    """Shows a line of text on a node, to the page that queued the run; others have nodes of the same ids."""
+    if node_id is not None and is_watched():
+        server = PromptServer.instance
+        # a node that another one unfolded into shows on that one
+        place = get_progress_state().dynprompt.get_display_node_id(node_id)
+        server.send_progress_text(text, place, sid=server.client_id)
 
 
 def warn(node_id: str | None, warnings: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ from ..model.engine import Engine
 from . import host
 from .base import Node
 from .sockets import CATEGORY, LockstepModel
-from .types import from_joint_latent, to_latents
+from .types import counted_fps_of, from_joint_latent, to_latents
 
 
 class LockstepLatentUpscale(Node):
@@ -45,7 +45,7 @@ class LockstepLatentUpscale(Node):
 
     @classmethod
     def validate_inputs(cls, upscaler: str | None = None) -> bool | str:
-        return host.check_file(host.UPSCALERS, upscaler)
+        return host.check_file("upscaler", host.UPSCALERS, upscaler)
 
     @classmethod
     def fingerprint_inputs(cls, model: Engine | None, latent: dict | None, upscaler: str | None) -> str:
@@ -53,7 +53,8 @@ class LockstepLatentUpscale(Node):
 
     @classmethod
     def run(cls, model: Engine, latent: dict, upscaler: str) -> io.NodeOutput:
-        latents = from_joint_latent(latent)
+        latents = from_joint_latent(latent, model)
         with host.Reporter(cls.hidden.unique_id, "upscaling latents") as report:
             grown = model.upscale(latents, host.find_file(host.UPSCALERS, upscaler), report)
-        return io.NodeOutput(to_latents(grown, host.join_latents)[2])
+        counted_fps = counted_fps_of(latent) or latents.shape.fps
+        return io.NodeOutput(to_latents(grown, host.join_latents, counted_fps)[2])

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..model.errors import LockstepError
 from ..model.latents.file import read_latents
 from . import host
-from .base import Node
+from .base import Node, text_of
 from .sockets import CATEGORY
 from .types import to_latents
 
@@ -40,7 +40,7 @@ class LockstepLoadAVLatent(Node):
     def validate_inputs(cls, file: str | None = None) -> bool | str:
         try:
             if file is not None:
-                host.latent_path(file)
+                host.latent_path(text_of("file", file))
         except LockstepError as error:
             return str(error)
         return True

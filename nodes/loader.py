@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..model.engine import ATTENTION_NAMES, PRECISIONS, check_attention
 from ..model.errors import LockstepError
 from . import host
-from .base import Node, check_choices
+from .base import Node, check_choices, text_of
 from .sockets import CATEGORY, LockstepModel
 
 
@@ -96,7 +96,7 @@ class LockstepLoader(Node):
             return known
         try:
             if model is not None:
-                host.open_engine(model, "cpu")  # reads the header alone
+                host.open_engine(text_of("model", model), "cpu")  # reads the header alone
             if attention is not None and device is not None:
                 check_attention(attention, host.device_of(device), bool(compile))
         except LockstepError as error:

@@ -50,7 +50,7 @@ class LockstepLoRA(Node):
 
     @classmethod
     def validate_inputs(cls, lora: str | None = None) -> bool | str:
-        return host.check_file(host.LORAS, lora)
+        return host.check_file("lora", host.LORAS, lora)
 
     @classmethod
     def fingerprint_inputs(cls, model: Engine | None, lora: str | None, strength: float | None) -> tuple:

@@ -1,5 +1,6 @@
 """Lockstep Sampler: noise to the latents of one clip, picture and sound together."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -8,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..model.engine import SAMPLER_NAMES, UNGUIDED, Engine, Guidance, SampleSettings
-from ..model.errors import WorkflowError
+from ..model.errors import CheckpointError, UnsupportedModelError, WorkflowError
 from ..model.shapes import ClipShape
 from ..model.trajectory import Trajectory
 from ..model.values import AVLatents, Guide
@@ -27,6 +28,8 @@ from .types import (
     size_of,
     to_latents,
 )
+
+_logger = logging.getLogger("lockstep")
 
 OWN_STG, OWN_SAMPLER = -1.0, "model default"
 SAMPLERS = (OWN_SAMPLER, *SAMPLER_NAMES)
@@ -198,8 +201,9 @@ class LockstepSampler(Node):
         step_cache: float = 0.0,
     ) -> io.NodeOutput:
         script = from_conditioning(conditioning)
-        given = given_streams(latent, audio_latent, model.model_id)
+        given = given_streams(latent, audio_latent, model, fps)
         shape = shape_of(given, partial(model.shape, size_of(aspect, width, height)), seconds, fps)
+        counted_fps = given["video"].origin.counted_fps if "video" in given else shape.fps
         second = refine.strip().lower() in STAGES
         own = UNGUIDED if second else model.recipe.guidance
         guidance = guide(model, own, cfg_video, cfg_audio, stg, stg_block)
@@ -213,13 +217,14 @@ class LockstepSampler(Node):
             settings, start = replace(settings, sigmas=levels), latents_to_refine(given, shape)
             given = {name: stream for name, stream in given.items() if not wholly_kept_video(name, stream)}
         task = f"sampling {shape.frames} frames of {shape.width}x{shape.height}"
-        look = partial(model.preview, shape=shape)
-        reporter = host.Reporter(cls.hidden.unique_id, task, look, shape.fps)
+        reporter = host.Reporter(cls.hidden.unique_id, task, shape.fps)
         with reporter as report:
-            model.prepare_preview()
+            report.look = preview_of(model, shape)
             kept = kept_parts(given, shape)
             way = Trajectory(trajectory, report) if trajectory.strip() else None
-            guides = [encode_picture(model, picture, shape, report) for picture in script.pictures]
+            guides = [
+                encode_picture(model, picture, shape, counted_fps, report) for picture in script.pictures
+            ]
             with history.measured(model, "sample") as meter:
                 latents = model.sample(
                     script.text,
@@ -245,7 +250,19 @@ class LockstepSampler(Node):
         model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
         model_facts["step_cache"] = approximation and asdict(approximation)
         history.note(latents, meter, seed=seed, **model_facts)
-        return io.NodeOutput(*to_latents(latents, host.join_latents), pictures)
+        return io.NodeOutput(*to_latents(latents, host.join_latents, counted_fps), pictures)
+
+
+def preview_of(model: Engine, shape: ClipShape) -> Callable[[Tensor], Tensor | None] | None:
+    """What shows a clip in the making; None where nobody looks, or where the model's files lack what it needs."""
+    if not host.is_watched():
+        return None
+    try:
+        model.prepare_preview()
+    except (CheckpointError, UnsupportedModelError) as error:
+        _logger.info("no previews: %s", error)
+        return None
+    return partial(model.preview, shape=shape)
 
 
 def guide(
@@ -296,9 +313,11 @@ def wholly_kept_video(name: str, stream: Stream) -> bool:
     return name == "video" and stream.mask is not None and not stream.mask.any()
 
 
-def encode_picture(model: Engine, picture: Picture, shape: ClipShape, report: host.Reporter) -> Guide:
+def encode_picture(
+    model: Engine, picture: Picture, shape: ClipShape, counted_fps: float, report: host.Reporter
+) -> Guide:
     """A picture at its place in this clip."""
-    frame = frame_of(picture, shape)
+    frame = frame_of(picture, shape, counted_fps)
     return model.encode_image(
         picture.image, shape, frame, picture.strength, report, picture.mask, attention=picture.attention
     )

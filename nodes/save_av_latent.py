@@ -37,6 +37,7 @@ class LockstepSaveAVLatent(Node):
     @classmethod
     def run(cls, latent: dict, filename_prefix: str) -> io.NodeOutput:
         latents = from_joint_latent(latent)
-        path, shown = host.new_output_path(filename_prefix, host.LATENT_SUFFIX)
+        size = (latents.shape.width, latents.shape.height)
+        path, shown = host.new_output_path(filename_prefix, host.LATENT_SUFFIX, *size)
         write_latents(path, latents, host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo))
         return io.NodeOutput(ui={"latents": [shown]})

@@ -1,7 +1,8 @@
 """Between ComfyUI's values and the model's: the only place of the pack where layouts and ranges change.
 
 ComfyUI: IMAGE (B, H, W, 3) in 0..1, a video being a batch; AUDIO {"waveform": (B, C, S), "sample_rate"}; LATENT
-{"samples"}; CONDITIONING [[(B, L, D), {...}]]. What these cannot say travels beside it under the key "lockstep".
+{"samples"}; CONDITIONING [[(B, L, D), {...}]]. What these cannot say travels beside it: in a CONDITIONING under the key
+"lockstep", in a LATENT under one for each stream, as nodes that join two latents keep one value of each key.
 B batch, C channels, F frames, H rows, W columns, L text tokens or audio latents, D width, S samples.
 """
 
@@ -15,17 +16,22 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..model.errors import MediaError, ShapeError, WorkflowError
+from ..model.engine import carried_audio
+from ..model.errors import MediaError, NotFiniteError, ShapeError, WorkflowError
 from ..model.media import AAC_RATES_HZ, fit_sound
-from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape
+from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape, nearest_frames
 from ..model.values import AVLatents, Clip, Conditioning
 
 _KEY = "lockstep"
-# what the host's nodes write into a conditioning for its own samplers: areas, parts of the run, control networks, rates
-_OF_OTHER_SAMPLERS = (
-    *("area", "mask", "start_percent", "end_percent", "control", "hooks"),
-    *("guidance", "frame_rate", "reference_latents", "keyframe_idxs"),
-)
+_ORIGINS = {"video": "lockstep_video", "audio": "lockstep_audio"}
+_OURS = (_KEY, "pooled_output")
+# what the host's nodes write into a conditioning where they ask nothing of a sampler: all of the strength, the whole run
+_ASKING_NOTHING = {"strength": 1, "start_percent": 0, "end_percent": 1, "set_area_to_bounds": False}
+_WAYS_OUT = {
+    "frame_rate": "set fps on Lockstep Sampler and leave that node out",
+    "reference_latents": "hold the picture with Lockstep Image Encode instead",
+    "keyframe_idxs": "hold the picture with Lockstep Image Encode instead",
+}
 OWN_ASPECT, CUSTOM_ASPECT = "model default", "custom"
 
 
@@ -75,13 +81,20 @@ def from_conditioning(conditioning: Any) -> Script:
         raise WorkflowError(
             "conditioning was changed by a node in between: connect the Lockstep Text Encode directly"
         )
-    added = [name for name in _OF_OTHER_SAMPLERS if name in conditioning[0][1]]
+    added = [name for name, value in conditioning[0][1].items() if _asks(name, value)]
     if added:
         raise WorkflowError(
-            f"conditioning holds {' and '.join(added)} of a node in between, which this sampler does not follow: "
-            "connect the Lockstep Text Encode directly"
+            f"conditioning holds {' and '.join(map(str, added))} of a node in between, which this sampler does not follow: "
+            f"{_WAYS_OUT.get(added[0], 'connect the Lockstep Text Encode directly')}"
         )
     return scripts[0]
+
+
+def _asks(name: str, value: Any) -> bool:
+    """Whether an entry of a conditioning asks something that only another sampler would do; None takes back what it was."""
+    if name in _OURS or value is None:
+        return False
+    return name not in _ASKING_NOTHING or value != _ASKING_NOTHING[name]
 
 
 def with_picture(conditioning: Any, picture: Picture) -> list:
@@ -136,17 +149,22 @@ def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
     return functional.interpolate(mask_BHW[None].float().cpu(), size=(rows, columns), mode="bilinear")[0, 0]
 
 
-def frame_of(picture: Picture, shape: ClipShape) -> int | None:
-    """The pixel frame at which a picture stands in this clip, None beside it. Raises ShapeError if it stands outside."""
+def frame_of(picture: Picture, shape: ClipShape, counted_fps: float | None = None) -> int | None:
+    """The pixel frame at which a picture stands in this clip, None beside it. Raises ShapeError if it stands outside.
+
+    counted_fps: the rate of the frames that pictures count, None the clip's own; the picture stands at the same second.
+    """
     if picture.frame is None:
         return None
-    frame = picture.frame + (shape.frames if picture.frame < 0 else 0)
-    if not 0 <= frame < shape.frames:
+    pace = shape.fps / (counted_fps or shape.fps)
+    counted = round((shape.frames - 1) / pace) + 1
+    frame = picture.frame + (counted if picture.frame < 0 else 0)
+    if not 0 <= frame < counted:
         raise ShapeError(
-            f"image at frame {picture.frame} lies outside the clip of {shape.frames} frames: "
-            f"use 0 to {shape.frames - 1}, or -1 for the last"
+            f"image at frame {picture.frame} lies outside the clip of {counted} frames: "
+            f"use 0 to {counted - 1}, or -1 for the last"
         )
-    return frame
+    return min(round(frame * pace), shape.frames - 1)
 
 
 def size_of(aspect: str, width: int, height: int) -> str | None:
@@ -168,6 +186,8 @@ class Origin:
     video_channels: int
     audio_channels: int
     audio_bins: int
+    counted_fps: float  # of the frames that pictures count: those of the clip before it got more of them
+    assumed: bool = False  # nothing was said: of the model that the latent is given to
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +199,7 @@ class Stream:
         Tensor | None
     )  # (1, 1, F, H, W) or (1, 1, L, 1): 1 is made anew, 0 stays; None: all of it is made anew
     origin: Origin
+    name: str  # of the input that it came from
 
     @property
     def shape(self) -> ClipShape:
@@ -191,72 +212,102 @@ class Stream:
         return replace(shape, frames=frames, height=size[3] * space, width=size[4] * space)
 
 
-def to_latents(latents: AVLatents, join: Callable[[tuple[Tensor, Tensor]], Any]) -> tuple[dict, dict, dict]:
-    """A video LATENT (1, C, F, H, W), an audio LATENT (1, C, L, M) and both in ComfyUI's joint one, made by `join`."""
-    origin = _origin_of(latents)
+def to_latents(
+    latents: AVLatents, join: Callable[[tuple[Tensor, Tensor]], Any], counted_fps: float | None = None
+) -> tuple[dict, dict, dict]:
+    """A video LATENT (1, C, F, H, W), an audio LATENT (1, C, L, M) and both in ComfyUI's joint one, made by `join`.
+
+    counted_fps: of the frames that pictures count, None the clip's own.
+    """
+    origin = _origin_of(latents, counted_fps)
+    video, audio = {_ORIGINS["video"]: origin}, {_ORIGINS["audio"]: origin}
     return (
-        {"samples": latents.video, _KEY: origin},
-        {"samples": latents.audio, "type": "audio", _KEY: origin},
-        {"samples": join((latents.video, latents.audio)), _KEY: origin},
+        {"samples": latents.video, **video},
+        {"samples": latents.audio, "type": "audio", **audio},
+        {"samples": join((latents.video, latents.audio)), **video, **audio},
     )
 
 
 def to_kept_video(latents: AVLatents) -> dict[str, Any]:
     """The video as a LATENT that the sampler leaves as it is."""
     mask = torch.zeros(1, 1, latents.video.shape[2], 1, 1)
-    return {"samples": latents.video, "noise_mask": mask, _KEY: _origin_of(latents)}
+    return {"samples": latents.video, "noise_mask": mask, _ORIGINS["video"]: _origin_of(latents)}
 
 
 def to_kept_audio(latents: AVLatents) -> dict[str, Any]:
     """The sound as a LATENT that the sampler leaves as it is."""
     mask = torch.zeros(1, 1, latents.audio.shape[2], 1)
-    return {"samples": latents.audio, "noise_mask": mask, "type": "audio", _KEY: _origin_of(latents)}
+    told = {"type": "audio", _ORIGINS["audio"]: _origin_of(latents)}
+    return {"samples": latents.audio, "noise_mask": mask, **told}
 
 
-def from_video_latent(latent: dict[str, Any]) -> AVLatents:
-    """Any LATENT with a video that began as ours, for its decoder; cropped, cut or enlarged ones decode at their size.
+def from_video_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
+    """Any LATENT with a video, for its decoder; cropped, cut or enlarged ones decode at their size.
 
-    Raises WorkflowError for a latent of another model, ShapeError for a batch, other channels or sound alone.
+    model: whose latents they are where they do not say it, as other nodes may have made them.
+    Raises WorkflowError where nobody says it, ShapeError for a batch, other channels or sound alone.
     """
-    stream = _one_stream("video", latent)
+    stream = _stream("video", read_latent("video", latent, model))
     return AVLatents(stream.samples, torch.empty(0), stream.shape, stream.origin.model_id)
 
 
-def from_audio_latent(latent: dict[str, Any]) -> AVLatents:
-    """Any LATENT with sound that began as ours and is as long, for its decoder. Raises as from_video_latent does."""
-    stream = _whole_sound(_one_stream("audio", latent))
-    return AVLatents(torch.empty(0), stream.samples, stream.shape, stream.origin.model_id)
+def from_audio_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
+    """Any LATENT with sound, for its decoder: as long as the pictures beside it, or alone as it was made.
+
+    Raises as from_video_latent does.
+    """
+    streams = read_latent("audio", latent, model)
+    sound = _stream("audio", streams)
+    if "video" in streams:
+        shape = replace(streams["video"].shape, audio_rate=sound.shape.audio_rate)
+        samples = _sound_of_pictures(sound, shape)
+    else:
+        shape, samples = _shape_of_sound(sound), sound.samples
+    return AVLatents(torch.empty(0), samples, shape, sound.origin.model_id)
 
 
-def from_joint_latent(latent: dict[str, Any]) -> AVLatents:
-    """A LATENT with both streams. Raises as from_video_latent does."""
-    streams = read_latent("latent", latent)
+def from_joint_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
+    """A LATENT with both streams, the sound as long as the pictures. Raises as from_video_latent does."""
+    streams = read_latent("latent", latent, model)
     if len(streams) != 2:
         raise ShapeError(
             f"latent holds {next(iter(streams))} alone: connect an av_latent output, which holds picture and sound"
         )
-    video, audio = streams["video"], _whole_sound(streams["audio"])
-    return AVLatents(video.samples, audio.samples, video.shape, video.origin.model_id)
+    video, audio = streams["video"], streams["audio"]
+    if audio.origin.model_id != video.origin.model_id:
+        raise WorkflowError(
+            f"latent holds pictures of {video.origin.model_id} and sound of {audio.origin.model_id}: "
+            "encode the sound with the model of the pictures"
+        )
+    samples = _sound_of_pictures(audio, video.shape)
+    return AVLatents(video.samples, samples, video.shape, video.origin.model_id)
+
+
+def counted_fps_of(latent: dict[str, Any]) -> float | None:
+    """The rate of the frames that pictures count in a LATENT's video; None where nobody says it."""
+    origin = _told_origin("video", latent)
+    return origin and origin.counted_fps
 
 
 def given_streams(
-    latent: dict[str, Any] | None, audio_latent: dict[str, Any] | None, model_id: str
+    latent: dict[str, Any] | None, audio_latent: dict[str, Any] | None, model: Any, fps: float = 0.0
 ) -> dict[str, Stream]:
     """What the sampler's two latent inputs hold, by "video" and "audio"; audio_latent replaces the sound of latent.
 
+    model: the sampler's; it and fps (0: the model's own) count for latents that do not say theirs.
     Raises WorkflowError for a latent of another model, ShapeError for a batch or other channels.
     """
-    streams = {} if latent is None else read_latent("latent", latent)
+    streams = {} if latent is None else read_latent("latent", latent, model, fps)
     if audio_latent is not None:
-        sound = read_latent("audio_latent", audio_latent)
+        sound = read_latent("audio_latent", audio_latent, model, fps)
         if "audio" not in sound:
             raise ShapeError("audio_latent holds a video and no sound: connect it to latent instead")
         streams["audio"] = sound["audio"]
-    for kind, stream in streams.items():
-        if stream.origin.model_id != model_id:
-            name = "audio_latent" if kind == "audio" and audio_latent is not None else "latent"
+    for stream in streams.values():
+        if stream.origin.model_id != model.model_id:
             raise WorkflowError(
-                f"{name} was made by {stream.origin.model_id}, the sampler runs {model_id}: encode it again with this model"
+                f"{stream.name} was made by {stream.origin.model_id}, the sampler runs {model.model_id}: "
+                "encode it again with this model"
             )
     return streams
 
@@ -266,28 +317,59 @@ def fit_sound_to(stream: Stream, shape: ClipShape) -> Stream:
     needed, given = shape.audio_latents, stream.samples.shape[2]
     if given < needed:
         raise ShapeError(
-            f"the sound of audio_latent has {given} latents, a clip of {shape.seconds:g} s needs {needed}: "
+            f"the sound of {stream.name} has {given} latents, a clip of {shape.seconds:g} s needs {needed}: "
             "encode it with the clip's seconds and fps"
         )
     mask = None if stream.mask is None else stream.mask[:, :, :needed]
     return replace(stream, samples=stream.samples[:, :, :needed], mask=mask)
 
 
-def read_latent(name: str, latent: dict[str, Any]) -> dict[str, Stream]:
-    """The streams of a LATENT by "video" and "audio", each checked against the model that made it."""
-    origin, samples = latent.get(_KEY), latent["samples"]
-    if not isinstance(origin, Origin):
-        raise WorkflowError(
-            f"{name} was not made by a Lockstep node: connect one, or use the nodes of its own model"
-        )
+def read_latent(name: str, latent: dict[str, Any], model: Any = None, fps: float = 0.0) -> dict[str, Stream]:
+    """The streams of a LATENT by "video" and "audio", each checked against the model that made it.
+
+    model, fps: of streams that come without ours, 0 is the model's own rate. Raises WorkflowError for those where there is
+    no model, ShapeError for a batch or other channels.
+    """
+    samples = latent["samples"]
     nested = getattr(samples, "is_nested", False)
     tensors = list(samples.unbind()) if nested else [samples]
     mask = latent.get("noise_mask")
     masks = list(mask.unbind()) if mask is not None and getattr(mask, "is_nested", False) else [mask, None]
-    return {
-        "video" if tensor.ndim == 5 else "audio": _read_stream(name, tensor.float().cpu(), mask, origin)
-        for tensor, mask in zip(tensors, masks, strict=False)
-    }
+    streams = {}
+    for tensor, its_mask in zip(tensors, masks, strict=False):
+        kind = "video" if tensor.ndim == 5 else "audio"
+        origin = _told_origin(kind, latent) or _assumed_origin(name, tensor, model, fps)
+        streams[kind] = _read_stream(name, tensor.float().cpu(), its_mask, origin)
+    return streams
+
+
+def _told_origin(kind: str, latent: dict[str, Any]) -> Origin | None:
+    """That of the stream, else that of the one it was joined with."""
+    told = (latent.get(key) for key in (_ORIGINS[kind], *_ORIGINS.values()))
+    return next((origin for origin in told if isinstance(origin, Origin)), None)
+
+
+def _assumed_origin(name: str, samples: Tensor, model: Any, fps: float) -> Origin:
+    if model is None:
+        raise WorkflowError(
+            f"{name} does not say its model and fps, as a node that is not Lockstep's made it or dropped them: connect the "
+            "av_latent of a Lockstep node directly, or decode it by Lockstep VAE Decode, which takes it as its model's"
+        )
+    shape = model.shape(None, None, fps or None)
+    if samples.ndim == 4:
+        shape = replace(shape, frames=_frames_within(samples.shape[2], shape))
+    # the least latents tell channels and bins
+    origin = _origin_of(model.empty_latents(shape.sound_alone()))
+    return replace(origin, shape=shape, counted_fps=shape.fps, assumed=True)
+
+
+def _frames_within(audio_latents: int, shape: ClipShape) -> int:
+    """The most frames that a model holds and that last no longer than so much sound; at least one."""
+    seconds = audio_latents / shape.audio_rate.latents_per_second
+    frames = nearest_frames(seconds * shape.fps, shape.compression)
+    while frames > 1 and replace(shape, frames=frames).audio_latents > audio_latents:
+        frames -= shape.compression.time
+    return frames
 
 
 def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin) -> Stream:
@@ -298,14 +380,20 @@ def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin
         raise ShapeError(
             f"{name} has the shape {tuple(samples.shape)}, {needed or video} is needed: connect a latent of this model"
         )
+    if not samples.numel():
+        raise ShapeError(f"{name} is empty: connect a latent that is not cut to nothing")
     if samples.shape[0] != 1:
         raise ShapeError(
             f"{name} holds {samples.shape[0]} clips, one is needed: choose one with LatentFromBatch"
         )
+    if not samples.isfinite().all():
+        raise NotFiniteError(
+            f"{name} holds values that are no numbers: look at the node that made it, or sample it again"
+        )
     if mask is None:
-        return Stream(samples, None, origin)
+        return Stream(samples, None, origin, name)
     fitted = _fit_video_mask(mask, samples, origin) if samples.ndim == 5 else _fit_audio_mask(mask, samples)
-    return Stream(samples, None if fitted.min() == 1 else fitted, origin)
+    return Stream(samples, None if fitted.min() == 1 else fitted, origin, name)
 
 
 def _fit_video_mask(mask: Tensor, samples: Tensor, origin: Origin) -> Tensor:
@@ -337,13 +425,13 @@ def _in_steps(mask: Tensor) -> Tensor:
     return (mask * 8).round() / 8
 
 
-def _origin_of(latents: AVLatents) -> Origin:
-    audio = latents.audio.shape
-    return Origin(latents.shape, latents.model_id, latents.video.shape[1], audio[1], audio[3])
+def _origin_of(latents: AVLatents, counted_fps: float | None = None) -> Origin:
+    shape, audio = latents.shape, latents.audio.shape
+    channels = (latents.video.shape[1], audio[1], audio[3])
+    return Origin(shape, latents.model_id, *channels, counted_fps=counted_fps or shape.fps)
 
 
-def _one_stream(kind: str, latent: dict[str, Any]) -> Stream:
-    streams = read_latent(kind, latent)
+def _stream(kind: str, streams: dict[str, Stream]) -> Stream:
     if kind not in streams:
         other = "audio" if kind == "video" else "video"
         raise ShapeError(
@@ -352,13 +440,27 @@ def _one_stream(kind: str, latent: dict[str, Any]) -> Stream:
     return streams[kind]
 
 
-def _whole_sound(stream: Stream) -> Stream:
-    needed, given = stream.shape.audio_latents, stream.samples.shape[2]
-    if given != needed:
+def _sound_of_pictures(sound: Stream, shape: ClipShape) -> Tensor:
+    """The audio latents of a joint latent, cut to its pictures, of which rounding may want one more."""
+    needed, given = shape.audio_latents, sound.samples.shape[2]
+    if given + 1 < needed:
         raise ShapeError(
-            f"audio has {given} latents, the sampler made {needed}: decode all of them and cut the sound"
+            f"the sound of {sound.name} has {given} latents, its pictures of {shape.seconds:g} s need {needed}: "
+            "cut the pictures to the sound, or join it with those it was made with"
         )
-    return stream
+    return carried_audio(sound.samples, shape)
+
+
+def _shape_of_sound(sound: Stream) -> ClipShape:
+    shape, given = sound.shape, sound.samples.shape[2]
+    if sound.origin.assumed:
+        # of no clip of frames: as long as it is
+        return replace(shape, frames=1, fps=shape.audio_rate.latents_per_second / given)
+    if given != shape.audio_latents:
+        raise ShapeError(
+            f"audio has {given} latents, the sampler made {shape.audio_latents}: decode all of them and cut the sound"
+        )
+    return shape
 
 
 # Clips from outside
@@ -396,18 +498,33 @@ def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Cl
         )
     if audio is None:
         return Clip(images_FHWC, None, fps, 0)
+    waveform_CS, rate_hz = _one_sound(audio)
+    return Clip(images_FHWC, waveform_CS, fps, rate_hz)
+
+
+def _one_sound(audio: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """An AUDIO as (channels, S), float32 on the CPU, and its rate; values that are no numbers stay."""
     waveform = audio["waveform"]
-    if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.numel():
+    if not isinstance(waveform, Tensor):
+        raise MediaError(f"audio holds a {type(waveform).__name__} as its waveform: connect an AUDIO output")
+    if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.shape[1]:
         raise MediaError(
             f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"
         )
-    return Clip(images_FHWC, waveform[0].float().cpu(), fps, _rate_of(audio))
+    if not waveform.shape[2]:
+        raise MediaError(
+            "audio is empty, it has no samples at all: connect a sound that is not cut to nothing"
+        )
+    return waveform[0].float().cpu(), _rate_of(audio)
 
 
 def _rate_of(audio: Mapping[str, Any]) -> int:
-    rate_hz = int(audio["sample_rate"])
+    try:
+        rate_hz = int(audio.get("sample_rate", 0))
+    except (TypeError, ValueError, OverflowError):
+        rate_hz = 0
     if rate_hz < 1:
-        raise MediaError(f"audio says that it has {rate_hz} samples per second: load it again")
+        raise MediaError("audio does not say how many samples per second it has: load it again")
     return rate_hz
 
 
@@ -427,14 +544,10 @@ def to_encodable(clip: Clip) -> Clip:
 
 def from_audio(audio: Any) -> tuple[Tensor, int]:
     """One AUDIO as (channels, S) and its rate. Raises MediaError for a batch, silence of no length or no numbers."""
-    waveform, rate_hz = audio["waveform"], _rate_of(audio)
-    if waveform.ndim != 3 or waveform.shape[0] != 1 or not waveform.shape[1]:
-        raise MediaError(
-            f"audio has the shape {tuple(waveform.shape)}, one sound (1, channels, samples) is needed: give one at a time"
-        )
-    if not waveform.shape[2] or not waveform.isfinite().all():
-        raise MediaError("audio is empty or holds values that are no numbers: load it again")
-    return waveform[0].float().cpu(), rate_hz
+    waveform_CS, rate_hz = _one_sound(audio)
+    if not waveform_CS.isfinite().all():
+        raise MediaError("audio holds values that are no numbers: load it again")
+    return waveform_CS, rate_hz
 
 
 # What comes out

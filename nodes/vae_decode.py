@@ -36,7 +36,7 @@ class LockstepVAEDecode(Node):
 
     @classmethod
     def run(cls, model: Engine, video: dict) -> io.NodeOutput:
-        latents = from_video_latent(video)
+        latents = from_video_latent(video, model)
         shape = latents.shape
         task = f"decoding {shape.frames} frames of {shape.width}x{shape.height}"
         reporter = host.Reporter(cls.hidden.unique_id, task)

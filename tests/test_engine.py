@@ -126,6 +126,12 @@ def test_unknown_words_are_named_and_a_prompt_without_known_ones_refused(engine)
             engine.encode_text(nothing)
 
 
+def test_encoding_can_be_stopped_before_each_prompt(engine):
+    ticks: list[Progress] = []
+    engine.encode_text("a red ball", "a blue cube", ticks.append)
+    assert [(tick.stage, tick.step, tick.steps) for tick in ticks] == [("text", n, 2) for n in range(3)]
+
+
 def test_a_given_stream_comes_out_bit_for_bit(engine):
     shape = engine.shape(seconds=1.0)
     prompt = engine.encode_text("a red ball bounces")

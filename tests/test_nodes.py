@@ -7,15 +7,17 @@ import inspect
 import json
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 import lockstep
 from lockstep.model.engine import SampleSettings, latent_sha256
-from lockstep.model.errors import MediaError, ShapeError, WorkflowError
+from lockstep.model.errors import CheckpointError, MediaError, NotFiniteError, ShapeError, WorkflowError
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.values import AVLatents, Conditioning, Context, Lora
 from lockstep.nodes import history, types
@@ -28,6 +30,45 @@ OURS = sorted(name for name in SCHEMA if name.startswith("Lockstep"))
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 LANGUAGES = ("en", "zh", "ja")
 AFTER_A_SEED = ("fixed", "increment", "decrement", "randomize")
+
+
+HOST_MODULES = (
+    *("comfy", "comfy.cli_args", "comfy.model_management", "comfy.model_patcher", "comfy.utils"),
+    *(
+        "comfy.nested_tensor",
+        "comfy_api",
+        "comfy_api.latest",
+        "comfy_execution",
+        "comfy_execution.graph_utils",
+    ),
+    *("comfy_execution.progress", "folder_paths", "protocol", "server"),
+)
+
+
+@pytest.fixture(scope="module")
+def pack() -> SimpleNamespace:
+    """The modules of nodes as a host has them, where a mock stands for all that they ask of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in HOST_MODULES:
+            patch.setitem(sys.modules, name, MagicMock())
+        sys.modules["comfy_api.latest"].io.ComfyNode = type("ComfyNode", (), {})
+        names = ("base", "host", "latent_upscale", "load_av_latent", "loader", "lora", "sampler")
+        return SimpleNamespace(**{name: import_module(f"lockstep.nodes.{name}") for name in names})
+
+
+@pytest.fixture
+def host(pack, monkeypatch, tmp_path) -> ModuleType:
+    """The pack's dealings with a host whose folders are empty and whose browser is called "page"."""
+    folders, server = MagicMock(), MagicMock(client_id="page")
+    for kind in ("input", "output", "temp"):
+        (tmp_path / kind).mkdir()
+        getattr(folders, f"get_{kind}_directory").return_value = str(tmp_path / kind)
+    folders.get_annotated_filepath.side_effect = lambda name: str(tmp_path / "input" / name)
+    folders.get_full_path.return_value = None
+    folders.get_filename_list.return_value = ["known.safetensors"]
+    monkeypatch.setattr(pack.host, "folder_paths", folders)
+    monkeypatch.setattr(pack.host, "PromptServer", SimpleNamespace(instance=server))
+    return pack.host
 
 
 def script() -> types.Script:
@@ -60,6 +101,13 @@ def test_copies_of_a_conditioning_are_welcome():
     types.from_conditioning([[context.clone(), dict(extras) | {"strength": 1.0}]])
 
 
+def test_what_asks_nothing_of_a_sampler_is_welcome_in_a_conditioning():
+    """As SetTimestepRange over the whole run and LTXVCropGuides leave it."""
+    ((context, extras),) = types.to_conditioning(script())
+    said = {"start_percent": 0.0, "end_percent": 1.0, "keyframe_idxs": None, "guide_attention_entries": None}
+    types.from_conditioning([[context, extras | said]])
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -70,9 +118,12 @@ def test_copies_of_a_conditioning_are_welcome():
         (lambda c: c + c, "holds 2 prompts"),
         (
             lambda c: [[c[0][0], c[0][1] | {"start_percent": 0.0, "end_percent": 0.5}]],
-            "holds start_percent and end_percent of a node in between",
+            "holds end_percent of a node in between",
         ),
         (lambda c: [[c[0][0], c[0][1] | {"control": object()}]], "holds control of a node in between"),
+        (lambda c: [[c[0][0], c[0][1] | {"strength": 0.5}]], "holds strength of a node in between"),
+        (lambda c: [[c[0][0], c[0][1] | {"ref_audio": {}}]], "holds ref_audio of a node in between"),
+        (lambda c: [[c[0][0], c[0][1] | {"frame_rate": 25.0}]], "set fps on Lockstep Sampler"),
     ],
 )
 def test_a_conditioning_that_is_not_ours_is_refused(change, sentence):
@@ -125,6 +176,35 @@ def test_frames_count_from_either_end():
             at(frame)
 
 
+def test_a_picture_stays_at_its_second_when_the_clip_gets_more_frames():
+    grown = of_length(17, 24.0)
+    (joint,) = types.to_latents(grown, lambda streams: Nested(*streams), 12.0)[2:]
+    assert types.counted_fps_of(joint) == 12.0
+    video = types.given_streams(joint, None, model())["video"]
+
+    def at(frame: int) -> int:
+        picture = types.Picture(torch.zeros(2, 2, 3), frame, 1.0)
+        return types.frame_of(picture, video.shape, video.origin.counted_fps)
+
+    assert [at(frame) for frame in (0, 4, 8, -1, -2)] == [0, 8, 16, 16, 14]
+    with pytest.raises(ShapeError, match="clip of 9 frames: use 0 to 8"):
+        at(9)
+
+
+def test_upscaled_latents_tell_at_which_rate_pictures_count_their_frames(pack, host, monkeypatch):
+    module, engine = pack.latent_upscale, model()
+    engine.upscale = lambda *_: of_length(17, 24.0)
+    monkeypatch.setattr(host, "find_file", lambda *_: Path("more_frames"))
+    monkeypatch.setattr(host, "join_latents", lambda streams: Nested(*streams))
+    node = type("Upscale", (module.LockstepLatentUpscale,), {"hidden": SimpleNamespace(unique_id=None)})
+    node.run(engine, parts()[2], "more_frames")
+    (joint,) = module.io.NodeOutput.call_args.args
+    assert (types.counted_fps_of(joint), types.given_streams(joint, None, engine)["video"].shape.fps) == (
+        12,
+        24,
+    )
+
+
 def test_size_is_what_the_three_inputs_say():
     assert types.size_of(types.OWN_ASPECT, 32, 48) is None
     assert types.size_of("16:9", 32, 48) == "16:9"
@@ -170,6 +250,85 @@ def test_latents_come_back_as_they_went():
     assert torch.equal(both.audio, made.audio)
 
 
+def model(model_id: str = "tiny/1") -> SimpleNamespace:
+    """Stands for an engine with latents such as those above; its own rate is 12."""
+
+    def empty_latents(shape: ClipShape) -> AVLatents:
+        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+        sound = torch.zeros(1, 2, shape.audio_latents, 5)
+        return AVLatents(torch.zeros(1, 8, *grid), sound, shape, model_id)
+
+    return SimpleNamespace(model_id=model_id, shape=shape_of, empty_latents=empty_latents)
+
+
+def join(video: dict, audio: dict) -> dict:
+    """As ComfyUI's LTXVConcatAVLatent does."""
+    return video | audio | {"samples": Nested(video["samples"], audio["samples"])}
+
+
+def of_length(frames: int, fps: float = 12.0, model_id: str = "tiny/1") -> AVLatents:
+    shape = replace(latents().shape, frames=frames, fps=fps)
+    return replace(model(model_id).empty_latents(shape), shape=shape)
+
+
+def test_joined_streams_keep_what_each_of_them_says():
+    video, audio = parts(of_length(9, 24.0, "a"))[0], parts(of_length(9, 12.0, "b"))[1]
+    joint = join(video, audio)
+    assert types.from_video_latent(joint).shape.fps == 24.0
+    assert types.from_video_latent(joint).model_id == "a"
+    assert types.from_audio_latent(joint).model_id == "b"
+    with pytest.raises(
+        WorkflowError, match="pictures of a and sound of b: encode the sound with the model of"
+    ):
+        types.from_joint_latent(joint)
+
+
+def test_the_sound_of_a_cut_video_is_cut_to_it():
+    video, audio, _ = parts()
+    joint = join(video | {"samples": video["samples"][:, :, :2]}, audio)
+    whole = types.from_joint_latent(joint)
+    assert (whole.shape.frames, whole.audio.shape[2]) == (5, 10)
+    assert torch.equal(whole.audio, audio["samples"][:, :, :10])
+    heard = types.from_audio_latent(joint)
+    assert (heard.shape.seconds, heard.audio.shape[2]) == (5 / 12, 10)
+
+
+def test_sound_that_is_too_short_for_its_pictures_is_refused_where_rounding_does_not_explain_it():
+    video, audio, _ = parts()
+    almost = types.from_joint_latent(join(video, audio | {"samples": audio["samples"][:, :, :18]}))
+    assert torch.equal(almost.audio[:, :, 18], audio["samples"][:, :, 17])
+    for convert in (types.from_joint_latent, types.from_audio_latent):
+        with pytest.raises(ShapeError, match=r"has 17 latents, its pictures of 0\.75 s need 19"):
+            convert(join(video, audio | {"samples": audio["samples"][:, :, :17]}))
+
+
+def test_latents_of_other_nodes_are_those_of_the_model_that_they_are_given_to():
+    made, engine = latents(), model()
+    video = {"samples": made.video, "noise_mask": torch.ones(1, 1, 3, 1, 1)}
+    shown = types.from_video_latent(video, engine)
+    assert (shown.model_id, shown.shape) == ("tiny/1", made.shape)
+    given = types.given_streams(video, {"samples": made.audio, "type": "audio"}, engine, 24.0)
+    assert {stream.shape.fps for stream in given.values()} == {24.0}
+    assert given["audio"].shape.frames == 17  # 19 latents, 0.76 s
+    both = types.from_joint_latent({"samples": Nested(made.video, made.audio)}, engine)
+    assert (both.shape, both.audio.shape[2]) == (made.shape, 19)
+    with pytest.raises(ShapeError, match="connect a latent of this model"):
+        types.from_video_latent({"samples": torch.zeros(1, 128, 3, 4, 6)}, engine)
+
+
+def test_a_stream_that_lost_its_facts_has_those_of_the_one_it_is_joined_with():
+    made = of_length(9, 24.0)
+    audio = parts(made)[1]
+    assert types.from_joint_latent(join({"samples": made.video}, audio)).shape == made.shape
+
+
+@pytest.mark.parametrize("count", [1, 18, 20])
+def test_sound_of_other_nodes_decodes_as_long_as_it_is(count):
+    heard = types.from_audio_latent({"samples": torch.zeros(1, 2, count, 5)}, model())
+    assert heard.audio.shape[2] == heard.shape.audio_latents == count
+    assert heard.shape.samples(16000) == count * 640
+
+
 def test_latents_joined_and_separated_by_other_nodes_still_decode():
     made = latents()
     video, audio, _ = parts(made)
@@ -190,7 +349,7 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
 @pytest.mark.parametrize(
     ("stream", "change", "error", "sentence"),
     [
-        (0, {"lockstep": None}, WorkflowError, "video was not made by a Lockstep node"),
+        (0, {"lockstep_video": None}, WorkflowError, "video does not say its model and fps"),
         (0, {"samples": torch.zeros(2, 8, 3, 4, 6)}, ShapeError, "video holds 2 clips"),
         (0, {"samples": torch.zeros(1, 4, 3, 4, 6)}, ShapeError, "connect a latent of this model"),
         (0, {"samples": torch.zeros(1, 8, 3)}, ShapeError, "connect a latent of this model"),
@@ -198,6 +357,15 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
         (1, {"samples": torch.zeros(1, 8, 3, 4, 6)}, ShapeError, "audio output, not video"),
         (1, {"samples": torch.zeros(1, 2, 9, 5)}, ShapeError, "the sampler made 19"),
         (1, {"samples": torch.zeros(1, 2, 19, 4)}, ShapeError, "connect a latent of this model"),
+        (
+            0,
+            {"samples": torch.full((1, 8, 3, 4, 6), torch.nan)},
+            NotFiniteError,
+            "video holds values that are",
+        ),
+        (1, {"samples": torch.full((1, 2, 19, 5), torch.inf)}, NotFiniteError, "audio holds values that are"),
+        (1, {"samples": torch.zeros(1, 2, 0, 5)}, ShapeError, "audio is empty"),
+        (0, {"samples": torch.zeros(1, 8, 3, 0, 6)}, ShapeError, "video is empty"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
@@ -210,15 +378,15 @@ def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
 
 
 def test_a_latent_without_a_mask_sets_the_size_alone():
-    streams = types.given_streams(parts()[2], None, "tiny/1")
+    streams = types.given_streams(parts()[2], None, model())
     assert {name: stream.mask for name, stream in streams.items()} == {"video": None, "audio": None}
     assert streams["video"].shape == latents().shape
-    assert types.given_streams(None, None, "tiny/1") == {}
+    assert types.given_streams(None, None, model()) == {}
 
 
 def test_encoded_clips_stay_as_they_are():
     made = latents()
-    streams = types.given_streams(types.to_kept_video(made), types.to_kept_audio(made), "tiny/1")
+    streams = types.given_streams(types.to_kept_video(made), types.to_kept_audio(made), model())
     assert torch.equal(streams["video"].samples, made.video)
     assert torch.equal(streams["audio"].samples, made.audio)
     assert streams["video"].mask.shape == (1, 1, 3, 4, 6)
@@ -229,7 +397,7 @@ def test_encoded_clips_stay_as_they_are():
 
 def test_masks_of_every_layout_fit_the_latents():
     def mask_of(noise_mask: torch.Tensor) -> torch.Tensor | None:
-        return types.given_streams(parts()[0] | {"noise_mask": noise_mask}, None, "tiny/1")["video"].mask
+        return types.given_streams(parts()[0] | {"noise_mask": noise_mask}, None, model())["video"].mask
 
     left = torch.zeros(64, 96)
     left[:, :48] = 1
@@ -249,10 +417,10 @@ def test_masks_of_a_joint_latent_belong_to_their_streams():
     sound = torch.zeros(1, 1, 19, 1)
     sound[:, :, 10:] = 1
     joint = parts()[2] | {"noise_mask": Nested(torch.ones(1, 1, 3, 1, 1), sound)}
-    streams = types.given_streams(joint, None, "tiny/1")
+    streams = types.given_streams(joint, None, model())
     assert streams["video"].mask is None
     assert streams["audio"].mask[0, 0, :, 0].tolist() == [0] * 10 + [1] * 9
-    alone = types.given_streams(parts()[2] | {"noise_mask": torch.zeros(1, 1, 8, 8)}, None, "tiny/1")
+    alone = types.given_streams(parts()[2] | {"noise_mask": torch.zeros(1, 1, 8, 8)}, None, model())
     assert alone["audio"].mask is None
     assert not alone["video"].mask.any()
 
@@ -262,7 +430,7 @@ def test_a_mask_with_the_channels_of_its_latent_is_read():
     sound = torch.ones(1, 2, 19, 5)
     sound[:, :, :7] = 0
     joint = parts()[2] | {"noise_mask": Nested(torch.zeros(1, 8, 3, 4, 6), sound)}
-    streams = types.given_streams(joint, None, "tiny/1")
+    streams = types.given_streams(joint, None, model())
     assert not streams["video"].mask.any()
     assert streams["audio"].mask[0, 0, :, 0].tolist() == [0] * 7 + [1] * 12
 
@@ -270,22 +438,166 @@ def test_a_mask_with_the_channels_of_its_latent_is_read():
 def test_given_latents_that_do_not_fit_are_refused():
     video, audio, joint = parts()
     with pytest.raises(WorkflowError, match=r"^audio_latent was made by tiny/1, the sampler runs other/2"):
-        types.given_streams(None, audio, "other/2")
-    with pytest.raises(WorkflowError, match=r"latent was made by tiny/1, the sampler runs other/2"):
-        types.given_streams(joint, None, "other/2")
+        types.given_streams(None, audio, model("other/2"))
+    with pytest.raises(WorkflowError, match=r"^latent was made by tiny/1, the sampler runs other/2"):
+        types.given_streams(joint, None, model("other/2"))
     with pytest.raises(ShapeError, match="audio_latent holds a video and no sound"):
-        types.given_streams(None, video, "tiny/1")
-    with pytest.raises(WorkflowError, match="audio_latent was not made by a Lockstep node"):
-        types.given_streams(None, {"samples": audio["samples"]}, "tiny/1")
+        types.given_streams(None, video, model())
 
 
 def test_a_given_sound_is_cut_to_the_clip_and_may_not_be_shorter():
-    sound = types.given_streams(None, types.to_kept_audio(latents()), "tiny/1")["audio"]
+    sound = types.given_streams(None, types.to_kept_audio(latents()), model())["audio"]
     shorter = types.replace(latents().shape, frames=5)
     cut = types.fit_sound_to(sound, shorter)
     assert cut.samples.shape[2] == cut.mask.shape[2] == shorter.audio_latents < 19
-    with pytest.raises(ShapeError, match=r"has 19 latents, a clip of 1\.08333 s needs 27"):
+    with pytest.raises(ShapeError, match=r"of audio_latent has 19 latents, a clip of 1\.08333 s needs 27"):
         types.fit_sound_to(sound, types.replace(latents().shape, frames=13))
+    joint = types.given_streams(parts()[2], None, model())["audio"]
+    with pytest.raises(ShapeError, match="the sound of latent has 19 latents"):
+        types.fit_sound_to(joint, types.replace(latents().shape, frames=13))
+
+
+# Inputs
+
+
+def socket(kind: str, name: str = "x", optional: bool = False, **limits: float) -> SimpleNamespace:
+    """An input as ComfyUI describes it."""
+    return SimpleNamespace(id=name, optional=optional, get_io_type=lambda: kind, **limits)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "sentence"),
+    [
+        (socket("COMBO"), None, "x holds nothing: text or a choice"),
+        (socket("COMBO", optional=True), None, "x holds nothing: text or a choice"),
+        (socket("COMBO"), 5, "x holds 5: text or a choice"),
+        (socket("STRING"), ["a"], "x holds ['a']: text or a choice"),
+        (socket("INT", min=0, max=9), 10, "x holds 10: a whole number from 0 to 9 is needed"),
+        (socket("INT", min=0, max=9), 2.5, "x holds 2.5: a whole number from 0 to 9 is needed"),
+        (socket("FLOAT", min=0.0, max=1.0), float("nan"), "x holds nan: a number from 0.0 to 1.0 is needed"),
+        (socket("FLOAT", optional=True, min=0.0, max=1.0), None, "x holds nothing: a number from 0.0 to 1.0"),
+        (socket("FLOAT", min=0.0, max=1.0), "0.5", "x holds '0.5': a number from 0.0 to 1.0"),
+        (socket("CONDITIONING"), [1], "x holds [1]: connect an output of type CONDITIONING"),
+        (socket("CONDITIONING"), [[torch.zeros(1), 2]], "connect an output of type CONDITIONING"),
+        (socket("LATENT"), {"samples": 5}, "x holds {'samples': 5}: connect an output of type LATENT"),
+        (socket("LATENT"), None, "x holds nothing: connect an output of type LATENT"),
+        (socket("IMAGE"), {"a": torch.zeros(2, 1)}, "x holds {'a': tensor([[0.], [0.]])}: connect"),
+        (socket("STRING"), 10**200, f"x holds 1{'0' * 56}...: text or a choice"),
+    ],
+)
+def test_an_input_that_holds_what_it_cannot_take_is_named(pack, asked, given, sentence):
+    with pytest.raises(WorkflowError) as error:
+        pack.base.check_inputs([asked], {"x": given})
+    assert sentence in str(error.value)
+
+
+def test_inputs_that_hold_what_they_are_for_pass(pack):
+    sockets = [
+        socket("COMBO", "choice"),
+        socket("INT", "seed", min=0, max=2**64 - 1),
+        socket("FLOAT", "whole", min=0.0, max=120.0),
+        socket("FLOAT", "left_out", optional=True, min=0.0, max=1.0),
+        socket("LATENT", "unconnected", optional=True),
+        socket("CONDITIONING", "text"),
+    ]
+    values = {"choice": "a", "seed": 2**64 - 1, "whole": 24, "unconnected": None}
+    pack.base.check_inputs(sockets, values | {"text": types.to_conditioning(script())})
+
+
+@pytest.mark.parametrize("moment", [float("nan"), 1.5, -0.1])
+def test_a_moment_outside_the_clip_is_refused_before_sampling(pack, moment):
+    limits = inputs_of("LockstepSampler")["trajectory_moment"][1]
+    asked = socket("FLOAT", "trajectory_moment", min=limits["min"], max=limits["max"])
+    with pytest.raises(WorkflowError, match="trajectory_moment holds"):
+        pack.base.check_inputs([asked], {"trajectory_moment": moment})
+
+
+def test_linked_choices_are_checked_as_constants_are(pack):
+    class Choosing(pack.base.Node):
+        SCHEMA = SimpleNamespace(inputs=[socket("COMBO", "aspect"), socket("COMBO", "free")])
+
+        @classmethod
+        def validate_inputs(cls, aspect: str | None = None) -> bool | str:
+            return pack.base.check_choices(("aspect", aspect, ("1:1", "4:3")))
+
+        @classmethod
+        def run(cls, **inputs: str) -> dict:
+            return inputs
+
+    assert Choosing.execute(aspect="4:3", free="any") == {"aspect": "4:3", "free": "any"}
+    with pytest.raises(WorkflowError, match="unknown aspect '5:1': use 1:1 or 4:3"):
+        Choosing.execute(aspect="5:1", free="any")
+
+
+def test_constants_of_another_type_are_refused_before_the_run(pack, host):
+    assert pack.loader.LockstepLoader.validate_inputs(model=5).startswith("model holds 5: ")
+    assert pack.lora.LockstepLoRA.validate_inputs(lora=[5]).startswith("lora holds [5]: ")
+    assert pack.load_av_latent.LockstepLoadAVLatent.validate_inputs(file={}).startswith("file holds {}: ")
+    assert pack.lora.LockstepLoRA.validate_inputs(lora=None) is True  # linked
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 100_000])
+def test_names_that_no_file_can_have_are_refused_in_a_short_sentence(pack, host, name):
+    for said in (
+        pack.load_av_latent.LockstepLoadAVLatent.validate_inputs(file=name),
+        pack.lora.LockstepLoRA.validate_inputs(lora=name),
+        pack.loader.LockstepLoader.validate_inputs(model=name),
+    ):
+        assert said.startswith("no ")
+        assert len(said) < 250
+    assert "holds a character that names no file" in pack.base.check_prefix("a\0b")
+
+
+def test_folders_of_latents_are_looked_through_once_in_a_few_seconds(host, monkeypatch, tmp_path):
+    now = 100.0
+    monkeypatch.setattr(host, "time", SimpleNamespace(monotonic=lambda: now))
+    (tmp_path / "input" / "b.latent").touch()
+    (tmp_path / "output" / "clips").mkdir()
+    (tmp_path / "output" / "clips" / "a.latent").touch()
+    known = ["b.latent", "clips/a.latent [output]"]
+    assert host.latent_choices() == known
+    (tmp_path / "input" / "c.latent").touch()
+    assert host.latent_choices() == known
+    now += 4
+    assert host.latent_choices() == ["b.latent", "c.latent", "clips/a.latent [output]"]
+
+
+def test_a_saved_latent_s_name_may_hold_its_size(pack, host):
+    host.folder_paths.get_save_image_path.return_value = ("out", "64x96", 7, "", "")
+    path, _ = host.new_output_path("%width%x%height%", ".latent", 96, 64)
+    assert path == Path("out/64x96_00007_.latent")
+    host.folder_paths.get_save_image_path.assert_called_with(
+        "%width%x%height%", host.folder_paths.get_output_directory(), 96, 64
+    )
+
+
+# What a node shows
+
+
+def test_a_line_of_text_goes_to_the_page_that_asked_and_to_the_node_that_it_sees(host, monkeypatch):
+    unfolded = MagicMock()
+    unfolded.return_value.dynprompt.get_display_node_id.side_effect = {"3.0.1": "3"}.get
+    monkeypatch.setattr(host, "get_progress_state", unfolded)
+    host.tell("3.0.1", "half done")
+    send = host.PromptServer.instance.send_progress_text
+    send.assert_called_once_with("half done", "3", sid="page")
+    host.PromptServer.instance.client_id = None
+    host.tell("3.0.1", "done")
+    assert send.call_count == 1
+
+
+def test_previews_are_made_where_someone_looks_and_the_model_can(pack, host):
+    seen = pack.sampler.preview_of(
+        SimpleNamespace(prepare_preview=lambda: None, preview=max), latents().shape
+    )
+    assert seen is not None
+    lacking = MagicMock()
+    lacking.prepare_preview.side_effect = CheckpointError("no encoder")
+    assert pack.sampler.preview_of(lacking, latents().shape) is None
+    host.PromptServer.instance.client_id = None
+    unseen = MagicMock()
+    assert pack.sampler.preview_of(unseen, latents().shape) is None
+    assert not unseen.prepare_preview.called
 
 
 # Clips from outside
@@ -362,8 +674,23 @@ def test_a_clip_to_be_looked_at_keeps_what_is_wrong_with_it():
         types.to_clip(frames[..., :2], 12.0, None)
     with pytest.raises(MediaError, match="one sound"):
         types.to_clip(frames, 12.0, {"waveform": torch.zeros(2, 1, 9), "sample_rate": 8000})
-    with pytest.raises(MediaError, match="0 samples per second"):
-        types.to_clip(frames, 12.0, {"waveform": torch.zeros(1, 1, 9), "sample_rate": 0})
+
+
+@pytest.mark.parametrize(
+    ("audio", "sentence"),
+    [
+        ({"waveform": torch.zeros(1, 2, 0), "sample_rate": 8000}, "audio is empty, it has no samples"),
+        ({"waveform": [0.0], "sample_rate": 8000}, "audio holds a list as its waveform"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": 0}, "how many samples per second"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": "fast"}, "how many samples per second"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": float("nan")}, "how many samples per second"),
+        ({"waveform": torch.zeros(1, 1, 9)}, "how many samples per second"),
+    ],
+)
+def test_a_sound_of_another_form_is_told_as_what_it_is(audio, sentence):
+    for convert in (types.from_audio, lambda sound: types.to_clip(torch.zeros(1, 4, 6, 3), 12.0, sound)):
+        with pytest.raises(MediaError, match=sentence):
+            convert(audio)
 
 
 @pytest.mark.parametrize(
