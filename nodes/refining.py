@@ -1,5 +1,7 @@
 """The noise levels of a run that goes on from latents instead of noise, from what the sampler's input `refine` says."""
 
+import math
+
 from ..model.engine import Engine
 from ..model.errors import WorkflowError
 from ..model.shapes import ClipShape
@@ -24,7 +26,9 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     try:
         numbers = tuple(float(word) for word in name.replace(",", " ").split())
     except ValueError:
-        raise WorkflowError(f"refine {words!r} is not understood: {_HELP}") from None
+        numbers = ()
+    if not numbers:
+        raise WorkflowError(f"refine {words!r} is not understood: {_HELP}")
     if len(numbers) != 1:
         return numbers
     (share,) = numbers
@@ -33,4 +37,5 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     count = len(model.sigmas(steps, shape)) - 1
     if share == 1:
         return model.sigmas(steps, shape)
-    return model.sigmas(int(count / share), shape)[-count - 1 :]
+    # one more at least, else the first would be pure noise; tiny errors of the division add none
+    return model.sigmas(math.ceil(count / share - 1e-9), shape)[-count - 1 :]
