@@ -68,6 +68,7 @@ from .residency import (
     StageNeed,
     Window,
     free_bytes,
+    out_of_memory,
     stepping_down,
     telling_of_memory,
 )
@@ -1005,7 +1006,7 @@ class Engine:
                 told = (component, names, size, seconds, size / seconds)
                 _logger.info("loaded %s of %s: %.1f MB in %.2f s, %.0f MB/s", *told)
                 if self._compiled and component == keymap.TRANSFORMER:
-                    self._compile_report = compile_blocks(cast(AVTransformer, module))
+                    self._compile_report = compile_blocks(cast(AVTransformer, module), out_of_memory)
             if self._place:
                 self._place(self._modules[component])
             else:

@@ -167,6 +167,7 @@ def test_what_compiling_took_is_printed_and_reported(generate, engine):
         "compile_seconds": 61.5,
         "saved_seconds": 12.25,
         "calls": 380,
+        "failure": "",
     }
 
 

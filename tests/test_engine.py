@@ -281,14 +281,33 @@ def test_a_lora_changes_blocks_that_were_compiled_without_it(engine, compiler, t
     assert not torch.allclose(made(engine, changed), made(engine, UNGUIDED), atol=1e-2)
 
 
-def test_a_machine_that_cannot_compile_says_so(compiler):
+def test_a_machine_that_cannot_compile_says_so_once_and_makes_the_clip(engine, compiler, caplog):
     def broken(*_):
         raise RuntimeError("no compiler here")
 
     compiler(broken)
+    eager = Engine("embedded", "cpu", compiled=True)
+    made = eager.sample(eager.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+    plain = engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+    assert torch.equal(made.video, plain.video)
+    (told,) = [record.message for record in caplog.records if record.name == "lockstep"]
+    assert told == "torch.compile does not work here (no compiler here): the blocks run without it"
+    assert eager.compile_cost is not None
+    assert eager.compile_cost.sentence() == told
+
+
+def test_memory_that_ends_while_compiling_is_not_blamed_on_the_compiler(compiler, caplog):
+    shortage = torch.OutOfMemoryError("CUDA out of memory")
+
+    def large(*_):
+        raise shortage
+
+    compiler(large)
     engine = Engine("embedded", "cpu", compiled=True)
-    with pytest.raises(UnsupportedModelError, match=r"torch.compile does not work here .*: run without it"):
+    with pytest.raises(torch.OutOfMemoryError) as told:
         engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+    assert told.value is shortage
+    assert not [record for record in caplog.records if record.name == "lockstep"]
 
 
 @pytest.mark.parametrize(
