@@ -903,6 +903,7 @@ class Engine:
             *self._loras.read((*request.loras, *request.refine_loras)),
             *self._stage_warnings(request, recipe),
             *self._unheard(request, recipe, shape),
+            *self._unsuited(request, recipe, shape),
         )
         self._say_plan(shape, request, recipe)
         with clock.stage("load"):
@@ -1165,6 +1166,10 @@ class Engine:
         if not request.negative.strip() or (guidance and "uncond" in guidance.passes):
             return ()
         return ("the negative prompt has no effect without text guidance: give a cfg above 1",)
+
+    def _unsuited(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> tuple[str, ...]:
+        guidance = self._settings(request, recipe, shape).guidance
+        return recipe.unsuited(request.steps, guidance) if guidance and not request.force else ()
 
     def _open_upscaler(self, path: Path) -> tuple[Header, LatentUpsampler | None]:
         file = stamp(path)
