@@ -137,7 +137,8 @@ def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(spl
 
 MISSING = {
     "text_encoders": r"no text encoder for LTX-2\.5 .*gemma4-12b-with-proj-ltx-2\.5-bf16\.safetensors \(26\.3 GB, "
-    r"published at huggingface\.co/Lightricks/LTX-2\.5\) into models/text_encoders",
+    r"published at huggingface\.co/Lightricks/LTX-2\.5, which wants its licence accepted on the page and a token for the "
+    r"download\) into models/text_encoders",
     "vae": r"no (diffusion )?video VAE for LTX-2\.5 .*ltx-2\.5-video-vae-bf16\.safetensors \(1\.5 GB, .*models/vae",
 }
 
@@ -156,7 +157,8 @@ def test_a_missing_file_is_named_with_size_folder_and_source(split, tmp_path, ab
 def test_a_monolith_without_text_encoder_says_which_one_it_wants(models):
     engine = Engine(models / "ltx-2.0.safetensors", "cpu")
     sentence = (
-        r"no text encoder for LTX-2\.0: put gemma_3_12B_it\.safetensors \(24\.4 GB, .*models/text_encoders"
+        r"no text encoder for LTX-2\.0: put gemma_3_12B_it\.safetensors \(24\.4 GB, published at "
+        r"huggingface\.co/Comfy-Org/ltx-2\) into models/text_encoders"
     )
     with pytest.raises(CheckpointError, match=sentence):
         made(engine)
