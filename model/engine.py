@@ -106,6 +106,7 @@ from .values import (
 _logger = logging.getLogger("lockstep")
 _plan_logger = logging.getLogger("lockstep.memory")
 _DIGESTED_BYTES = 1_000_000_000
+_MOST_PROBES = 64  # prompts and settings whose step cache is remembered
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
 ATTENTION_NAMES = ATTENTION
@@ -649,7 +650,8 @@ class Engine:
         small = probe_shape(shape)
         contexts = (conditioning.positive, conditioning.negative)
         words = _sha256(*(tensor for context in contexts for tensor in (context.video, context.audio)))
-        key = (words, small, replace(settings, loras=tuple(settings.loras)), sound_alone, sound_first)
+        loras = tuple((stamp(lora.path), lora.strength) for lora in settings.loras)
+        key = (words, small, replace(settings, loras=()), loras, sound_alone, sound_first)
         if key not in self._probes:
 
             def tick(at: Progress) -> None:
@@ -664,6 +666,8 @@ class Engine:
                 )
 
             self._probes[key] = probe(settings.step_cache, run, self.hear)
+            while len(self._probes) > _MOST_PROBES:
+                del self._probes[next(iter(self._probes))]
         return self._probes[key]
 
     def hear(self, latents: AVLatents) -> Heard:
@@ -1179,6 +1183,8 @@ class Engine:
                 raise CheckpointError(
                     f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}"
                 )
+            # of a file that was replaced only the new one is kept
+            self._upscalers = {old: kept for old, kept in self._upscalers.items() if old[0] != path}
             self._upscalers[file] = (header, None)
         return self._upscalers[file]
 

@@ -3,6 +3,7 @@
 Their clips are noise; what is tested is that the same numbers come out whichever way the files are cut.
 """
 
+import gc
 import json
 import logging
 import shutil
@@ -23,7 +24,7 @@ from tiny_models import VERSIONS
 
 from lockstep.model import cli
 from lockstep.model.checkpoint import build, keymap
-from lockstep.model.checkpoint.header import read_header
+from lockstep.model.checkpoint.header import Header, read_header
 from lockstep.model.engine import Engine
 from lockstep.model.errors import CheckpointError, PromptError, UnsupportedModelError
 from lockstep.model.text.duration_head import frames_for
@@ -214,6 +215,16 @@ def test_a_file_of_no_use_and_an_empty_folder_are_refused(models, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no \.safetensors file in this folder"):
         Engine(models / "ltx-2.3.safetensors", "cpu", files=[tmp_path / "empty"])
+
+
+def test_of_files_that_are_passed_over_no_header_is_kept(models, tmp_path):
+    foreign = tmp_path / "other.safetensors"
+    save_file({"surprise": torch.zeros(1)}, foreign)
+    engine = Engine(models / "ltx-2.0.safetensors", "cpu", folders=[tmp_path, models / "2.0"])
+    engine.require("language_model")
+    held = [thing.path for thing in gc.get_objects() if type(thing) is Header]
+    assert models / "2.0" / "gemma.safetensors" in held
+    assert foreign not in held
 
 
 def test_damaged_files_of_others_in_a_folder_do_not_stand_in_the_way(models, tmp_path):
