@@ -106,6 +106,7 @@ from .values import (
 _logger = logging.getLogger("lockstep")
 _plan_logger = logging.getLogger("lockstep.memory")
 _DIGESTED_BYTES = 1_000_000_000
+_LOUDEST = 0.891  # -1 dBFS, of sound that would clip
 _MOST_PROBES = 64  # prompts and settings whose step cache is remembered
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
@@ -796,7 +797,8 @@ class Engine:
         """Latents to sound (channels, S), float32 -1..1 on the CPU, exactly as long as the pictures; progress counts mel
         frames, once for the codec and once for the vocoder.
 
-        The codec ends up to one latent before the pictures do; that rest is silence, entered by a 5 ms fade.
+        The codec ends up to one latent before the pictures do; that rest is silence, entered by a 5 ms fade. Sound beyond
+        full scale is made quieter as a whole.
         """
         self._check_owner(latents)
         with self._lock, torch.inference_mode():
@@ -1275,9 +1277,18 @@ def _warn(name: str, tokens: Tokens) -> tuple[str, ...]:
     return tuple(warnings)
 
 
+def _unclipped(waveform_CS: Tensor) -> Tensor:
+    """The same sound, quieter where a vocoder went beyond full scale: cut off, its peaks would crackle."""
+    peak = float(waveform_CS.abs().max()) if waveform_CS.numel() else 0.0
+    if peak <= 1:
+        return waveform_CS
+    _logger.info("the sound peaks at %.2f of full scale: made quieter as a whole, to -1 dBFS", peak)
+    return waveform_CS * (_LOUDEST / peak)
+
+
 def _fit_length(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Tensor:
     """Cut or filled with silence to `samples`; a fade of 5 ms keeps the seam from clicking."""
-    made = waveform_CS[:, :samples].clamp(-1, 1)
+    made = _unclipped(waveform_CS[:, :samples])
     if made.shape[1] < samples:
         fade = min(sample_rate_hz // 200, made.shape[1])
         ramp = torch.ones(made.shape[1])

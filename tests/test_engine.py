@@ -153,6 +153,28 @@ def test_a_sound_alone_has_no_pictures_and_hears_none(engine):
     assert ticks == []  # told before any work
 
 
+def test_sound_beyond_full_scale_is_made_quieter_as_a_whole_and_other_sound_is_left_alone(
+    engine, monkeypatch, caplog
+):
+    latents = engine.empty_latents(engine.shape(seconds=1.0))
+    engine.decode_audio(latents)  # loads
+    sound = torch.sin(torch.arange(40000) / 10)[None]
+    sound[:, ::7] = 1.0
+
+    def heard(level: float) -> torch.Tensor:
+        monkeypatch.setattr("lockstep.model.engine.vocode_stream", lambda *_: iter([level * sound[None]]))
+        with caplog.at_level("INFO", logger="lockstep"):
+            return engine.decode_audio(latents)
+
+    plain = heard(1.0)
+    assert torch.equal(plain, sound[:, : plain.shape[1]])
+    assert caplog.messages == []
+    assert torch.allclose(heard(1.5), 0.891 * plain)
+    assert heard(-1.5).min() == pytest.approx(-0.891)
+    told = "the sound peaks at 1.50 of full scale: made quieter as a whole, to -1 dBFS"
+    assert caplog.messages == [told, told]  # once for each decode
+
+
 def test_the_sound_comes_first_where_the_recipe_says_so(engine, monkeypatch):
     prompt, shape = engine.encode_text("a red ball bounces"), engine.shape(seconds=1.0)
     made = engine.sample(prompt, shape, settings=UNGUIDED, seed=3)
