@@ -24,8 +24,8 @@ def find_doubts(clip: Clip) -> tuple[str, ...]:
     pixels = np.nan_to_num(clip.frames[:, ::step, ::step].float().cpu().numpy(), posinf=0, neginf=0)
     energy = motion_energy(pixels)[1:]
     still = len(energy) > 0 and float(energy.mean()) * clip.fps < STILL
-    silent = clip.waveform is not None and is_silent(clip.waveform)
-    lengths = compare_lengths(clip)
+    silent = clip.waveform is not None and _is_silent(clip.waveform)
+    lengths = _compare_lengths(clip)
     return (
         *(() if lengths is None else (lengths,)),
         *say_doubts(silent, count_black(pixels @ LUMA), len(pixels), still),
@@ -36,23 +36,19 @@ def say_doubts(silent: bool, black_frames: int, frames: int, still: bool) -> tup
     """The sentences about facts that are known already; less than half of the frames may be black unmentioned."""
     said = (
         (silent, "the clip is silent"),
-        (frames and 2 * black_frames >= frames, f"{black_frames} of {frames} frames are black"),
+        (2 * black_frames >= frames > 0, f"{black_frames} of {frames} frames are black"),
         (still, "nothing moves in the clip"),
     )
     return tuple(sentence for true, sentence in said if true)
 
 
-def is_silent(waveform_CS: Tensor) -> bool:
-    """Whether a sound of any length stays below -60 dBFS on average."""
-    power = (
-        float(waveform_CS.float().nan_to_num(posinf=0, neginf=0).square().mean())
-        if waveform_CS.numel()
-        else 0.0
-    )
-    return power < 10 ** (SILENT_DBFS / 10)
+def _is_silent(waveform_CS: Tensor) -> bool:
+    """Whether a sound stays below -60 dBFS on average."""
+    power = waveform_CS.float().nan_to_num(posinf=0, neginf=0).square().sum()
+    return float(power) / max(1, waveform_CS.numel()) < 10 ** (SILENT_DBFS / 10)
 
 
-def compare_lengths(clip: Clip) -> str | None:
+def _compare_lengths(clip: Clip) -> str | None:
     """A sentence where sound and pictures differ by more than one and a half frames, with the fps that would suit both.
 
     Such an fps is told where one in steps of a half does, and people use it.
