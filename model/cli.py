@@ -305,6 +305,8 @@ def _generate(parsed: argparse.Namespace) -> None:
         "trajectory": None if parsed.trajectory is None else str(parsed.trajectory),
         "compiling": result.compiling and asdict(result.compiling),
     }
+    for doubt in _doubts(report):
+        print(f"warning: {doubt}", file=sys.stderr)
     print(json.dumps(report) if parsed.json else _sentence(report), flush=True)
 
 
@@ -571,6 +573,16 @@ def _energy(parsed: argparse.Namespace, result: "GenerateResult", energy: "Energ
 
 def _model(result: "GenerateResult") -> dict[str, str]:
     return {"name": result.model.name, "version": result.model.version, "sha256": result.model.sha256}
+
+
+def _doubts(report: dict) -> tuple[str, ...]:
+    """What may not have been wanted; of stillness the findings alone tell, for a prompt may name it."""
+    from .measure.doubts import say_doubts
+    from .measure.sound import SILENT_DBFS
+
+    picture, sound = report["picture"] or {}, report["sound"]
+    silent = sound is not None and (sound["rms_dbfs"] is None or sound["rms_dbfs"] < SILENT_DBFS)
+    return say_doubts(silent, picture.get("black_frames", 0), report["frames"], still=False)
 
 
 def _sentence(report: dict) -> str:

@@ -68,6 +68,7 @@ from .residency import (
     StageNeed,
     Window,
     free_bytes,
+    out_of_memory,
     stepping_down,
     telling_of_memory,
 )
@@ -105,6 +106,8 @@ from .values import (
 _logger = logging.getLogger("lockstep")
 _plan_logger = logging.getLogger("lockstep.memory")
 _DIGESTED_BYTES = 1_000_000_000
+_LOUDEST = 0.891  # -1 dBFS, of sound that would clip
+_MOST_PROBES = 64  # prompts and settings whose step cache is remembered
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
 ATTENTION_NAMES = ATTENTION
@@ -659,7 +662,8 @@ class Engine:
         small = probe_shape(shape)
         contexts = (conditioning.positive, conditioning.negative)
         words = _sha256(*(tensor for context in contexts for tensor in (context.video, context.audio)))
-        key = (words, small, replace(settings, loras=tuple(settings.loras)), sound_alone, sound_first)
+        loras = tuple((stamp(lora.path), lora.strength) for lora in settings.loras)
+        key = (words, small, replace(settings, loras=()), loras, sound_alone, sound_first)
         if key not in self._probes:
 
             def tick(at: Progress) -> None:
@@ -674,6 +678,8 @@ class Engine:
                 )
 
             self._probes[key] = probe(settings.step_cache, run, self.hear)
+            while len(self._probes) > _MOST_PROBES:
+                del self._probes[next(iter(self._probes))]
         return self._probes[key]
 
     def hear(self, latents: AVLatents) -> Heard:
@@ -802,7 +808,8 @@ class Engine:
         """Latents to sound (channels, S), float32 -1..1 on the CPU, exactly as long as the pictures; progress counts mel
         frames, once for the codec and once for the vocoder.
 
-        The codec ends up to one latent before the pictures do; that rest is silence, entered by a 5 ms fade.
+        The codec ends up to one latent before the pictures do; that rest is silence, entered by a 5 ms fade. Sound beyond
+        full scale is made quieter as a whole.
         """
         self._check_owner(latents)
         with self._lock, torch.inference_mode():
@@ -913,6 +920,7 @@ class Engine:
             *self._loras.read((*request.loras, *request.refine_loras)),
             *self._stage_warnings(request, recipe),
             *self._unheard(request, recipe, shape),
+            *self._unsuited(request, recipe, shape),
         )
         self._say_plan(shape, request, recipe)
         with clock.stage("load"):
@@ -1047,7 +1055,7 @@ class Engine:
                 told = (component, names, size, seconds, size / seconds)
                 _logger.info("loaded %s of %s: %.1f MB in %.2f s, %.0f MB/s", *told)
                 if self._compiled and component == keymap.TRANSFORMER:
-                    self._compile_report = compile_blocks(cast(AVTransformer, module))
+                    self._compile_report = compile_blocks(cast(AVTransformer, module), out_of_memory)
             if self._place:
                 self._place(self._modules[component], self._beside.get(component, 0))
             else:
@@ -1209,6 +1217,10 @@ class Engine:
             return ()
         return ("the negative prompt has no effect without text guidance: give a cfg above 1",)
 
+    def _unsuited(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> tuple[str, ...]:
+        guidance = self._settings(request, recipe, shape).guidance
+        return recipe.unsuited(request.steps, guidance) if guidance and not request.force else ()
+
     def _open_upscaler(self, path: Path) -> tuple[Header, LatentUpsampler | None]:
         file = stamp(path)
         if file not in self._upscalers:
@@ -1217,6 +1229,8 @@ class Engine:
                 raise CheckpointError(
                     f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}"
                 )
+            # of a file that was replaced only the new one is kept
+            self._upscalers = {old: kept for old, kept in self._upscalers.items() if old[0] != path}
             self._upscalers[file] = (header, None)
         return self._upscalers[file]
 
@@ -1317,9 +1331,18 @@ def _warn(name: str, tokens: Tokens) -> tuple[str, ...]:
     return tuple(warnings)
 
 
+def _unclipped(waveform_CS: Tensor) -> Tensor:
+    """The same sound, quieter where a vocoder went beyond full scale: cut off, its peaks would crackle."""
+    peak = float(waveform_CS.abs().max()) if waveform_CS.numel() else 0.0
+    if peak <= 1:
+        return waveform_CS
+    _logger.info("the sound peaks at %.2f of full scale: made quieter as a whole, to -1 dBFS", peak)
+    return waveform_CS * (_LOUDEST / peak)
+
+
 def _fit_length(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Tensor:
     """Cut or filled with silence to `samples`; a fade of 5 ms keeps the seam from clicking."""
-    made = waveform_CS[:, :samples].clamp(-1, 1)
+    made = _unclipped(waveform_CS[:, :samples])
     if made.shape[1] < samples:
         fade = min(sample_rate_hz // 200, made.shape[1])
         ramp = torch.ones(made.shape[1])

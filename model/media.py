@@ -5,6 +5,7 @@ Legend: F frames, H rows, W columns, C audio channels, S samples. Pixels are flo
 
 import heapq
 import io
+import itertools
 import json
 import os
 import re
@@ -64,7 +65,8 @@ def write_clip(
     metadata: text kept as tags of the file.  disclosure: what the file says of its origin.
     pieces: the frames (n, H, W, 3) in order, while they are made; of clip.frames the shape alone counts then. Each is
     encoded before the next is taken, and what they raise leaves no file.
-    An existing file is replaced only by a complete one.  Raises MediaError, ProvenanceError.
+    An existing file is replaced only by a complete one; one that cannot be replaced stays, the clip is kept beside it under
+    a free name, which the MediaError tells.  Raises MediaError, ProvenanceError.
     """
     target = Path(path)
     _check(clip)
@@ -78,7 +80,7 @@ def write_clip(
         _encode(partial, clip, pieces, metadata or {})
         if disclosure is not None:
             disclosure.write(partial, target.name)
-        os.replace(partial, target)
+        _put(partial, target)
     except (OSError, FFmpegError) as error:
         raise MediaError(f"cannot write {target}: {_reason(error)}") from error
     finally:
@@ -88,7 +90,7 @@ def write_clip(
 def write_sound(path: str | Path, clip: Clip, comment: str = "") -> None:
     """Writes a clip's sound alone as a wav file of 16 bits with a comment, or nothing at all.
 
-    An existing file is replaced only by a complete one.  Raises MediaError.
+    An existing file is replaced as by write_clip.  Raises MediaError.
     """
     target = Path(path)
     if clip.waveform is None or not clip.waveform.isfinite().all():
@@ -104,11 +106,24 @@ def write_sound(path: str | Path, clip: Clip, comment: str = "") -> None:
             frame.sample_rate = clip.sample_rate_hz
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-        os.replace(partial, target)
+        _put(partial, target)
     except (OSError, FFmpegError) as error:
         raise MediaError(f"cannot write {target}: {_reason(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _put(finished: Path, target: Path) -> None:
+    """A finished file to its place, or beside it where something bars it, such as a player on Windows."""
+    try:
+        os.replace(finished, target)
+    except OSError as error:
+        names = (target.with_stem(f"{target.stem}-{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        os.replace(finished, kept)
+        raise MediaError(
+            f"cannot replace {target}, the new file is kept as {kept}: {_reason(error)}"
+        ) from error
 
 
 def _sweep(folder: Path) -> None:

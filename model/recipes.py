@@ -99,6 +99,20 @@ class Recipe:
         size = f"{self.width}x{self.height}, {self.frames} frames at {self.fps:g} fps"
         return f"{self.name}: {levels}, {self.sampler}, {'no guidance' if unguided else pulls}; {size}"
 
+    def unsuited(self, steps: int | None, guidance: Guidance) -> tuple[str, ...]:
+        """A sentence where distilled weights are to take another number of steps (None: their own) or follow the text harder."""
+        if self.sigmas is None:
+            return ()
+        own, cfgs = len(self.sigmas) - 1, (guidance.cfg_video, guidance.cfg_audio)
+        given = [] if steps in (None, own) else [f"steps {steps}"]
+        if cfgs != (1.0, 1.0):
+            given.append("cfg " + " and ".join(f"{cfg:g}" for cfg in dict.fromkeys(cfgs)))
+        if not given:
+            return ()
+        return (
+            f"these weights are distilled for {own} steps without text guidance: {' with '.join(given)} may look worse",
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:

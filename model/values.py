@@ -186,8 +186,11 @@ class CompileCost:
     compile_seconds: float
     saved_seconds: float  # in all calls; negative if they were slower
     calls: int  # of compiled blocks, those that compiled left out
+    failure: str = ""  # why they run without it now
 
     def sentence(self) -> str:
+        if self.failure:
+            return f"torch.compile does not work here ({self.failure}): the blocks run without it"
         return (
             f"torch.compile took {self.compile_seconds:.1f} s and saved {self.saved_seconds:.1f} s "
             f"in {self.calls} calls of a block"

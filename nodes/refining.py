@@ -26,7 +26,9 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     try:
         numbers = tuple(float(word) for word in name.replace(",", " ").split())
     except ValueError:
-        raise WorkflowError(f"refine {words!r} is not understood: {_HELP}") from None
+        numbers = ()
+    if not numbers:
+        raise WorkflowError(f"refine {words!r} is not understood: {_HELP}")
     if len(numbers) != 1:
         return numbers
     (share,) = numbers
@@ -35,5 +37,5 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     count = len(model.sigmas(steps, shape)) - 1
     if share == 1:
         return model.sigmas(steps, shape)
-    # rounded up: as many levels as without would start from noise alone, and what is refined would count for nothing
+    # one more at least, else the first would be pure noise; tiny errors of the division add none
     return model.sigmas(math.ceil(count / share - 1e-9), shape)[-count - 1 :]

@@ -245,8 +245,8 @@ class LockstepSampler(Node):
         if model.compile_cost:
             host.tell(cls.hidden.unique_id, model.compile_cost.sentence())
         approximation = latents.step_cache
-        if approximation is not None:
-            host.warn(cls.hidden.unique_id, approximation.warnings)
+        unsuited = model.recipe.unsuited(None if settings.sigmas else steps or None, guidance)
+        host.warn(cls.hidden.unique_id, unsuited + (approximation.warnings if approximation else ()))
         model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
         model_facts["step_cache"] = approximation and asdict(approximation)
         history.note(latents, meter, seed=seed, **model_facts)

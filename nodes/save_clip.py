@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..model.errors import ProvenanceError
+from ..model.measure.doubts import find_doubts
 from ..model.media import write_clip
 from ..model.provenance import MADE, SOURCE_TYPES, Disclosure, find_signer
 from . import host
@@ -73,7 +74,7 @@ class LockstepSaveClip(Node):
         said, warnings = disclose(disclosure, content_credentials)
         path, shown = host.new_output_path(filename_prefix, ".mp4")
         write_clip(path, clip, host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo), said)
-        host.warn(cls.hidden.unique_id, warnings)
+        host.warn(cls.hidden.unique_id, (*find_doubts(clip), *warnings))
         saved = ui.SavedResult(shown["filename"], shown["subfolder"], io.FolderType.output)
         return io.NodeOutput(ui=ui.PreviewVideo([saved]))
 

@@ -167,6 +167,7 @@ def test_what_compiling_took_is_printed_and_reported(generate, engine):
         "compile_seconds": 61.5,
         "saved_seconds": 12.25,
         "calls": 380,
+        "failure": "",
     }
 
 
@@ -175,6 +176,16 @@ def test_warnings_are_printed_and_reported(generate, engine):
     _, stdout, stderr = generate("--json")
     assert "warning: the model does not know: zebra\n" in stderr
     assert json.loads(stdout.splitlines()[-1])["warnings"] == ["the model does not know: zebra"]
+
+
+def test_a_silent_or_black_clip_is_told_as_such_and_a_still_one_is_not(generate, engine, monkeypatch):
+    _, stdout, stderr = generate()
+    assert stderr.endswith("warning: the clip is silent\n")
+    assert "moves" not in stderr
+    assert "warning" not in stdout
+    monkeypatch.setattr(engine, "pieces", staticmethod(lambda clip: iter((clip.frames * 0).split(4))))
+    assert "warning: the clip is silent\nwarning: 9 of 9 frames are black\n" in generate("--json")[2]
+    assert "warning: the clip is silent\n" in generate(output="clip.wav")[2]
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,28 @@ def test_a_sound_alone_has_no_pictures_and_hears_none(engine):
     assert ticks == []  # told before any work
 
 
+def test_sound_beyond_full_scale_is_made_quieter_as_a_whole_and_other_sound_is_left_alone(
+    engine, monkeypatch, caplog
+):
+    latents = engine.empty_latents(engine.shape(seconds=1.0))
+    engine.decode_audio(latents)  # loads
+    sound = torch.sin(torch.arange(40000) / 10)[None]
+    sound[:, ::7] = 1.0
+
+    def heard(level: float) -> torch.Tensor:
+        monkeypatch.setattr("lockstep.model.engine.vocode_stream", lambda *_: iter([level * sound[None]]))
+        with caplog.at_level("INFO", logger="lockstep"):
+            return engine.decode_audio(latents)
+
+    plain = heard(1.0)
+    assert torch.equal(plain, sound[:, : plain.shape[1]])
+    assert caplog.messages == []
+    assert torch.allclose(heard(1.5), 0.891 * plain)
+    assert heard(-1.5).min() == pytest.approx(-0.891)
+    told = "the sound peaks at 1.50 of full scale: made quieter as a whole, to -1 dBFS"
+    assert caplog.messages == [told, told]  # once for each decode
+
+
 def test_the_sound_comes_first_where_the_recipe_says_so(engine, monkeypatch):
     prompt, shape = engine.encode_text("a red ball bounces"), engine.shape(seconds=1.0)
     made = engine.sample(prompt, shape, settings=UNGUIDED, seed=3)
@@ -287,14 +309,33 @@ def test_a_lora_changes_blocks_that_were_compiled_without_it(engine, compiler, t
     assert not torch.allclose(made(engine, changed), made(engine, UNGUIDED), atol=1e-2)
 
 
-def test_a_machine_that_cannot_compile_says_so(compiler):
+def test_a_machine_that_cannot_compile_says_so_once_and_makes_the_clip(engine, compiler, caplog):
     def broken(*_):
         raise RuntimeError("no compiler here")
 
     compiler(broken)
+    eager = Engine("embedded", "cpu", compiled=True)
+    made = eager.sample(eager.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+    plain = engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+    assert torch.equal(made.video, plain.video)
+    (told,) = [record.message for record in caplog.records if record.name == "lockstep"]
+    assert told == "torch.compile does not work here (no compiler here): the blocks run without it"
+    assert eager.compile_cost is not None
+    assert eager.compile_cost.sentence() == told
+
+
+def test_memory_that_ends_while_compiling_is_not_blamed_on_the_compiler(compiler, caplog):
+    shortage = torch.OutOfMemoryError("CUDA out of memory")
+
+    def large(*_):
+        raise shortage
+
+    compiler(large)
     engine = Engine("embedded", "cpu", compiled=True)
-    with pytest.raises(UnsupportedModelError, match=r"torch.compile does not work here .*: run without it"):
+    with pytest.raises(torch.OutOfMemoryError) as told:
         engine.sample(engine.encode_text("a red ball"), engine.shape(seconds=1.0), settings=UNGUIDED)
+    assert told.value is shortage
+    assert not [record for record in caplog.records if record.name == "lockstep"]
 
 
 @pytest.mark.parametrize(

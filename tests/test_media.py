@@ -1,6 +1,7 @@
 """Files in and out. What was written is also read back with PyAV alone, which knows nothing of this code."""
 
 import math
+import os
 import struct
 import weakref
 import zlib
@@ -26,6 +27,7 @@ from lockstep.model.media import (
     stream_seconds,
     write_clip,
     write_image,
+    write_sound,
 )
 from lockstep.model.values import Clip
 
@@ -184,6 +186,31 @@ def test_a_failure_midway_leaves_no_file_and_an_old_one_whole(tmp_path, monkeypa
         with pytest.raises((MediaError, KeyboardInterrupt, MemoryError)):
             write_clip(tmp_path / name, make_clip())
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("old.mp4", b"old")]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("a.mp4", write_clip), ("a.wav", write_sound)], ids=["clip", "sound"]
+)
+def test_what_is_finished_is_kept_beside_a_file_that_cannot_be_replaced(tmp_path, monkeypatch, name, write):
+    target, honest = tmp_path / name, os.replace
+
+    def barred(source, to):
+        if to == target:
+            raise PermissionError(13, "Permission denied")
+        honest(source, to)
+
+    monkeypatch.setattr(os, "replace", barred)
+    target.write_bytes(b"old")
+    for number in (1, 2):
+        kept = target.with_stem(f"a-{number}")
+        with pytest.raises(MediaError) as told:
+            write(target, make_clip())
+        assert (
+            str(told.value) == f"cannot replace {target}, the new file is kept as {kept}: Permission denied"
+        )
+        assert stream_seconds(kept)[1] == 0.75 if name == "a.mp4" else kept.stat().st_size > 16000
+    assert target.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_frames_are_encoded_while_they_are_made_into_the_same_file(tmp_path):

@@ -765,6 +765,9 @@ def test_loras_add_up_on_a_shared_engine_and_reach_text_and_sampler():
         ("0.9, 0.5, 0", (0.9, 0.5, 0.0)),
         ("1", (1.0, 0.75, 0.5, 0.25, 0.0)),
         ("0.5", (0.5, 0.375, 0.25, 0.125, 0.0)),
+        ("0.9", pytest.approx((0.8, 0.6, 0.4, 0.2, 0.0))),
+        ("0.99", pytest.approx((0.8, 0.6, 0.4, 0.2, 0.0))),
+        (str(4 / 5), pytest.approx((0.8, 0.6, 0.4, 0.2, 0.0))),
     ],
 )
 def test_refining_starts_at_the_levels_asked_for(words, levels):
@@ -772,7 +775,7 @@ def test_refining_starts_at_the_levels_asked_for(words, levels):
     assert refining_levels(words, model, None, latents().shape) == levels
 
 
-@pytest.mark.parametrize("words", ["a bit", "0", "1e-9", "1.5", "-0.5", "nan", "0.5 of it"])
+@pytest.mark.parametrize("words", ["a bit", ",", "0", "1e-9", "1.5", "-0.5", "nan", "0.5 of it"])
 def test_refining_by_other_words_is_refused(words):
     with pytest.raises(WorkflowError, match="use spatial or temporal after Lockstep Latent Upscale"):
         refining_levels(words, Recorder(), None, latents().shape)

@@ -3,6 +3,7 @@
 Their clips are noise; what is tested is that the same numbers come out whichever way the files are cut.
 """
 
+import gc
 import json
 import logging
 import shutil
@@ -23,7 +24,7 @@ from tiny_models import VERSIONS
 
 from lockstep.model import cli
 from lockstep.model.checkpoint import build, keymap
-from lockstep.model.checkpoint.header import read_header
+from lockstep.model.checkpoint.header import Header, read_header
 from lockstep.model.engine import Engine
 from lockstep.model.errors import CheckpointError, PromptError, UnsupportedModelError
 from lockstep.model.text.duration_head import frames_for
@@ -137,7 +138,8 @@ def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(spl
 
 MISSING = {
     "text_encoders": r"no text encoder for LTX-2\.5 .*gemma4-12b-with-proj-ltx-2\.5-bf16\.safetensors \(26\.3 GB, "
-    r"published at huggingface\.co/Lightricks/LTX-2\.5\) into models/text_encoders",
+    r"published at huggingface\.co/Lightricks/LTX-2\.5, which wants its licence accepted on the page and a token for the "
+    r"download\) into models/text_encoders",
     "vae": r"no (diffusion )?video VAE for LTX-2\.5 .*ltx-2\.5-video-vae-bf16\.safetensors \(1\.5 GB, .*models/vae",
 }
 
@@ -156,7 +158,8 @@ def test_a_missing_file_is_named_with_size_folder_and_source(split, tmp_path, ab
 def test_a_monolith_without_text_encoder_says_which_one_it_wants(models):
     engine = Engine(models / "ltx-2.0.safetensors", "cpu")
     sentence = (
-        r"no text encoder for LTX-2\.0: put gemma_3_12B_it\.safetensors \(24\.4 GB, .*models/text_encoders"
+        r"no text encoder for LTX-2\.0: put gemma_3_12B_it\.safetensors \(24\.4 GB, published at "
+        r"huggingface\.co/Comfy-Org/ltx-2\) into models/text_encoders"
     )
     with pytest.raises(CheckpointError, match=sentence):
         made(engine)
@@ -212,6 +215,16 @@ def test_a_file_of_no_use_and_an_empty_folder_are_refused(models, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no \.safetensors file in this folder"):
         Engine(models / "ltx-2.3.safetensors", "cpu", files=[tmp_path / "empty"])
+
+
+def test_of_files_that_are_passed_over_no_header_is_kept(models, tmp_path):
+    foreign = tmp_path / "other.safetensors"
+    save_file({"surprise": torch.zeros(1)}, foreign)
+    engine = Engine(models / "ltx-2.0.safetensors", "cpu", folders=[tmp_path, models / "2.0"])
+    engine.require("language_model")
+    held = [thing.path for thing in gc.get_objects() if type(thing) is Header]
+    assert models / "2.0" / "gemma.safetensors" in held
+    assert foreign not in held
 
 
 def test_damaged_files_of_others_in_a_folder_do_not_stand_in_the_way(models, tmp_path):

@@ -10,7 +10,7 @@ from published_models import config, write_gemma, write_monolith
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, WorkflowError
 from lockstep.model.recipes import Fingerprint, Recipe, choose_recipe, fingerprint, published_recipe
-from lockstep.model.sampler.guidance import HQ_GUIDANCE, UNGUIDED, full_guidance
+from lockstep.model.sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
 from lockstep.model.sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE
 from lockstep.model.values import GenerateRequest, Lora
 
@@ -124,6 +124,30 @@ def test_a_recipe_that_does_not_suit_is_refused_before_any_weight_is_read(files)
     with pytest.raises(WorkflowError, match=r"does not suit LTX-2\.3 full"):
         engine.generate(request)
     assert engine._modules == {}
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "given"),
+    [
+        (20, UNGUIDED, "steps 20"),
+        (None, Guidance(cfg_video=5.0, cfg_audio=5.0), "cfg 5"),
+        (8, Guidance(cfg_audio=7.0), "cfg 1 and 7"),
+        (4, Guidance(cfg_video=3.0), "steps 4 with cfg 3 and 1"),
+    ],
+)
+def test_steps_and_guidance_that_distilled_weights_do_not_take_are_told(steps, guidance, given):
+    (told,) = published_recipe("distilled", "2.3").unsuited(steps, guidance)
+    assert told == f"these weights are distilled for 8 steps without text guidance: {given} may look worse"
+    assert published_recipe("full", "2.3").unsuited(steps, guidance) == ()
+
+
+def test_a_request_that_does_not_suit_distilled_weights_is_told_unless_forced(files):
+    engine = Engine(files / "ltx-2.3-22b-distilled.safetensors", "cpu", files=[files / "gemma.safetensors"])
+    request = GenerateRequest("a red ball", size="48x32", seconds=0.375)
+    (told,) = engine.generate(replace(request, steps=1, cfg=5.0)).warnings
+    assert told.endswith("steps 1 with cfg 5 may look worse")
+    for suiting in (replace(request, cfg=1.0), replace(request, steps=1, cfg=5.0, force=True)):
+        assert engine.generate(suiting).warnings == ()
 
 
 def test_a_model_with_its_own_recipe_keeps_it():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lockstep.model import cli
 from lockstep.model.errors import MediaError
+from lockstep.model.measure.doubts import find_doubts
 from lockstep.model.measure.pictures import (
     Look,
     find_colour_drift,
@@ -289,3 +290,56 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(MediaError, match="No space left"):
         write_image(tmp_path / "a.png", torch.rand(4, 6, 3))
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", before)]
+
+
+# What is told of every clip that is saved
+
+
+def seconds_of(seconds: float, fps: float, frames: int = 121) -> Clip:
+    return Clip(moving(frames, 16), tone(seconds=seconds), fps, RATE_HZ)
+
+
+def test_of_a_good_clip_nothing_is_doubted():
+    assert find_doubts(good()) == ()
+    assert find_doubts(Clip(moving(), None, 12.0, 0)) == ()
+    assert find_doubts(Clip(moving(1), None, 12.0, 0)) == ()
+
+
+@pytest.mark.parametrize(
+    ("clip", "doubt"),
+    [
+        (Clip(moving(), 0 * tone(), 12.0, RATE_HZ), "the clip is silent"),
+        (Clip(moving()[:1].repeat(24, 1, 1, 1), tone(), 12.0, RATE_HZ), "nothing moves in the clip"),
+        (spoil(lambda f: f[10:].fill_(0.0)), "14 of 24 frames are black"),
+        (Clip(moving(25, 300), 0 * tone(), 12.0, RATE_HZ), "the clip is silent"),
+    ],
+)
+def test_silence_black_pictures_and_stillness_are_told_of_a_clip_as_it_is_saved(clip, doubt):
+    assert find_doubts(clip) == (doubt,)
+
+
+def test_a_clip_that_comes_out_of_black_is_not_doubted():
+    assert find_doubts(spoil(lambda f: f[:11].fill_(0.0))) == ()
+
+
+@pytest.mark.parametrize(
+    ("clip", "end"),
+    [
+        (seconds_of(121 / 24, 12.0), "at 24 fps both would be equally long"),
+        (seconds_of(121 / 23.976, 12.0), "at 24 fps both would be equally long"),
+        (seconds_of(121 / 12.5, 24.0), "at 12.5 fps both would be equally long"),
+        (seconds_of(60.0, 24.0), "the sound is cut"),
+        (seconds_of(0.5, 24.0), "silence follows the sound"),
+    ],
+)
+def test_sound_of_another_length_is_told_with_the_fps_that_would_suit(clip, end):
+    (doubt,) = find_doubts(clip)
+    lasts = (
+        f"{121 / clip.fps:.2f} s at {clip.fps:g} fps and the sound {clip.waveform.shape[1] / RATE_HZ:.2f} s"
+    )
+    assert doubt == f"the pictures last {lasts}: {end}"
+
+
+@pytest.mark.parametrize("frames_apart", [-1.4, 1.4])
+def test_sound_that_differs_by_little_more_than_a_frame_is_not_told(frames_apart):
+    assert find_doubts(seconds_of((121 + frames_apart) / 24, 24.0)) == ()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_audio_codec import assert_near
 from test_sharing import LAYERS, PASSES, count, make, tokens
 
@@ -16,7 +17,7 @@ from lockstep.model.step_probe import Heard, probe, probe_shape
 from lockstep.model.transformer.block import Block
 from lockstep.model.transformer.compiled import compile_blocks
 from lockstep.model.transformer.step_cache import STREAMS, StepCache
-from lockstep.model.values import AVLatents, GenerateRequest
+from lockstep.model.values import AVLatents, GenerateRequest, Lora
 
 ALWAYS = 1e9
 
@@ -210,6 +211,27 @@ def test_a_probe_is_made_once_for_a_prompt_and_settings(engine):
     assert probes(settings, 2) == 0
     assert probes(replace(settings, step_cache=0.02), 2) >= 4
     assert probes(replace(settings, step_cache=0), 2) == 0
+
+
+def test_a_probe_is_made_anew_for_a_lora_s_new_file_and_old_ones_are_forgotten(engine, monkeypatch, tmp_path):
+    monkeypatch.setattr("lockstep.model.engine._MOST_PROBES", 1)
+    conditioning, shape = engine.encode_text("a blue star orbits on black"), engine.shape(seconds=1.0)
+    path, layer = tmp_path / "lora.safetensors", "diffusion_model.transformer_blocks.2.attn1.to_q.lora"
+
+    def probes(*loras: Lora) -> int:
+        ticks = []
+        settings = SampleSettings(steps=1, guidance=Guidance(), step_cache=0.01, loras=loras)
+        engine.sample(conditioning, shape, settings=settings, progress=ticks.append)
+        return sum(tick.stage == "probe" for tick in ticks)
+
+    for rank in (1, 2):  # another size is another file, however coarse the clock
+        save_file(
+            {f"{layer}_A.weight": torch.randn(rank, 192), f"{layer}_B.weight": torch.randn(192, rank)}, path
+        )
+        assert probes(Lora(path)) > 0
+        assert probes(Lora(path)) == 0
+    assert probes() > 0
+    assert probes(Lora(path)) > 0
 
 
 def test_a_cache_is_refused_where_it_has_no_meaning(engine):

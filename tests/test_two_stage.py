@@ -90,6 +90,14 @@ def test_sound_is_carried_over_the_rounding_of_its_length():
     assert carried_audio(audio.repeat(1, 1, 2, 1), shape).shape[2] == 9
 
 
+def test_of_an_upscaler_that_was_replaced_the_new_file_alone_is_kept(engine, files, tmp_path):
+    path, before = tmp_path / "upscaler.safetensors", len(engine._upscalers)
+    for name, upscale in (("x2", X2), ("time", TIME)):
+        path.write_bytes((files[0] / f"{name}.safetensors").read_bytes())
+        assert engine.upscaler(path) == upscale
+    assert len(engine._upscalers) == before + 1
+
+
 def test_a_second_stage_starts_between_its_latents_and_the_noise_of_the_seed():
     shape = ClipShape(9, 32, 48, 24.0, Compression(4, 16))
     layouts = lay_out_video(shape, 4, []), lay_out_audio(shape, 1, 16)

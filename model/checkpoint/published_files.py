@@ -14,10 +14,16 @@ class PublishedFile:
     gigabytes: float
     folder: str  # of ComfyUI's models
     repository: str  # on huggingface.co
+    gated: bool = False  # known to refuse downloads (401) until access is granted
 
     def advice(self) -> str:
+        gate = (
+            ", which wants its licence accepted on the page and a token for the download"
+            if self.gated
+            else ""
+        )
         return (
-            f"put {self.name} ({self.gigabytes:g} GB, published at huggingface.co/{self.repository}) "
+            f"put {self.name} ({self.gigabytes:g} GB, published at huggingface.co/{self.repository}{gate}) "
             f"into models/{self.folder}"
         )
 
@@ -28,7 +34,7 @@ _GEMMA_3 = PublishedFile("gemma_3_12B_it.safetensors", 24.4, "text_encoders", "C
 
 
 def _of_25(folder: str, name: str, gigabytes: float) -> PublishedFile:
-    return PublishedFile(f"{name}.safetensors", gigabytes, folder, "Lightricks/LTX-2.5")
+    return PublishedFile(f"{name}.safetensors", gigabytes, folder, "Lightricks/LTX-2.5", gated=True)
 
 
 _TRANSFORMER_25 = _of_25("diffusion_models", "ltx-2.5-22b-dev-transformer-bf16", 42.0)

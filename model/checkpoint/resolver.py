@@ -153,21 +153,20 @@ def _candidates(component: str, headers: Sequence[Header], folders: Paths) -> li
             facts = path.stat()
         except OSError:  # a link to nothing
             continue
-        header, components = _peek(path, facts.st_mtime_ns, facts.st_size)
-        if header is not None and component in components and path.resolve() not in used:
-            groups.setdefault(shard_group(path), []).append(header)
+        held = _peek(path, facts.st_mtime_ns, facts.st_size)
+        if component in held and path.resolve() not in used:
+            groups.setdefault(shard_group(path), []).append(read_header(path))
     return [tuple(shards) for shards in groups.values()]
 
 
 @lru_cache(maxsize=1024)
-def _peek(path: Path, _changed: int, _size: int) -> tuple[Header | None, frozenset[str]]:
-    """A header that may be anybody's, and its components: damaged files of other models are none of our business."""
+def _peek(path: Path, _changed: int, _size: int) -> frozenset[str]:
+    """The components of a file that may be anybody's: damaged files of other models are none of our business."""
     try:
-        header = read_header(path)
+        return frozenset(index([read_header(path)]))  # a header may have 1 MB, and folders thousands of files
     except LockstepError as error:
         _logger.debug("passing over %s: %s", path, error)
-        return None, frozenset()
-    return header, frozenset(index([header]))
+        return frozenset()
 
 
 def _fault(component: str, shards: Shards, headers: Sequence[Header]) -> str | None:

@@ -245,13 +245,16 @@ class ExtendedVocoder(nn.Module):
         self.mel_stft = CausalLogMel(config, config.extender.mel_bins)
 
     def forward(self, mel_BCTM: Tensor) -> Tensor:
-        """Log-mel (B, C, T, M) to a waveform (B, C, S) in [-1, 1]; keep the weights in float32."""
+        """Log-mel (B, C, T, M) to a waveform (B, C, S); keep the weights in float32.
+
+        The reference clamps it to [-1, 1]: what lies beyond is left to the caller, who sees the whole sound.
+        """
         low_BCS = self.vocoder(mel_BCTM)
         samples = low_BCS.shape[2]
         # whole hops, so that both summands end together
         low_BCS = functional.pad(low_BCS, (0, -samples % self.config.hop_samples))
         high_BCS = self.bwe_generator(self.mel_stft(low_BCS))
-        waveform_BCS = (high_BCS + resample_up(low_BCS, self.config.ratio)).clamp(-1, 1)
+        waveform_BCS = high_BCS + resample_up(low_BCS, self.config.ratio)
         return waveform_BCS[..., : samples * self.config.ratio]
 
 

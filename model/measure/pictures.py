@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .motion import motion_energy, shrink
 
-_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
+LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 _BLACK = 0.04  # luma that 99 % of a black frame's pixels stay below; the darkest plain background lies above
 _EQUAL = 2e-4  # mean change that a codec makes of two equal frames
 _STUTTER_SECONDS = 0.25
@@ -64,7 +64,7 @@ class Look:
         self._small.append(np.nan_to_num(shrink(frames_FHWC), posinf=0, neginf=0))
         every = max(1, self._frames // _SEAM_FRAMES)
         for frame in frames_FHWC[-self._came % every :: every]:
-            grey = np.nan_to_num(frame.float().cpu().numpy(), posinf=0, neginf=0) @ _LUMA
+            grey = np.nan_to_num(frame.float().cpu().numpy(), posinf=0, neginf=0) @ LUMA
             self._across = self._across + np.abs(np.diff(grey, axis=1))
             self._down = self._down + np.abs(np.diff(grey, axis=0)).T
         self._came += len(frames_FHWC)
@@ -80,7 +80,7 @@ class Look:
         """All facts, once all frames have come."""
         assert self._came == self._frames, f"{self._came=} {self._frames=}"
         pixels, fps, frames = self.pixels, self._fps, self._frames
-        luma = pixels @ _LUMA
+        luma = pixels @ LUMA
         energy = motion_energy(pixels)
         change = np.abs(np.diff(luma, axis=0)).mean((1, 2))
         ratio, grid = self.seams()
@@ -90,7 +90,7 @@ class Look:
             height=self._size[0],
             fps=fps,
             not_finite_frames=self._not_finite,
-            black_frames=int((np.percentile(luma.reshape(frames, -1), 99, axis=1) < _BLACK).sum()),
+            black_frames=count_black(luma),
             frozen_seconds=_longest(change < _EQUAL) / fps,
             duplicate_frames=_duplicates(change, max(1, round(_STUTTER_SECONDS * fps))),
             flashes=find_flashes(luma.mean((1, 2))),
@@ -111,6 +111,11 @@ def look_at_pictures(frames_FHWC: Tensor, fps: float) -> PictureFacts:
     look = Look(len(frames_FHWC), fps)
     look.push(frames_FHWC)
     return look.facts()
+
+
+def count_black(luma_FHW: np.ndarray) -> int:
+    """How many frames are black but for a few pixels."""
+    return int((np.percentile(luma_FHW.reshape(len(luma_FHW), -1), 99, axis=1) < _BLACK).sum())
 
 
 def _longest(flags: np.ndarray) -> int:

@@ -12,17 +12,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..values import Clip
+from .doubts import STILL
 from .motion import motion_energy, shrink
 from .pictures import Look, PictureFacts
-from .sound import SoundFacts, look_at_sound
+from .sound import SILENT_DBFS, SoundFacts, look_at_sound
 from .sync import Sync, measure_small_sync
 
-_STILL = 0.005  # motion score below which nothing seems to move
 _FROZEN_SECONDS = 1.0  # without any change in a clip that moves elsewhere
 _DRIFT = 3.0  # CIELAB, in ten seconds
 _SEAM = 1.25  # seam ratio above which a grid can be seen
 _PEAK_DBFS = -1.0
-_QUIET_DBFS = -60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ def _findings(report: ClipReport):
         yield f"the brightness flashes at frame {', '.join(map(str, picture.flashes[:5]))}"
     if picture.duplicate_frames:
         yield f"{picture.duplicate_frames} frames repeat the one before them"
-    if picture.frames > 1 and picture.motion_score < _STILL:
+    if picture.frames > 1 and picture.motion_score < STILL:
         yield "almost nothing moves: try another seed, or a prompt that names a motion"
     elif picture.frozen_seconds >= _FROZEN_SECONDS:
         yield f"nothing changes for {picture.frozen_seconds:.1f} s of {report.seconds:.1f} s"
@@ -131,7 +130,7 @@ def _findings(report: ClipReport):
         return
     if sound.not_finite:
         yield f"{sound.not_finite} samples are no numbers"
-    if sound.rms_dbfs is None or sound.rms_dbfs < _QUIET_DBFS:
+    if sound.rms_dbfs is None or sound.rms_dbfs < SILENT_DBFS:
         yield "the sound is silent"
     if sound.true_peak_dbfs is not None and sound.true_peak_dbfs > _PEAK_DBFS:
         yield f"the true peak of {sound.true_peak_dbfs:.1f} dBFS is above -1 dBFS"

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
 from ..values import CompileCost
 from .model import AVTransformer
 
@@ -32,33 +31,42 @@ class CompileReport:
     eager_seconds: float = 0.0
     fast_seconds: list[float] = field(default_factory=list)
     calls: int = 0  # of compiled blocks, those that compiled left out
+    failure: str = ""  # why torch could not compile; the blocks run as they are since then
 
     @property
     def cost(self) -> CompileCost:
         """As it stands now."""
         saved = self.calls * (self.eager_seconds - min(self.fast_seconds, default=self.eager_seconds))
-        return CompileCost(self.compile_seconds, saved, self.calls)
+        return CompileCost(self.compile_seconds, saved, self.calls, self.failure)
 
 
-def compile_blocks(transformer: AVTransformer) -> CompileReport:
+def compile_blocks(
+    transformer: AVTransformer, passes: Callable[[BaseException], bool] = lambda _error: False
+) -> CompileReport:
     """From now on the blocks run compiled; the report fills while they do.
 
-    The first block's parts that guidance passes share run as they are.
-    Raises UnsupportedModelError at the first call where torch cannot compile.
+    The first block's parts that guidance passes share run as they are, and all blocks do once torch cannot compile one.
+    passes: which errors are none of the compiler's, such as memory that ended; those are raised as they are.
     """
     report, compiled = CompileReport(), set()
     for block in transformer.transformer_blocks:
         block.forward = _reported(
-            block, block.forward, torch.compile(block.forward, dynamic=False), report, compiled
+            block, block.forward, torch.compile(block.forward, dynamic=False), report, compiled, passes
         )
     return report
 
 
 def _reported(
-    block: nn.Module, eager: Forward, fast: Forward, report: CompileReport, compiled: set[tuple]
+    block: nn.Module,
+    eager: Forward,
+    fast: Forward,
+    report: CompileReport,
+    compiled: set[tuple],
+    passes: Callable[[BaseException], bool],
 ) -> Forward:
     def forward(video_BTD: Tensor | None, audio_BSD: Tensor | None, *state) -> tuple[Tensor, Tensor]:
-        if video_BTD is None or audio_BSD is None:  # a cache lets one stand still; seldom enough
+        # a cache lets one stream stand still; seldom enough
+        if report.failure or video_BTD is None or audio_BSD is None:
             return eager(video_BTD, audio_BSD, *state)
         if not report.eager_seconds:
             eager(video_BTD, audio_BSD, *state)  # warms up
@@ -78,13 +86,18 @@ def _reported(
             with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS, skip_nnmodule_hook_guards=False):
                 seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
         except Exception as error:
-            raise UnsupportedModelError(
-                f"torch.compile does not work here ({next(iter(str(error).splitlines()), type(error).__name__)}): run without it"
-            ) from error
-        compiled.add(key)
-        report.compile_seconds += seconds
-        _logger.info("compiled the block for %s video tokens in %.1f s", video_BTD.shape[1], seconds)
-        return made
+            cause = getattr(error, "inner_exception", error)  # torch wraps what a backend raises
+            if passes(cause):
+                raise cause from None
+            # all blocks are alike: the others would wait as long for the same
+            report.failure = next(iter(str(cause).splitlines()), type(cause).__name__)
+            _logger.warning("%s", report.cost.sentence())
+        else:
+            compiled.add(key)
+            report.compile_seconds += seconds
+            _logger.info("compiled the block for %s video tokens in %.1f s", video_BTD.shape[1], seconds)
+            return made
+        return eager(video_BTD, audio_BSD, *state)
 
     return forward
 

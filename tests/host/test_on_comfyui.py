@@ -288,6 +288,16 @@ def test_a_clip_that_cannot_be_signed_is_saved_and_the_node_says_why(server: Com
     assert any("not signed: no certificate with its key is configured" in text for text in listener.texts)
 
 
+def test_a_clip_saved_at_another_speed_than_its_sound_is_told(server: ComfyUI):
+    graph = twin("save_clip")
+    (save,) = nodes_of(graph, "LockstepSaveClip")
+    graph[save]["inputs"] |= {"fps": 6.0, "filename_prefix": "slow"}
+    with Listener(server, "saver") as listener:
+        check(server.clip_of(server.result(server.queue(graph, "saver"))))
+        listener.wait_for("execution_success")
+    assert any("at 12 fps both would be equally long" in text for text in listener.texts)
+
+
 def test_the_trajectory_shows_the_chosen_steps_and_is_off_by_default(server: ComfyUI):
     graph = twin("trajectory")
     (sampler,) = nodes_of(graph, "LockstepSampler")
