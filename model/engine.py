@@ -67,6 +67,7 @@ from .residency import (
     Residence,
     StageNeed,
     Window,
+    first_line,
     free_bytes,
     out_of_memory,
     stepping_down,
@@ -757,6 +758,9 @@ class Engine:
         self._check_owner(latents)
         with self._lock:
             vae = self._video_vae
+            if isinstance(vae, DiffusionVAE):
+                yield from self._decoded_whole(vae, latents.video, progress)
+                return
             chosen = BANDS if self._residence.bands else Window(WINDOW_BYTES)
             yield from stepping_down(
                 lambda window: self._decoded(vae, latents.video, window, progress),
@@ -783,26 +787,41 @@ class Engine:
         raise AssertionError(f"{frame=} behind the last one")
 
     def _decoded(
-        self,
-        vae: VideoVAE | DiffusionVAE,
-        latent_BCFHW: Tensor,
-        window: Window,
-        progress: ProgressCallback,
+        self, vae: VideoVAE, latent_BCFHW: Tensor, window: Window, progress: ProgressCallback
     ) -> Iterator[Tensor]:
         def tick(done: int, total: int) -> None:
             progress(Progress("video", done, total))
 
         latent_BCFHW = latent_BCFHW.to(next(vae.parameters()))
-        if isinstance(vae, DiffusionVAE):  # in one piece, its progress counts blocks
+        for pixels in decode_stream(vae, latent_BCFHW, window.bytes, tick, band_bytes=window.band_bytes):
+            yield self._shown(pixels)
+
+    def _decoded_whole(
+        self, vae: DiffusionVAE, latent_BCFHW: Tensor, progress: ProgressCallback
+    ) -> Iterator[Tensor]:
+        """In one piece, its progress counts blocks. Raises MemoryShortError: there is no smaller window to try."""
+
+        def tick(done: int, total: int) -> None:
+            progress(Progress("video", done, total))
+
+        try:
             with torch.inference_mode():
                 # a seed of its own: the same latents always give the same pictures
-                pieces = iter([vae.decode(latent_BCFHW, seeded_generator(0), tick)])
-        else:
-            pieces = decode_stream(vae, latent_BCFHW, window.bytes, tick, band_bytes=window.band_bytes)
-        for pixels in pieces:
-            with self._numbers(self._video_component):
-                _check_finite("decoded pictures", pixels)
-            yield ((rearrange(pixels[0], "C F H W -> F H W C").float() + 1) / 2).clamp(0, 1).cpu()
+                pixels = vae.decode(latent_BCFHW.to(next(vae.parameters())), seeded_generator(0), tick)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryShortError(
+                f"the diffusion decoder does not fit into the free memory ({first_line(str(error))}): take the "
+                "convolutional video VAE of this version, which decodes in windows, or make a smaller or shorter clip"
+            ) from error
+        yield self._shown(pixels)
+
+    def _shown(self, pixels_BCFHW: Tensor) -> Tensor:
+        """Decoded pictures as frames (F, H, W, 3) in 0..1 on the CPU."""
+        with self._numbers(self._video_component):
+            _check_finite("decoded pictures", pixels_BCFHW)
+        return ((rearrange(pixels_BCFHW[0], "C F H W -> F H W C").float() + 1) / 2).clamp(0, 1).cpu()
 
     def decode_audio(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
         """Latents to sound (channels, S), float32 -1..1 on the CPU, exactly as long as the pictures; progress counts mel

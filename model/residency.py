@@ -201,9 +201,14 @@ def make_plan(needs: Sequence[StageNeed], budget: int | None, policy: str | None
                 return Plan(choice, tuple(held), budget, bands)
     least = given or POLICIES[-1]
     plan = Plan(least, tuple(narrow), budget)
+    smaller = "make the clip smaller or shorter"
+    if least != POLICIES[-1]:
+        advice = f"let the memory policy be {POLICIES[-1]!r}, or leave it open"
+    else:
+        advice = smaller if plan.widest.working * 2 > plan.peak else "take weights in float8"
     raise MemoryShortError(
         f"{plan.widest.name} needs {_gigabytes(plan.peak)} even with policy {least!r}, {_gigabytes(budget or 0)} are free: "
-        "make the clip smaller or shorter, or free memory"
+        f"{advice}, or free memory"
     )
 
 

@@ -122,8 +122,7 @@ def test_audio_vae_agrees_with_the_reference(golden, name):
 def test_vocoder_agrees_with_the_reference(golden, name):
     vocoder = seeded(build_vocoder(VocoderConfig.from_published(VOCODERS[name])))
     waveform = vocoder(golden[f"in.{name.split('-')[1]}.mel"])
-    # the reference clamps where the engine makes the whole sound quieter
-    assert_near(waveform.clamp(-1, 1), golden[f"out.{name}.waveform"], WAVEFORM_TOLERANCE)
+    assert_near(waveform, golden[f"out.{name}.waveform"], WAVEFORM_TOLERANCE)
 
 
 def test_silence_is_the_floor_of_the_logarithm():
@@ -329,7 +328,7 @@ if FIXTURES:  # further references of published layout: collected only where a f
         reference, config, tensors = published
         vocoder = load(build_vocoder(VocoderConfig.from_published(config["vocoder"])), tensors, "vocoder.")
         waveform = vocoder(reference["voc.in.mel"])
-        assert_near(waveform.clamp(-1, 1), reference["voc.out.waveform"], WAVEFORM_TOLERANCE)
+        assert_near(waveform, reference["voc.out.waveform"], WAVEFORM_TOLERANCE)
         if isinstance(vocoder, ExtendedVocoder):
             low = vocoder.vocoder(reference["voc.in.mel"])
             assert_near(low, reference["voc.out.stage1_16k"], WAVEFORM_TOLERANCE)

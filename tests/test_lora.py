@@ -11,10 +11,10 @@ from published_models import monolith_state, write_gemma, write_monolith
 from safetensors.torch import save_file
 
 from lockstep.model.checkpoint.build import build
-from lockstep.model.checkpoint.header import read_header
+from lockstep.model.checkpoint.header import read_header, stamp
 from lockstep.model.checkpoint.index import index
 from lockstep.model.checkpoint.lora import LoraStack, linear_layers, read_lora
-from lockstep.model.engine import Engine
+from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, UnsupportedModelError, WorkflowError
 from lockstep.model.values import GenerateRequest, Lora
 
@@ -292,6 +292,33 @@ def test_a_refused_list_leaves_the_one_before_on(models, tmp_path):
     with pytest.raises(WorkflowError, match=r"strength of lora\.safetensors is nan"):
         stack.put_on("transformer", module, [Lora(tmp_path / "lora.safetensors", float("nan"))])
     assert hooks == sum(len(layer._forward_hooks) for layer in module.modules()) > 0
+
+
+def test_a_lora_is_in_the_plan_and_off_the_device_after_a_run_that_was_broken_off(models, tmp_path):
+    save_file(as_published(pairs(layers_of(models))), tmp_path / "lora.safetensors")
+    gemma = models / "gemma.safetensors"
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[gemma], memory="offload")
+    lora, shape = (Lora(tmp_path / "lora.safetensors"),), engine.shape("48x32", 0.4)
+    engine.read_loras(lora)
+    plain, changed = (engine.plan(shape, loras=loras).needs[1].working for loras in ((), lora))
+    matrices = sum(
+        change.down.nbytes + change.up.nbytes
+        for (component, _), change in engine._loras._files[stamp(lora[0].path)].changes.items()
+        if component == "transformer"
+    )
+    assert changed == plain + matrices > plain
+
+    def stop(at):
+        if at.step == 1:
+            branches = engine._loras._branches["transformer"]
+            assert any(branch._made is not None for branch in branches)
+            raise KeyboardInterrupt
+
+    settings = SampleSettings(steps=2, loras=lora)
+    with pytest.raises(KeyboardInterrupt):
+        engine.sample(engine.encode_text("a red ball", loras=lora), shape, settings=settings, progress=stop)
+    for branches in engine._loras._branches.values():
+        assert all(branch._made is None for branch in branches)
 
 
 def test_a_lora_works_on_packed_weights(models, tmp_path):

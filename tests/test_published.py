@@ -26,7 +26,7 @@ from lockstep.model import cli
 from lockstep.model.checkpoint import build, keymap
 from lockstep.model.checkpoint.header import Header, read_header
 from lockstep.model.engine import Engine
-from lockstep.model.errors import CheckpointError, PromptError, UnsupportedModelError
+from lockstep.model.errors import CheckpointError, MemoryShortError, PromptError, UnsupportedModelError
 from lockstep.model.text.duration_head import frames_for
 from lockstep.model.values import GenerateRequest
 
@@ -109,6 +109,22 @@ def test_given_files_stand_before_the_checkpoint_s_own(models, tmp_path):
     assert not torch.equal(first.clip.frames, second.clip.frames)
 
 
+def assert_told_once_where_it_does_not_fit(engine: Engine) -> None:
+    """The diffusion decoder has no windows that could be smaller."""
+    tries = []
+
+    def full(*_):
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder = engine._video_vae
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(decoder), "decode", full)
+        with pytest.raises(MemoryShortError, match=r"\(CUDA out of memory\): take the convolutional video VAE"):
+            engine.decode_video(engine.empty_latents(engine.shape("48x32", 0.4)))
+    assert tries == [1]
+
+
 def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(split, caplog):
     folder, main = split
     with caplog.at_level(logging.INFO, logger="lockstep"):
@@ -126,6 +142,7 @@ def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(spl
     result = made(engine)
     assert engine._modules.keys() >= {keymap.VIDEO_VAE_DIFFUSION, keymap.LANGUAGE_MODEL}
     assert keymap.VIDEO_VAE not in engine._modules
+    assert_told_once_where_it_does_not_fit(engine)
     convolutional = Engine(
         main, "cpu", files=[folder / "vae/ltx-2.5-video-vae-conv-bf16.safetensors"], folders=[folder]
     )

@@ -222,6 +222,19 @@ def test_float8_halves_the_blocks_of_bfloat16_as_it_is_loaded():
     assert 0 < error < 0.3
 
 
+def test_a_file_that_stays_packed_is_forecast_as_it_is_held(tmp_path):
+    state, _ = quantised_state("2.3")
+    save(tmp_path / "fp8.safetensors", state)
+    write_gemma(tmp_path / "gemma.safetensors", "2.3")
+    engine = Engine(
+        tmp_path / "fp8.safetensors", "cpu", precision="bfloat16", files=[tmp_path / "gemma.safetensors"]
+    )
+    need = engine.plan(engine.shape("48x32", 0.4)).needs[1]
+    held = [tensor.nbytes for tensor in engine._transformer.state_dict().values()]
+    # buffers that no file holds are forecast, too
+    assert need.weights == pytest.approx(sum(held), rel=0.01)
+
+
 def _nvfp4(state):
     state[f"{LINEAR}.weight"] = torch.zeros(32, 16, dtype=torch.uint8)
     state[f"{LINEAR}.weight_scale"] = torch.ones(32, 2).to(FP8)

@@ -19,6 +19,7 @@ from lockstep.model.residency import (
     Window,
     level_embedders,
     make_plan,
+    stack_need,
     stepping_down,
 )
 
@@ -166,6 +167,13 @@ def test_pictures_are_decoded_in_bands_where_no_policy_fits_without():
 def test_what_fits_in_no_way_is_said_in_one_sentence():
     with pytest.raises(MemoryShortError, match=r"stage 0 needs .* even with policy 'stream'"):
         make_plan(needs(1000), 100)
+    for working, policy, advice in (
+        (900, None, "make the clip smaller or shorter, or free"),
+        (1, None, "take weights in float8, or free"),
+        (1, "resident", "let the memory policy be 'stream', or leave it open"),
+    ):
+        with pytest.raises(MemoryShortError, match=advice):
+            make_plan(needs(500, working=working), 100, policy)
     with pytest.raises(WorkflowError, match="use resident, offload, stream"):
         make_plan(needs(1), None, "magic")  # type: ignore[arg-type]
 
@@ -178,6 +186,62 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes():
     assert residence.bytes_here == 2 * 20 * 4
     residence.use("transformer", modules["transformer"])
     assert residence.bytes_here == 20 * 4
+
+
+class Stack(torch.nn.Module):
+    """As deep as a language model is: a stack of layers inside, and a table beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.embed_tokens = torch.nn.Embedding(5, 4)
+        self.model.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(6))
+
+    def forward(self, ids):
+        x = self.model.embed_tokens(ids)
+        for layer in self.model.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_language_model_is_streamed_as_well():
+    module, ids = Stack(), torch.arange(5)
+    need, whole = stack_need("text", module), module(ids)
+    assert (need.block, need.fixed) == (80, 80 + 80)
+    residence, most = Residence(torch.device("cpu"), "stream"), []
+    residence.use("language_model", module)
+    for layer in module.model.layers:
+        layer.register_forward_hook(lambda *_: most.append(residence.bytes_here))
+    assert torch.equal(module(ids), whole)
+    assert max(most) <= need.streamed < need.weights
+
+
+def test_weights_that_came_half_way_are_let_go_again(monkeypatch):
+    module, let_go = Stack(), []
+    monkeypatch.setattr(HostWeights, "let_go", lambda weights: let_go.append(weights.bytes))
+
+    def full(weights: HostWeights, *_):
+        if weights.bytes == 80:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(HostWeights, "bring", full)
+    residence = Residence(torch.device("cpu"), "stream")
+    with pytest.raises(torch.OutOfMemoryError):
+        residence.use("language_model", module)
+    assert sum(let_go) == sum(weight.nbytes for weight in module.parameters())
+    assert residence.bytes_here == 0
+    assert not any(layer._forward_pre_hooks for layer in module.model.layers)
+
+
+def test_what_cannot_be_pinned_is_copied_as_it_is(monkeypatch):
+    def full(_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", full)
+    layer = torch.nn.Linear(4, 4)
+    weights = HostWeights(layer, pin=True)
+    weights.bring(torch.device("cpu"))
+    assert weights.bytes == 80
 
 
 def test_resident_weights_are_brought_once(monkeypatch):

@@ -245,10 +245,11 @@ class ExtendedVocoder(nn.Module):
         self.mel_stft = CausalLogMel(config, config.extender.mel_bins)
 
     def forward(self, mel_BCTM: Tensor) -> Tensor:
-        """Log-mel (B, C, T, M) to a waveform (B, C, S); keep the weights in float32.
+        """Log-mel (B, C, T, M) to a waveform (B, C, S) in [-1, 1]; keep the weights in float32."""
+        return self.unclamped(mel_BCTM).clamp(-1, 1)
 
-        The reference clamps it to [-1, 1]: what lies beyond is left to the caller, who sees the whole sound.
-        """
+    def unclamped(self, mel_BCTM: Tensor) -> Tensor:
+        """The same waveform with whatever lies beyond full scale, for a caller who sees the whole sound."""
         low_BCS = self.vocoder(mel_BCTM)
         samples = low_BCS.shape[2]
         # whole hops, so that both summands end together

@@ -96,11 +96,14 @@ def encode_audio_stream(vae: AudioVAE, mel_BCTM: Tensor, window_latents: int = W
 def vocode_stream(
     vocoder: Generator | ExtendedVocoder | GriffinLim, mel_BCTM: Tensor, window_mels: int = WINDOW_MELS
 ) -> Iterator[Tensor]:
-    """What vocoder(mel) gives, as (B, C, s) pieces of consecutive samples; errors as the vocoder's."""
+    """What vocoder(mel) gives, as (B, C, s) pieces of consecutive samples; errors as the vocoder's.
+
+    What the band extension makes beyond full scale is not cut off: nobody sees the whole sound yet.
+    """
     if isinstance(vocoder, GriffinLim):  # a search over the whole clip: one piece
         yield vocoder(mel_BCTM)
         return
-    config = vocoder.config
+    config, make = vocoder.config, getattr(vocoder, "unclamped", vocoder)
     if isinstance(config, VocoderConfig):
         reach, per_frame = vocoder_reach(config), config.generator.samples_per_frame * config.ratio
         reach = _whole_hops(reach, config)
@@ -110,7 +113,7 @@ def vocode_stream(
     frames = mel_BCTM.shape[2]
     for first, end in _windows(frames, window_mels):
         start, stop = max(0, first - reach), min(frames, end + reach)
-        waveform_BCS = vocoder(mel_BCTM[:, :, start:stop])
+        waveform_BCS = make(mel_BCTM[:, :, start:stop])
         yield waveform_BCS[..., (first - start) * per_frame : (end - start) * per_frame]
 
 
