@@ -201,7 +201,9 @@ class Engine:
         self._loras = LoraStack(self._places)
         self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
-        self._beside: dict[str, int] = {}  # component -> bytes that its stage holds beside weights, for a host
+        self._beside: dict[
+            str, int
+        ] = {}  # component -> bytes that its stage holds beside weights, for a host
         self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
         self._compiled = compiled
@@ -455,13 +457,7 @@ class Engine:
             progress(Progress("video", done, total))
 
         with self._lock, torch.inference_mode():
-            vae = self._video_encoder
-            if isinstance(vae, DiffusionVAE):
-                latents = vae.encode(pixels_BCFHW.to(next(vae.parameters()))).float().cpu()
-                tick(pixels_BCFHW.shape[2], pixels_BCFHW.shape[2])
-            else:
-                latents = encode_stream(vae, pixels_BCFHW, tick=tick).float().cpu()
-        return latents
+            return encode_stream(self._video_encoder, pixels_BCFHW, tick=tick).float().cpu()
 
     def encode_sound(
         self, waveform_CS: Tensor, rate_hz: int, shape: ClipShape, progress: ProgressCallback = _nothing

@@ -436,7 +436,11 @@ def weight_bytes(*modules: nn.Module | None) -> int:
 
 def stack_need(name: str, module: nn.Module) -> StageNeed:
     """What a stage with this module alone holds of weights, streamed or not."""
-    weights, blocks, levels = weight_bytes(module), streamed_stack(module), weight_bytes(*level_embedders(module))
+    weights, blocks, levels = (
+        weight_bytes(module),
+        streamed_stack(module),
+        weight_bytes(*level_embedders(module)),
+    )
     block = max((weight_bytes(block) for block in blocks), default=0)
     fixed = weights - weight_bytes(*blocks[1:]) - levels
     return StageNeed(name, weights, 0, block, fixed, levels)

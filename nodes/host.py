@@ -360,9 +360,7 @@ class Reporter:
         self._film.stop()
         if error is not None and (out_of_memory(error) or isinstance(error, MemoryShortError)):
             # the host knows it by its type: it unloads all models, and the server stays usable
-            advice = (
-                f"make the clip smaller or shorter, or choose offload {OFFLOADS[-1]!r} or precision 'float8' in Lockstep Loader"
-            )
+            advice = f"make the clip smaller or shorter, or choose offload {OFFLOADS[-1]!r} or precision 'float8' in Lockstep Loader"
             if isinstance(error, MemoryShortError):
                 advice = str(error)  # which knows better
             raise torch.OutOfMemoryError(f"out of memory while {self._task}: {advice}") from error

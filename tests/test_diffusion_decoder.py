@@ -5,6 +5,7 @@ The reference is diffusers 0.42.1 on the same seeded weights (golden/make_noisy_
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from lockstep.model.checkpoint.header import Header, read_header
 from lockstep.model.checkpoint.published_configs import published_config
 from lockstep.model.codec.diffusion_config import DiffusionVAEConfig
 from lockstep.model.codec.diffusion_decoder import DiffusionVAE
+from lockstep.model.codec.streaming import encode_stream
 from lockstep.model.errors import Cancelled, CheckpointError, ShapeError, UnsupportedModelError
 from lockstep.model.shapes import Compression
 
@@ -197,6 +199,7 @@ def test_encoder_gives_the_normalised_mean(vae):
     latent = vae.encode(clip)
     assert latent.shape == (1, 4, 3, 2, 3)
     assert_near(vae.per_channel_statistics.denormalize(latent), vae.encoder(clip)[:, :4], 1e-5)
+    assert_near(encode_stream(vae, clip, window_bytes=2**12), latent, 1e-5)
     with pytest.raises(ShapeError, match="frames must be 2k"):
         vae.encode(clip[:, :, :4])
 
@@ -297,8 +300,9 @@ def test_a_file_of_the_decoder_alone_decodes_and_says_what_encodes(tmp_path, vae
     assert_near(
         alone.decode(latent, generator()), vae.decode(latent, generator())
     )  # other alignment, other kernels
-    with pytest.raises(UnsupportedModelError, match="encode with the convolutional VAE"):
-        alone.encode(torch.zeros(1, 3, 5, 8, 8))
+    for encode in (alone.encode, partial(encode_stream, alone)):
+        with pytest.raises(UnsupportedModelError, match="encode with the convolutional VAE"):
+            encode(torch.zeros(1, 3, 5, 8, 8))
 
 
 CONTRADICTIONS = {

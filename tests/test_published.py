@@ -120,7 +120,9 @@ def assert_told_once_where_it_does_not_fit(engine: Engine) -> None:
     decoder = engine._video_vae
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(decoder), "decode", full)
-        with pytest.raises(MemoryShortError, match=r"\(CUDA out of memory\): take the convolutional video VAE"):
+        with pytest.raises(
+            MemoryShortError, match=r"\(CUDA out of memory\): take the convolutional video VAE"
+        ):
             engine.decode_video(engine.empty_latents(engine.shape("48x32", 0.4)))
     assert tries == [1]
 

@@ -211,13 +211,18 @@ class DiffusionVAE(nn.Module):
 
     def encode(self, pixels_BCFHW: Tensor) -> Tensor:
         """As VideoVAE.encode; Raises UnsupportedModelError where the file has only the decoder."""
+        check_pixels(pixels_BCFHW, self.config.compression)
+        mean, _log_variance = self.held_encoder(pixels_BCFHW).split([self.config.latent_channels, 1], dim=1)
+        return self.per_channel_statistics.normalize(mean, 1)
+
+    @property
+    def held_encoder(self) -> VideoEncoder:
+        """Raises UnsupportedModelError where the file has only the decoder."""
         if self.encoder is None:
             raise UnsupportedModelError(
                 "this file holds only the decoder: encode with the convolutional VAE of the same version"
             )
-        check_pixels(pixels_BCFHW, self.config.compression)
-        mean, _log_variance = self.encoder(pixels_BCFHW).split([self.config.latent_channels, 1], dim=1)
-        return self.per_channel_statistics.normalize(mean, 1)
+        return self.encoder
 
     def decode(
         self,

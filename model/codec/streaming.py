@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ..errors import ShapeError
 from ..layers.causal_conv import CausalConv3d
+from .diffusion_decoder import DiffusionVAE
 from .video_vae import (
     EPS,
     Downsample,
@@ -442,15 +443,19 @@ def decode_stream(
 
 @torch.inference_mode()
 def encode_stream(
-    vae: VideoVAE, pixels_BCFHW: Tensor, window_bytes: int = WINDOW_BYTES, tick: Tick = no_tick
+    vae: VideoVAE | DiffusionVAE,
+    pixels_BCFHW: Tensor,
+    window_bytes: int = WINDOW_BYTES,
+    tick: Tick = no_tick,
 ) -> Tensor:
     """What vae.encode gives; the pixels may lie on another device or in another dtype, they come window by window.
 
-    tick: as of decode_stream.
+    tick: as of decode_stream. Raises as vae.encode does.
     """
     check_pixels(pixels_BCFHW, vae.config.compression)
-    weight, patch = vae.encoder.conv_in.conv.weight, vae.config.patch
-    steps, made = encoding_steps(vae.encoder), []
+    encoder = vae.held_encoder if isinstance(vae, DiffusionVAE) else vae.encoder
+    weight, patch = encoder.conv_in.conv.weight, encoder.patch
+    steps, made = encoding_steps(encoder), []
     frame_bytes = pixels_BCFHW[:, :, :1].numel() * weight.element_size() * weight.shape[0] // weight.shape[1]
     windows = pixels_BCFHW.split(max(1, window_bytes // frame_bytes), dim=2)
     done, frames = 0, pixels_BCFHW.shape[2]
