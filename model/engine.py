@@ -46,6 +46,7 @@ from .errors import (
     CheckpointError,
     LockstepError,
     MediaError,
+    MemoryShortError,
     NotFiniteError,
     ShapeError,
     UnsupportedModelError,

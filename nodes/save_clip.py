@@ -72,7 +72,9 @@ class LockstepSaveClip(Node):
     ) -> io.NodeOutput:
         clip = to_encodable(to_clip(images, fps, audio))
         said, warnings = disclose(disclosure, content_credentials)
-        path, shown = host.new_output_path(filename_prefix, ".mp4")
+        path, shown = host.new_output_path(
+            filename_prefix, ".mp4", clip.frames.shape[2], clip.frames.shape[1]
+        )
         write_clip(path, clip, host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo), said)
         host.warn(cls.hidden.unique_id, (*find_doubts(clip), *warnings))
         saved = ui.SavedResult(shown["filename"], shown["subfolder"], io.FolderType.output)
