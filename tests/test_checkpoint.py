@@ -121,21 +121,15 @@ def test_every_published_tensor_has_its_parameter_and_none_is_left_over(model, c
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == PUBLISHED[model][component]
 
 
-@pytest.mark.parametrize(
-    ("file", "config", "components"),
-    [
-        ("ltx-2.0", "ltx-2.0", ("transformer", "connectors")),
-        ("ltx-2.3", "ltx-2.3", ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")),
-        ("ltx-2.5.transformer-file", "ltx-2.5", ("transformer",)),
-        ("ltx-2.5.video-vae-diffusion-file", "ltx-2.5-video-vae", ("video_vae_diffusion",)),
-    ],
-)
-def test_the_configs_of_the_published_headers_are_understood_to_the_last_key(file, config, components):
-    header = fake_header(golden_keys(file), json.loads((CONFIGS / f"{config}.json").read_text()))
-    for component in components:
-        held = component_shapes([header])[component]
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ltx*.json")), ids=lambda path: path.stem)
+def test_the_configs_of_the_published_headers_are_understood_to_the_last_key(path):
+    header = fake_header(golden_keys(path.stem), json.loads(path.read_text()))
+    for component, held in component_shapes([header]).items():
+        # a file of its own holds the other half of them; the 2.0 file's codecs are not known to us
+        if (component, path.stem) == ("connectors", "ltx-2.5.transformer-file"):
+            continue
         needed = build_on_meta(component, [header]).state_dict()
-        assert {name: tuple(tensor.shape) for name, tensor in needed.items()} == held
+        assert {name: tuple(tensor.shape) for name, tensor in needed.items()} == held, component
 
 
 @pytest.mark.parametrize("path", sorted(KEYS.glob("*.gz")), ids=lambda path: path.name)

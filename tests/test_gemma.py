@@ -6,6 +6,7 @@ The reference models are written by `transformers` itself, as their folders are 
 import importlib
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from golden.make_connectors import reference_connectors
 from published_models import GEMMA_3, GEMMA_4, WORDS, as_bytes, gemma_state, tokenizer_json, write_gemma
 from safetensors.torch import save_file
 from test_audio_codec import assert_near, seeded
-from test_checkpoint import fake_header, golden_headers
+from test_checkpoint import CONFIGS, fake_header, golden_headers
 from tiny_models import TEXT_STATES, TRANSFORMERS, VERSIONS
 from transformers import (
     Gemma3Config,
@@ -333,3 +334,22 @@ def test_a_sentencepiece_asset_is_told_from_a_json_one(tmp_path):
     save_file(gemma_state("2.3") | {"spiece_model": as_bytes("spm")}, path)
     source = find_tokenizer([read_header(path)])
     assert (source.sentencepiece, source.content) == (True, b"spm")
+
+
+def test_the_config_of_the_published_gemma_is_understood():
+    """A model of its 12 billion parameters on meta: names and shapes as its file has them."""
+    stated = json.loads((CONFIGS / "gemma4-12b.json").read_text())
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in GemmaEncoder(stated).state_dict().items()}
+    assert shapes["model.layers.5.self_attn.q_proj.weight"] == (8192, 3840)
+    assert "model.layers.5.self_attn.v_proj.weight" not in shapes
+    header = replace(
+        fake_header({name: (shape, "BF16") for name, shape in shapes.items()}, name="gemma.safetensors"),
+        metadata={"gemma_config": json.dumps({"model_type": "gemma4_unified", "text_config": stated})},
+    )
+    told = language_config([header], shapes)
+    assert {key: told[key] for key in stated} == stated
+    # and from the shapes alone, as repacks come that lost it
+    lost = language_config([replace(header, metadata={})], shapes)
+    for key, value in lost.items():
+        assert stated.get(key, value) == value, key
