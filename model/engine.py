@@ -933,7 +933,7 @@ class Engine:
         self.tokenizer.encode(request.prompt)
         steps = Trajectory(request.trajectory, progress) if request.trajectory else None
         warnings = (
-            *self._loras.read((*request.loras, *request.refine_loras)),
+            *self.read_loras((*request.loras, *request.refine_loras)),
             *self._stage_warnings(request, recipe),
             *self._unheard(request, recipe, shape),
             *self._unsuited(request, recipe, shape),
@@ -1019,42 +1019,44 @@ class Engine:
 
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
-        needs = self._needs(shape, guidance or self.recipe.guidance, step_cache, loras)
+        guidance = guidance or self.recipe.guidance
+        key = (shape, guidance.passes, step_cache > 0)
+        if key not in self._forecasts:
+            self._forecasts[key] = self._forecast.needs(
+                shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
+            )
+        text, sample, *decodes = self._forecasts[key]
+        self.read_loras(loras)
+        needs = (text, replace(sample, working=sample.working + self._lora_bytes(loras)), *decodes)
         budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
         return self._residence.follow(needs, budget)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _needs(
-        self, shape: ClipShape, guidance: Guidance, step_cache: float, loras: Sequence[Lora]
-    ) -> tuple[StageNeed, ...]:
-        """Of text, sampling, video and audio of a clip, as far as their components are there."""
-        key = (shape, guidance.passes, step_cache > 0)
-        if key not in self._forecasts:
-            held = [component for component in self._needed if component in self._places]
-            forecast = Forecast(self.headers, held, self._dtype, self.recipe.text_length, self._packs)
-            self._forecasts[key] = forecast.needs(
-                shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
-            )
-        text, sample, *decodes = self._forecasts[key]
-        # all of their matrices stay on the device while the transformer runs, streamed or not
-        changes = self._loras.bytes(keymap.TRANSFORMER, loras, self._dtype(keymap.TRANSFORMER))
-        return text, replace(sample, working=sample.working + changes), *decodes
+    @cached_property
+    def _forecast(self) -> Forecast:
+        """Of the components that are there."""
+        held = [component for component in self._needed if component in self._places]
+        return Forecast(self.headers, held, self._dtype, self.recipe.text_length, self._packs)
 
     def _tell_host(
         self, shape: ClipShape, guidance: Guidance, step_cache: float, loras: Sequence[Lora]
     ) -> None:
-        """Before a clip is sampled: what its stages hold beside weights. On a CPU no host asks."""
-        if self._place and self.device.type != "cpu":
-            self._loras.read(loras)
-            _, sample, video, audio = self._needs(shape, guidance, step_cache, loras)
-            self._beside = {
-                keymap.TRANSFORMER: sample.working,
-                keymap.VIDEO_VAE: video.working,
-                keymap.VIDEO_VAE_DIFFUSION: video.working,
-                keymap.AUDIO_VAE: audio.working,
-                keymap.VOCODER: audio.working,
-            }
+        """Before a clip is sampled: what the transformer holds beside its weights. On a CPU no host asks."""
+        if not self._place or self.device.type == "cpu":
+            return
+        key = (shape, guidance.passes, step_cache > 0)
+        if key not in self._workings:
+            need = self._forecast.sampling(
+                shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0
+            )
+            self._workings = {key: need.working}  # of the clip at hand: another one takes seconds again
+        self.read_loras(loras)
+        self._beside[keymap.TRANSFORMER] = self._workings[key] + self._lora_bytes(loras)
+
+    def _lora_bytes(self, loras: Sequence[Lora]) -> int:
+        """All of their matrices stay on the device while the transformer runs, streamed or not."""
+        return self._loras.bytes(keymap.TRANSFORMER, loras, self._dtype(keymap.TRANSFORMER))
 
     def _module(self, component: str) -> nn.Module:
         with self._lock:

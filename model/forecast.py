@@ -64,7 +64,7 @@ class Forecast:
         with torch.inference_mode():
             return (
                 self._text(),
-                self._sample(shape, passes, perturbed, cached),
+                self.sampling(shape, passes, perturbed, cached),
                 self._video(shape, window_bytes),
                 self._audio(shape),
             )
@@ -89,7 +89,11 @@ class Forecast:
             connectors(encoder(ids, mask), mask, self._text_length)
         return StageNeed("text", weight_bytes(encoder, connectors), count.peak)
 
-    def _sample(self, shape: ClipShape, passes: tuple[str, ...], perturbed: bool, cached: bool) -> StageNeed:
+    @torch.inference_mode()
+    def sampling(
+        self, shape: ClipShape, passes: tuple[str, ...], perturbed: bool = False, cached: bool = False
+    ) -> StageNeed:
+        """That of the transformer alone, which takes a fraction of the time of all; arguments as of needs."""
         transformer = cast(AVTransformer, self._module(keymap.TRANSFORMER))
         config, layers = transformer.config, len(transformer.transformer_blocks)
         need = stack_need("sample", transformer)
