@@ -1,6 +1,7 @@
 """Memory: what every stage will need, which weights are where while it runs, and what to do when there is less."""
 
 import gc
+import importlib
 import logging
 import weakref
 from collections import Counter
@@ -302,14 +303,37 @@ class HostWeights:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """Page-locked, so that its copy runs beside the computation; as it is where the machine has no room for that."""
+    """Page-locked, so that its copy runs beside the computation; as it is where the machine refuses that."""
     if tensor.device.type != "cpu":
         return tensor
     try:
         return tensor.pin_memory()
     except RuntimeError as error:
-        _logger.warning("weights stay where they are, copies take longer: %s", first_line(str(error)))
+        _logger.debug("not pinned: %s", first_line(str(error)))
         return tensor
+
+
+def _spare_ram() -> int:
+    """Bytes of the machine that can be had without taking them from others; 0 where nobody says."""
+    try:
+        return importlib.import_module("psutil").virtual_memory().available  # which ComfyUI installs
+    except ImportError:
+        return 0
+
+
+def choose_pinned(blocks: Sequence[nn.Module], room: int) -> list[bool]:
+    """Which blocks may be page-locked in half of `room` bytes, the first ones: page-locked memory is nobody else's."""
+    left, chosen = room // 2, []
+    for block in blocks:
+        left -= weight_bytes(block)
+        chosen.append(left >= 0)
+    if not all(chosen):
+        _logger.info(
+            "memory: %d of %d blocks are copied without pinning, which takes longer",
+            chosen.count(False),
+            len(chosen),
+        )
+    return chosen
 
 
 class BlockStream:
@@ -328,15 +352,16 @@ class BlockStream:
         embedders: Sequence[nn.Module] = (),
     ):
         self._device, self._blocks, self._rest = device, list(blocks), rest
-        pin = device.type == "cuda"
-        self._weights = [HostWeights(block, pin) for block in self._blocks]
-        self._copies = torch.cuda.Stream(device) if pin else None
+        on_gpu = device.type == "cuda"
+        pins = choose_pinned(self._blocks, _spare_ram()) if on_gpu else [False] * len(self._blocks)
+        self._weights = [HostWeights(block, pin) for block, pin in zip(self._blocks, pins, strict=True)]
+        self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._here: dict[int, object] = {}  # index -> the event behind its copy
         self._hooks = []
         for index, block in enumerate(self._blocks[1:], start=1):
             self._hooks.append(block.register_forward_pre_hook(lambda *_, index=index: self._before(index)))
             self._hooks.append(block.register_forward_hook(lambda *_, index=index: self._after(index)))
-        self._embedders, self._embeds = HostWeights(nn.ModuleList(embedders), pin), False
+        self._embedders, self._embeds = HostWeights(nn.ModuleList(embedders), pins[-1]), False
         for embedder in embedders:
             self._hooks.append(embedder.register_forward_pre_hook(lambda *_: self._bring_embedders()))
         try:

@@ -17,6 +17,7 @@ from lockstep.model.residency import (
     Residence,
     StageNeed,
     Window,
+    choose_pinned,
     level_embedders,
     make_plan,
     stack_need,
@@ -242,6 +243,15 @@ def test_what_cannot_be_pinned_is_copied_as_it_is(monkeypatch):
     weights = HostWeights(layer, pin=True)
     weights.bring(torch.device("cpu"))
     assert weights.bytes == 80
+
+
+def test_only_as_much_is_page_locked_as_the_machine_can_spare(caplog):
+    layers = list(Stack().model.layers)  # 80 bytes each
+    with caplog.at_level("INFO", logger="lockstep"):
+        assert choose_pinned(layers, 2 * 6 * 80) == [True] * 6
+        assert not caplog.messages
+        assert choose_pinned(layers, 2 * 3 * 80 + 100) == [True] * 3 + [False] * 3
+    assert caplog.messages == ["memory: 3 of 6 blocks are copied without pinning, which takes longer"]
 
 
 def test_resident_weights_are_brought_once(monkeypatch):
