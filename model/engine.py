@@ -108,6 +108,7 @@ from .values import (
 _logger = logging.getLogger("lockstep")
 _plan_logger = logging.getLogger("lockstep.memory")
 _DIGESTED_BYTES = 1_000_000_000
+_FULL_STRENGTH = 0.75  # of a distilled LoRA, from which it is taken to be used as such
 _LOUDEST = 0.891  # -1 dBFS, of sound that would clip
 _MOST_PROBES = 64  # prompts and settings whose step cache is remembered
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
@@ -202,9 +203,11 @@ class Engine:
         self._loras = LoraStack(self._places)
         self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
-        self._beside: dict[
-            str, int
-        ] = {}  # component -> bytes that its stage holds beside weights, for a host
+        self._sampling: tuple[tuple, int] = (
+            (),
+            0,
+        )  # what the transformer held beside its weights in the last clip
+        self._beside = 0  # the same in this clip, with its LoRAs; bytes, for a host
         self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
         self._compiled = compiled
@@ -255,7 +258,8 @@ class Engine:
     ) -> Recipe:
         """The recipe of this name, None the checkpoint's own. Raises WorkflowError for one that does not suit it.
 
-        loras: one with "distilled" in its name makes a full checkpoint a distilled one. force: take it all the same.
+        loras: one with "distilled" in its name and about its full strength makes a full checkpoint a distilled one; a
+        weaker one only where the recipe is asked for by name. force: take it all the same.
         """
         own = self.header.metadata.get("recipe")
         if own is not None:
@@ -265,7 +269,12 @@ class Engine:
                 )
             recipe = Recipe.from_metadata(own)
             return recipe if name is None else choose_recipe(self.fingerprint, name, forced=True)
-        distilled = any("distilled" in lora.path.name.lower() for lora in loras if lora.strength)
+        least = _FULL_STRENGTH if name is None else 0.0
+        distilled = any(
+            "distilled" in lora.path.name.lower()
+            for lora in loras
+            if lora.strength and lora.strength >= least
+        )
         return choose_recipe(self.fingerprint, name, distilled, force)
 
     def within_layers(self, guidance: Guidance) -> Guidance:
@@ -543,8 +552,8 @@ class Engine:
         settings = replace(settings, guidance=guidance, sampler=sampler, sigmas=tuple(sigmas))
         given = start is not None or given_video is not None or given_audio is not None
         sound_first = recipe.sound_first and not sound_alone and not given
-        self._tell_host(shape, guidance, settings.step_cache, settings.loras)
         with self._lock:
+            self._tell_host(shape, guidance, settings.step_cache, settings.loras)
             if sound_first:
                 given_audio = self._sound(conditioning, shape, settings, seed, progress)
             layouts = self._layouts(inside, guides, given_video, video_mask, given_audio, audio_mask)
@@ -805,6 +814,7 @@ class Engine:
             with torch.inference_mode():
                 # a seed of its own: the same latents always give the same pictures
                 pixels = vae.decode(latent_BCFHW.to(next(vae.parameters())), seeded_generator(0), tick)
+                frames_FHWC = self._shown(pixels)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -812,7 +822,7 @@ class Engine:
                 f"the diffusion decoder does not fit into the free memory ({first_line(str(error))}): take the "
                 "convolutional video VAE of this version, which decodes in windows, or make a smaller or shorter clip"
             ) from error
-        yield self._shown(pixels)
+        yield frames_FHWC
 
     def _shown(self, pixels_BCFHW: Tensor) -> Tensor:
         """Decoded pictures as frames (F, H, W, 3) in 0..1 on the CPU."""
@@ -1046,13 +1056,13 @@ class Engine:
         if not self._place or self.device.type == "cpu":
             return
         key = (shape, guidance.passes, step_cache > 0)
-        if key not in self._workings:
+        if key != self._sampling[0]:  # takes seconds for a large model
             need = self._forecast.sampling(
                 shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0
             )
-            self._workings = {key: need.working}  # of the clip at hand: another one takes seconds again
+            self._sampling = key, need.working
         self.read_loras(loras)
-        self._beside[keymap.TRANSFORMER] = self._workings[key] + self._lora_bytes(loras)
+        self._beside = self._sampling[1] + self._lora_bytes(loras)
 
     def _lora_bytes(self, loras: Sequence[Lora]) -> int:
         """All of their matrices stay on the device while the transformer runs, streamed or not."""
@@ -1075,7 +1085,7 @@ class Engine:
                 if self._compiled and component == keymap.TRANSFORMER:
                     self._compile_report = compile_blocks(cast(AVTransformer, module), out_of_memory)
             if self._place:
-                self._place(self._modules[component], self._beside.get(component, 0))
+                self._place(self._modules[component], self._beside if component == keymap.TRANSFORMER else 0)
             else:
                 self._residence.use(component, self._modules[component])
                 if fresh and self.device.type == "cuda":
@@ -1103,7 +1113,8 @@ class Engine:
         for path in request.upscalers:
             shape = self.upscaler(path).grown(shape)
         guidance = self._settings(request, recipe, shape).guidance
-        _plan_logger.info("%s", self.plan(shape, guidance, request.step_cache, request.loras).sentence())
+        loras = (*request.loras, *request.refine_loras)
+        _plan_logger.info("%s", self.plan(shape, guidance, request.step_cache, loras).sentence())
 
     @property
     def _needed(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
@@ -281,7 +282,8 @@ class HostWeights:
     def __init__(self, module: nn.Module, pin: bool = False, skip: Collection[int] = ()):
         tensors = (*module.parameters(), *module.buffers())
         self._tensors = [tensor for tensor in tensors if id(tensor) not in skip]
-        self._host = [_pinned(tensor.data) if pin else tensor.data for tensor in self._tensors]
+        self._own = [tensor.data for tensor in self._tensors]
+        self._host = list(map(_pinned, self._own)) if pin else self._own
 
     @property
     def bytes(self) -> int:
@@ -301,6 +303,11 @@ class HostWeights:
         for tensor, host in zip(self._tensors, self._host, strict=True):
             tensor.data = host
 
+    def release(self) -> None:
+        """Back to the tensors that were found here: page-locked copies are freed, too."""
+        self._host = self._own
+        self.let_go()
+
 
 def _pinned(tensor: Tensor) -> Tensor:
     """Page-locked, so that its copy runs beside the computation; as it is where the machine refuses that."""
@@ -316,9 +323,15 @@ def _pinned(tensor: Tensor) -> Tensor:
 def _spare_ram() -> int:
     """Bytes of the machine that can be had without taking them from others; 0 where nobody says."""
     try:
-        return importlib.import_module("psutil").virtual_memory().available  # which ComfyUI installs
+        available = importlib.import_module("psutil").virtual_memory().available  # which ComfyUI installs
     except ImportError:
         return 0
+    group = Path("/sys/fs/cgroup")  # a container's own limit, which psutil does not see
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # none
+        return available
+    return min(available, limit - used)
 
 
 def choose_pinned(blocks: Sequence[nn.Module], room: int) -> list[bool]:
@@ -400,8 +413,10 @@ class BlockStream:
         for hook in self._hooks:
             hook.remove()
         for weights in (*self._weights, self._embedders, *([self._rest] if self._rest else [])):
-            weights.let_go()
+            weights.release()
         self._here.clear()
+        if self._copies is not None and hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()  # which keeps freed page-locked memory
         self._embeds = False
 
     def _bring_embedders(self) -> None:

@@ -62,12 +62,15 @@ def check_inputs(sockets: Sequence[io.Input], inputs: dict[str, Any]) -> None:
             text_of(name, value)
         elif name in inputs and kind in ("INT", "FLOAT"):
             _check_number(socket, value)
+        elif name in inputs and kind == "BOOLEAN" and not isinstance(value, bool):
+            raise WorkflowError(f"{name} holds {shown(value)}: true or false is needed")
 
 
 def _check_number(socket: Any, value: Any) -> None:
     whole = socket.get_io_type() == "INT"
     # a nan lies between no two numbers
-    if not isinstance(value, Integral if whole else Real) or not socket.min <= value <= socket.max:
+    right = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not right or not socket.min <= value <= socket.max:
         needed = "a whole number" if whole else "a number"
         raise WorkflowError(
             f"{socket.id} holds {shown(value)}: {needed} from {socket.min} to {socket.max} is needed"

@@ -151,10 +151,14 @@ class _Streamed(comfy.model_patcher.ModelPatcher):
         return self.size
 
     def detach(self, unpatch_all: bool = True) -> nn.Module:
-        if self._stream is not None:
+        # the host detaches what it loads anew without unpatching it: there the stream stays as it is
+        if unpatch_all and self._stream is not None:
             self._stream.let_go()
             self._stream = None
         return self.model
+
+    def __del__(self) -> None:
+        self.detach()  # hooks would keep its blocks
 
 
 class _Placement:
@@ -170,11 +174,15 @@ class _Placement:
         self._patchers: dict[nn.Module, comfy.model_patcher.ModelPatcher] = {}
 
     def __call__(self, module: nn.Module, beside: int) -> None:
+        before = self._patchers.get(
+            module
+        )  # the host drops it as it loads the other, if it is alive until then
         patcher = self._patcher(module, beside)
         if self._offload == "always" and not self._is_alone(patcher):
             memory.free_memory(_EVERYTHING, self._device)
         # whole: plain layers cannot use weights that were left behind on another device
         memory.load_models_gpu([patcher], memory_required=beside, force_full_load=True)
+        del before
         if isinstance(patcher, _Streamed):
             return
         if any(weight.device.type != self._device.type for weight in module.parameters()):
@@ -201,7 +209,7 @@ class _Placement:
         return memory.vram_state in _SHORT or size > room * (1 - _KEPT_FREE)
 
     def _is_alone(self, patcher: comfy.model_patcher.ModelPatcher) -> bool:
-        others = (model for model in memory.loaded_models() if model is not patcher)
+        others = (model for model in memory.loaded_models() if model not in (None, patcher))
         return not any(model.load_device == self._device for model in others)
 
 

@@ -242,11 +242,12 @@ class LockstepSampler(Node):
             pictures = host.blocked()
             if way is not None:
                 pictures = model.trajectory(way, shape, trajectory_moment, report)
-        if model.compile_cost:
-            host.tell(cls.hidden.unique_id, model.compile_cost.sentence())
-        approximation = latents.step_cache
+        approximation, cost = latents.step_cache, model.compile_cost
         unsuited = model.recipe.unsuited(None if settings.sigmas else steps or None, guidance)
-        host.warn(cls.hidden.unique_id, unsuited + (approximation.warnings if approximation else ()))
+        warnings = unsuited + (approximation.warnings if approximation else ())
+        host.warn(cls.hidden.unique_id, warnings)
+        if cost:  # a node shows one text
+            host.tell(cls.hidden.unique_id, "\n".join((cost.sentence(), *warnings)))
         model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
         model_facts["step_cache"] = approximation and asdict(approximation)
         history.note(latents, meter, seed=seed, **model_facts)

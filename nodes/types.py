@@ -2,7 +2,7 @@
 
 ComfyUI: IMAGE (B, H, W, 3) in 0..1, a video being a batch; AUDIO {"waveform": (B, C, S), "sample_rate"}; LATENT
 {"samples"}; CONDITIONING [[(B, L, D), {...}]]. What these cannot say travels beside it: in a CONDITIONING under the key
-"lockstep", in a LATENT under one for each stream, as nodes that join two latents keep one value of each key.
+"lockstep", in a LATENT under one for each stream, as nodes that join a video's with a sound's keep one value of each key.
 B batch, C channels, F frames, H rows, W columns, L text tokens or audio latents, D width, S samples.
 """
 

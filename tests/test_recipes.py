@@ -112,6 +112,12 @@ def test_the_engine_chooses_by_the_file_and_a_request_overrides(files):
     assert few.sigmas(None, shape) == few.sigmas(8, shape) == DISTILLED
     assert len(few.sigmas(4, shape)) == 5
     request = GenerateRequest("a red ball", recipe="hq", steps=3, cfg=2.0)
+    lora = files / "ltx-2.3-22b-distilled-lora-384.safetensors"
+    assert [dev.choose_recipe(None, [Lora(lora, s)]).name for s in (1.0, 0.8, 0.5)] == [
+        *["distilled"] * 2,
+        "full",  # it may stand for more than fewer steps
+    ]
+    assert dev.choose_recipe("distilled", [Lora(lora, 0.5)]).name == "distilled"
     settings = dev._settings(request, dev.choose_recipe("hq"), shape)
     assert (settings.sampler, len(settings.sigmas), settings.guidance.cfg_audio) == ("res2s", 4, 2.0)
     lora = Lora(Path("ltx-2.3-22b-distilled-lora-384.safetensors"))

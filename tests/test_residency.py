@@ -219,7 +219,7 @@ def test_a_language_model_is_streamed_as_well():
 
 def test_weights_that_came_half_way_are_let_go_again(monkeypatch):
     module, let_go = Stack(), []
-    monkeypatch.setattr(HostWeights, "let_go", lambda weights: let_go.append(weights.bytes))
+    monkeypatch.setattr(HostWeights, "release", lambda weights: let_go.append(weights.bytes))
 
     def full(weights: HostWeights, *_):
         if weights.bytes == 80:
@@ -243,6 +243,17 @@ def test_what_cannot_be_pinned_is_copied_as_it_is(monkeypatch):
     weights = HostWeights(layer, pin=True)
     weights.bring(torch.device("cpu"))
     assert weights.bytes == 80
+
+
+def test_page_locked_copies_are_given_back(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    layer = torch.nn.Linear(4, 4)
+    found = layer.weight.data_ptr()
+    weights = HostWeights(layer, pin=True)
+    weights.let_go()
+    assert layer.weight.data_ptr() != found
+    weights.release()
+    assert layer.weight.data_ptr() == found
 
 
 def test_only_as_much_is_page_locked_as_the_machine_can_spare(caplog):

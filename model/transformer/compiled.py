@@ -90,7 +90,9 @@ def _reported(
             if passes(cause):
                 raise cause from None
             # all blocks are alike: the others would wait as long for the same
-            report.failure = next(iter(str(cause).splitlines()), type(cause).__name__)
+            report.failure = next(
+                (line for line in str(cause).splitlines() if line.strip()), type(cause).__name__
+            )
             _logger.warning("%s", report.cost.sentence())
         else:
             compiled.add(key)
