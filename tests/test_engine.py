@@ -164,11 +164,13 @@ def test_a_host_is_told_what_the_transformer_holds_beside_its_weights(engine):
     placed = Engine("embedded", "cpu", lambda module, beside: told.update({type(module).__name__: beside}))
     shape, guidance = placed.shape(seconds=1.0), placed.recipe.guidance
     placed._tell_host(shape, guidance, 0.0, ())
-    assert placed._transformer and told == {"AVTransformer": 0}  # no host asks on a CPU
+    assert placed._transformer
+    assert told == {"AVTransformer": 0}  # no host asks on a CPU
     placed.device = torch.device("cuda")
     placed._tell_host(shape, guidance, 0.0, ())
     placed.device = torch.device("cpu")
-    assert placed._transformer and placed._audio_vae
+    assert placed._transformer
+    assert placed._audio_vae
     assert told == {"AVTransformer": engine.plan(shape).needs[1].working, "AudioVAE": 0}
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import time
 from copy import deepcopy
 from fractions import Fraction
@@ -12,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from comfyui import PACK, ROOT, ComfyUI, Listener
+from comfyui import PACK, ROOT, ComfyUI, Listener, set_up
 from make_workflows import LORA, UPSCALER
 from PIL import Image
 from published_models import write_gemma, write_monolith
@@ -781,6 +782,20 @@ def test_latents_are_the_same_wherever_weights_lie(server: ComfyUI, graph: dict)
     free(server, unload_models=True, free_memory=True)  # read from the file again
     for again in (moved, streamed, latents(54, "auto"), latents(54, "stream")):
         assert latent_sha256(again) == latent_sha256(first)
+
+
+def test_its_memory_manager_takes_stacks_whole_and_streamed():
+    """Bytes: 560 in all, 320 where the six layers are streamed."""
+    host, script = set_up(), Path(__file__).with_name("placing.py")
+    ran = subprocess.run(
+        [host / "bin" / "python", script, host / "comfyui", ROOT], capture_output=True, text=True, check=True
+    )
+    steps, hooks_left = json.loads(ran.stdout.splitlines()[-1])
+    whole, streamed = [["ModelPatcher", 560]], [["_Streamed", 320]]
+    assert [held for held, _ in steps] == [whole, streamed, streamed, whole, [], streamed, streamed]
+    assert all(same for _, same in steps)
+    assert hooks_left == 0
+    assert "memory leak" not in ran.stderr
 
 
 def test_freed_models_come_back(server: ComfyUI, graph: dict):
