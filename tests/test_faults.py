@@ -155,7 +155,7 @@ def test_a_host_that_moves_weights_about_changes_nothing(fresh_hash):
     """A memory manager that brings each component when it is asked for and takes all others away."""
     placed: list[torch.nn.Module] = []
 
-    def place(module: torch.nn.Module) -> None:
+    def place(module: torch.nn.Module, _beside: int) -> None:
         for other in placed:
             if other is not module:
                 other.to("cpu", torch.float64)  # what another policy would do to it: move and convert
