@@ -181,6 +181,29 @@ def test_sound_is_silent_without_motion_and_loud_at_events():
                 )
 
 
+def test_the_sound_tells_which_way_the_object_goes():
+    times = torch.arange(48000) / 16000
+    for scene in scenes(8, motion="slides", ambience="none"):
+        wave = synthesize(scene, 48000, 1, 1)[0]
+        rings = {"left": [], "right": []}
+        for time in world.event_times(scene, 2.8):
+            piece = wave[round(time * 16000) :][:2400].square()
+            side = "right" if world.pose(scene, torch.tensor([time]), 1, 1).x > 0.5 else "left"
+            rings[side].append((piece[800:].sum() / piece.sum()).item())
+        assert max(rings["left"]) < min(rings["right"])
+    for scene in scenes(8, motion="swings", ambience="none"):
+        wave, at = synthesize(scene, 48000, 1, 1)[0], world.pose(scene, times, 1, 1)
+        forth, coarse = at.rightward[400:-400], at.x[800:] > at.x[:-800]  # 50 ms apart: exact but around the turns
+        assert (forth == coarse).float().mean() > 0.99
+        centroids = [_centroid_hz(wave * way) for way in (at.rightward, ~at.rightward)]
+        assert centroids[0] > 1.3 * centroids[1]
+
+
+def _centroid_hz(wave):
+    power = torch.fft.rfft(wave).abs().square()
+    return (power * torch.fft.rfftfreq(len(wave), 1 / 16000)).sum() / power.sum()
+
+
 def test_a_reference_shows_the_object_and_the_prompt_may_leave_it_nameless():
     rng = random.Random(0)
     for scene in scenes(20):

@@ -19,6 +19,10 @@ _TIMBRES = {
 }
 _BEEPS_HZ = {"ball": 330.0, "square": 440.0, "triangle": 660.0, "star": 990.0}
 _HUMS_HZ = {"ball": 110.0, "square": 165.0, "triangle": 220.0, "star": 330.0}
+# what goes to and fro sounds otherwise at the right than at the left, so that the sound tells the whole motion:
+# the left wall damps the knock, and on the way to the right the air whistles a fifth higher
+_RINGS_LEFT, _RINGS_RIGHT = 0.5, 1.0
+_LEFTWARD, _RIGHTWARD = 1.5**-0.5, 1.5**0.5
 
 
 def synthesize(
@@ -34,24 +38,28 @@ def synthesize(
     wave = _weather(scene.ambience, samples, sample_rate_hz, generator)
     if scene.motion in ("bounces", "slides"):
         noise = torch.randn(int(0.7 * sample_rate_hz), generator=generator)
-        wave += _at_events(scene, samples, sample_rate_hz, _impact(scene.shape, sample_rate_hz, noise))
+        rings = (1.0,) if scene.motion == "bounces" else (_RINGS_LEFT, _RINGS_RIGHT)
+        impacts = [_impact(scene.shape, ring, sample_rate_hz, noise) for ring in rings]
+        wave += _at_events(scene, samples, sample_rate_hz, impacts)
     elif scene.motion == "pulses":
-        wave += _at_events(scene, samples, sample_rate_hz, _beep(scene.shape, sample_rate_hz))
+        wave += _at_events(scene, samples, sample_rate_hz, [_beep(scene.shape, sample_rate_hz)])
     elif scene.motion == "swings":
-        speed = pose(scene, times, width, height).speed
-        wave += _whoosh(scene.shape, speed, sample_rate_hz, generator)
+        at = pose(scene, times, width, height)
+        for pitch, way in ((_LEFTWARD, ~at.rightward), (_RIGHTWARD, at.rightward)):
+            wave += way * _whoosh(scene.shape, pitch, at.speed, sample_rate_hz, generator)
     elif scene.motion == "orbits":
         wave += _hum(scene.shape, 1 - pose(scene, times, width, height).y / height, sample_rate_hz)
     peak = wave.abs().max().clamp(min=0.8)
     return (wave * 0.8 / peak).unsqueeze(0)
 
 
-def _at_events(scene: Scene, samples: int, rate: int, sound: Tensor) -> Tensor:
-    """One sound at every event, and the tail of an event just before the clip."""
+def _at_events(scene: Scene, samples: int, rate: int, sounds: list[Tensor]) -> Tensor:
+    """The sounds in turn, one at every event, and the tail of an event just before the clip."""
     wave = torch.zeros(samples)
     before = (math.ceil(scene.phase) - 1 - scene.phase) * scene.period
     for time in [before, *event_times(scene, samples / rate)]:
         start = round(time * rate)
+        sound = sounds[round(time / scene.period + scene.phase) % len(sounds)]
         piece = sound[max(0, -start) : max(0, -start) + samples - max(0, start)]
         wave[max(0, start) : max(0, start) + len(piece)] += piece
     return wave
@@ -61,12 +69,12 @@ def _partial(hz: float, t: Tensor) -> Tensor:
     return torch.sin(2 * math.pi * hz * t)
 
 
-def _impact(shape: str, rate: int, noise: Tensor) -> Tensor:
+def _impact(shape: str, ring: float, rate: int, noise: Tensor) -> Tensor:
     base, partials, click = _TIMBRES[shape]
     t = torch.arange(len(noise)) / rate
     wave = torch.zeros_like(t)
     for ratio, level, decay in partials:
-        wave += level * _partial(ratio * base, t) * torch.exp(-t / decay)
+        wave += level * _partial(ratio * base, t) * torch.exp(-t / (ring * decay))
     # a struck thing starts slightly sharp; the thud most
     if shape == "ball":
         wave += 0.5 * _partial(1.6 * base, t) * torch.exp(-t / 0.02)
@@ -91,8 +99,10 @@ def _band_noise(samples: int, rate: int, low_hz: float, high_hz: float, generato
     return noise / noise.std().clamp(min=1e-6)
 
 
-def _whoosh(shape: str, speed: Tensor, rate: int, generator: torch.Generator) -> Tensor:
-    low = {"ball": 250.0, "square": 400.0, "triangle": 700.0, "star": 1100.0}[shape]
+def _whoosh(
+    shape: str, pitch: float, speed: Tensor, rate: int, generator: torch.Generator
+) -> Tensor:
+    low = pitch * {"ball": 250.0, "square": 400.0, "triangle": 700.0, "star": 1100.0}[shape]
     return 0.16 * speed.square() * _band_noise(len(speed), rate, low, 2.2 * low, generator)
 
 

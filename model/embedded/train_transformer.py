@@ -37,27 +37,27 @@ _USUAL_FORMAT = FORMATS[0]
 _TENSORS = ("video", "audio", "guide", "reference")
 # what is given in a step, and how often; "audio" with pictures beside it: as a clip is made whose sound comes first
 _USUAL_MODES = {
-    "nothing": 0.22,
-    "first": 0.1,
-    "audio": 0.34,
-    "video": 0.2,
-    "first and audio": 0.08,
+    "nothing": 0.05,
+    "first": 0.04,
+    "audio": 0.6,
+    "video": 0.09,
+    "first and audio": 0.16,
     "beginning": 0.06,
 }
 _MODES = {
-    "nothing": 0.12,
-    "first": 0.04,
-    "audio": 0.22,
-    "video": 0.1,
+    "nothing": 0.05,
+    "first": 0.03,
+    "audio": 0.3,
+    "video": 0.05,
     "beginning": 0.04,  # of both streams, a clip that goes on
-    "guide": 0.03,
-    "first and guide": 0.04,
-    "reference": 0.06,
-    "first and audio": 0.03,
-    "first and guide and audio": 0.02,
-    "reference and audio": 0.12,
-    "apart": 0.06,  # no attention between the streams: what modality guidance compares with
-    "sound": 0.12,  # no pictures
+    "guide": 0.02,
+    "first and guide": 0.03,
+    "reference": 0.05,
+    "first and audio": 0.05,
+    "first and guide and audio": 0.04,
+    "reference and audio": 0.1,
+    "apart": 0.05,  # no attention between the streams: what modality guidance compares with
+    "sound": 0.19,  # no pictures
 }
 # how often the prompt leaves colour and shape to the picture
 _NAMELESS = {"reference": 0.7, "first": 0.25}

@@ -50,7 +50,6 @@ class Scene:
     reach: float  # size of the motion, 0..1 of what fits
     period: float  # seconds between two events
     phase: float  # of the motion at time 0, 0..1
-    clockwise: bool
     noise_seed: int  # of the noisy sounds
 
 
@@ -90,7 +89,6 @@ def draw_scene(rng: random.Random, allow_held_out: bool = False, **fixed: str) -
         reach=rng.uniform(0.75, 1.0),
         period=PERIODS[words["motion"]] * TEMPOS[words["tempo"]] * rng.uniform(0.92, 1.08),
         phase=rng.random(),
-        clockwise=rng.random() < 0.5,
         noise_seed=rng.randrange(2**31),
     )
 
@@ -110,6 +108,7 @@ class Pose:
     y: Tensor
     radius: Tensor
     speed: Tensor  # 0..1 of the motion's own greatest speed
+    rightward: Tensor  # whether it moves to the right, of motions that go to and fro
 
 
 def pose(scene: Scene, times: Tensor, width: float, height: float) -> Pose:
@@ -118,6 +117,7 @@ def pose(scene: Scene, times: Tensor, width: float, height: float) -> Pose:
     x = torch.full_like(turns, scene.x * width)
     y = torch.full_like(turns, scene.y * height)
     radius, speed = torch.full_like(turns, scene.radius), torch.zeros_like(turns)
+    rightward = torch.zeros_like(turns, dtype=torch.bool)
     if scene.motion == "bounces":
         u = turns % 1
         floor = height - scene.radius - 0.06
@@ -126,23 +126,24 @@ def pose(scene: Scene, times: Tensor, width: float, height: float) -> Pose:
     elif scene.motion == "slides":
         span = width - 2 * scene.radius
         x = scene.radius + span * (1 - (turns % 2 - 1).abs())
-        speed = torch.ones_like(turns)
+        speed, rightward = torch.ones_like(turns), turns % 2 < 1
     elif scene.motion == "swings":
         angle = 0.62 * scene.reach * torch.sin(math.pi * turns)
         length = 0.62 * height + 0.3
         room = min(scene.x * width, width - scene.x * width) - scene.radius
         x = scene.x * width + torch.sin(angle) * min(length, room / math.sin(0.62))
         y = torch.cos(angle) * length - 0.25
-        speed = torch.cos(math.pi * turns).abs()
+        velocity = torch.cos(math.pi * turns)
+        speed, rightward = velocity.abs(), velocity > 0
     elif scene.motion == "pulses":
         radius = scene.radius * (1.0 + 0.42 * scene.reach * torch.cos(2 * math.pi * turns))
         speed = torch.sin(2 * math.pi * turns).abs()
     elif scene.motion == "orbits":
         orbit = 0.5 - scene.radius - 0.05
-        angle = 2 * math.pi * turns * (1 if scene.clockwise else -1)
+        angle = 2 * math.pi * turns  # always clockwise: no word says it, and the hum tells the height alone
         x, y = 0.5 * width + orbit * torch.cos(angle), 0.5 * height + orbit * torch.sin(angle)
         speed = torch.ones_like(turns)
-    return Pose(x, y, radius, speed)
+    return Pose(x, y, radius, speed, rightward)
 
 
 def event_times(scene: Scene, seconds: float) -> list[float]:
