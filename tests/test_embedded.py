@@ -193,7 +193,10 @@ def test_the_sound_tells_which_way_the_object_goes():
         assert max(rings["left"]) < min(rings["right"])
     for scene in scenes(8, motion="swings", ambience="none"):
         wave, at = synthesize(scene, 48000, 1, 1)[0], world.pose(scene, times, 1, 1)
-        forth, coarse = at.rightward[400:-400], at.x[800:] > at.x[:-800]  # 50 ms apart: exact but around the turns
+        forth, coarse = (
+            at.rightward[400:-400],
+            at.x[800:] > at.x[:-800],
+        )  # 50 ms apart: exact but around the turns
         assert (forth == coarse).float().mean() > 0.99
         centroids = [_centroid_hz(wave * way) for way in (at.rightward, ~at.rightward)]
         assert centroids[0] > 1.3 * centroids[1]

@@ -99,9 +99,7 @@ def _band_noise(samples: int, rate: int, low_hz: float, high_hz: float, generato
     return noise / noise.std().clamp(min=1e-6)
 
 
-def _whoosh(
-    shape: str, pitch: float, speed: Tensor, rate: int, generator: torch.Generator
-) -> Tensor:
+def _whoosh(shape: str, pitch: float, speed: Tensor, rate: int, generator: torch.Generator) -> Tensor:
     low = pitch * {"ball": 250.0, "square": 400.0, "triangle": 700.0, "star": 1100.0}[shape]
     return 0.16 * speed.square() * _band_noise(len(speed), rate, low, 2.2 * low, generator)
 
