@@ -392,10 +392,6 @@ class BlockStream:
         inside = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
         return cls(blocks, device, HostWeights(module, skip=inside), embedders)
 
-    def holds(self, index: int) -> bool:
-        """Whether a block's weights are on the device now."""
-        return index == 0 or index in self._here
-
     @property
     def blocks_here(self) -> int:
         """Blocks whose weights are on the device now."""

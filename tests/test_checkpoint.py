@@ -125,7 +125,7 @@ def test_every_published_tensor_has_its_parameter_and_none_is_left_over(model, c
 def test_the_configs_of_the_published_headers_are_understood_to_the_last_key(path):
     header = fake_header(golden_keys(path.stem), json.loads(path.read_text()))
     for component, held in component_shapes([header]).items():
-        # a file of its own holds the other half of them; the 2.0 file's codecs are not known to us
+        # the text encoder's file holds the other half of them
         if (component, path.stem) == ("connectors", "ltx-2.5.transformer-file"):
             continue
         needed = build_on_meta(component, [header]).state_dict()

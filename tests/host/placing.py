@@ -4,35 +4,24 @@ python placing.py COMFYUI PACK: two folders. Prints one line of JSON: after ever
 patcher, bytes), whether the stack computes the same, and at the end how many hooks are left.
 """
 
-import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
 COMFYUI, PACK = map(Path, sys.argv[1:3])
 sys.argv = [sys.argv[0], "--cpu"]
-sys.path[:0] = [str(COMFYUI), str(PACK.parent)]
+sys.path.insert(0, str(COMFYUI))
+sys.path.append(str(PACK / "tests"))  # last: what is named as ComfyUI's own files is not meant
 importlib.import_module("comfy.options").enable_args_parsing()
 importlib.import_module("utils.install_util")  # before anybody's own `utils`
 torch = importlib.import_module("torch")
 memory = importlib.import_module("comfy.model_management")
-host = importlib.import_module(f"{PACK.name}.nodes.host")
-
-
-class Stack(torch.nn.Module):
-    """560 bytes, 320 of them streamed: a table and six layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = torch.nn.Module()
-        self.model.embed_tokens = torch.nn.Embedding(5, 4)
-        self.model.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(6))
-
-    def forward(self, ids):
-        x = self.model.embed_tokens(ids)
-        for layer in self.model.layers:
-            x = layer(x)
-        return x
+# as ComfyUI loads it: its folder may be called like a module of others
+spec = importlib.util.spec_from_file_location("the_pack", PACK / "__init__.py")
+sys.modules["the_pack"] = importlib.util.module_from_spec(spec)
+host = importlib.import_module("the_pack.nodes.host")
+Stack = importlib.import_module("stack").Stack
 
 
 def held() -> list:
