@@ -46,7 +46,7 @@ def starting_state(
     assert audio_noise is not None, "the audio's shape was given"
     guide_noise = draw_noise((1, video.clean.shape[1] - video.own_tokens, channels), generator)
     noises = torch.cat([video_to_tokens(video_noise), guide_noise], dim=1), audio_to_tokens(audio_noise)
-    inits = [None, None] if start is None else [*_started(start, guide_noise)]
+    inits = [None, None] if start is None else [*_started(start, video)]
     return JointState(
         *(
             noised_stream(
@@ -61,10 +61,10 @@ def starting_state(
     )
 
 
-def _started(start: tuple[Tensor, Tensor], guide_noise_BTC: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of the latents to go on from; appended guides have none."""
+def _started(start: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+    """Tokens of the latents to go on from; appended guides, as far as they are free, go on from themselves."""
     video, audio = video_to_tokens(start[0].float()), audio_to_tokens(start[1].float())
-    return torch.cat([video, torch.zeros_like(guide_noise_BTC)], dim=1), audio
+    return torch.cat([video, layout.clean[:, layout.own_tokens :]], dim=1), audio
 
 
 TEXT_MEMORY_BYTES = 2**32  # keys and values of texts may take this much; beyond it they are made anew

@@ -57,6 +57,7 @@ from .latents.colors import LatentColors, fit_colors, probe_picture
 from .latents.noise import seeded_generator
 from .latents.patchify import tokens_to_audio, tokens_to_video
 from .layers.attention_backends import ATTENTION, attention_by, check_attention
+from .layers.inference import full_float32
 from .layers.scaled_linear import pack_linears
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
@@ -111,6 +112,7 @@ _DIGESTED_BYTES = 1_000_000_000
 _FULL_STRENGTH = 0.75  # of a distilled LoRA, from which it is taken to be used as such
 _LOUDEST = 0.891  # -1 dBFS, of sound that would clip
 _MOST_PROBES = 64  # prompts and settings whose step cache is remembered
+UNHEARD = "the negative prompt has no effect without text guidance: give a cfg above 1"
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 SAMPLER_NAMES = tuple(SAMPLERS)
 ATTENTION_NAMES = ATTENTION
@@ -416,7 +418,7 @@ class Engine:
                 _check_finite("the prompt's contexts", context.video, context.audio)
         progress(Progress("text", 2, 2))
         warnings = (*_warn("prompt", positive), *_warn("negative prompt", other))
-        return Conditioning(contexts[0], contexts[1], self.model_id, warnings)
+        return Conditioning(contexts[0], contexts[1], self.model_id, warnings, bool(negative.strip()))
 
     def connect(self, states_BLDZ: Tensor, mask_BL: Tensor) -> Context:
         """A language model's hidden states to a context, for checkpoints whose text encoder lives elsewhere.
@@ -443,7 +445,8 @@ class Engine:
     ) -> Guide:
         """A picture (H, W, 3), 0..1, covering the clip's frame, to a guide at pixel frame `frame`, None a reference.
 
-        crf: the H.264 quality that the picture is brought to, as in training; 0 leaves it, None takes the recipe's.
+        crf: the H.264 quality that the picture is brought to before it is made to fit, as in training; 0 leaves it, None takes
+        the recipe's.
         mask_HW: as large as the picture, above 0.5 where the clip is free; a latent is held only if all of it is.
         attention: how much clip and picture see of each other where it stands beside the clip or is appended to it.
         Raises MediaError for a picture of another layout or with values that are no numbers.
@@ -452,9 +455,10 @@ class Engine:
             raise MediaError(
                 f"an image must be (rows, columns, 3) finite values, got {tuple(image_HWC.shape)}"
             )
-        fitted_HWC = fit_image(image_HWC, shape.height, shape.width)
-        shown_HWC = compress_image(fitted_HWC, self.recipe.image_crf if crf is None else crf)
-        pixels = rearrange(shown_HWC, "H W C -> 1 C 1 H W") * 2 - 1
+        if crf is None:  # references were never compressed
+            crf = self.recipe.image_crf if frame is not None else 0
+        fitted_HWC = fit_image(compress_image(image_HWC, crf), shape.height, shape.width)
+        pixels = rearrange(fitted_HWC, "H W C -> 1 C 1 H W") * 2 - 1
         mask = self._latent_mask(mask_HW, shape)
         guide = Guide(self.encode_video(pixels), frame, strength, mask, attention)
         progress(Progress("image", 1, 1))
@@ -485,7 +489,7 @@ class Engine:
 
     def encode_audio(self, waveform_CS: Tensor) -> Tensor:
         """Sound (channels, S) at the model's sample rate to normalised latents (1, C, L, M), float32 on the CPU."""
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), full_float32(self.device):
             vae = self._audio_vae
             mel = LogMel(vae.config.mel)(waveform_CS[None].float())
             return encode_audio_stream(vae, mel.to(next(vae.parameters()))).float().cpu()
@@ -506,7 +510,7 @@ class Engine:
         sound_alone: bool = False,
     ) -> AVLatents:
         """Noise to the latents of one clip, picture and sound together; by a recipe that wants the sound first, the sound and
-        then the pictures to it, unless a stream is given.
+        then the pictures to it, unless pictures are given to which it has to be made.
 
         given_video, given_audio: latents of a stream that stays as it is, while the other is made to fit it.
         video_mask (1, 1, F, H, W), audio_mask (1, 1, L, 1): where the given stream is made anew, 1 wholly, 0 not at all.
@@ -550,12 +554,18 @@ class Engine:
             )
         sampler = settings.sampler or recipe.sampler
         settings = replace(settings, guidance=guidance, sampler=sampler, sigmas=tuple(sigmas))
-        given = start is not None or given_video is not None or given_audio is not None
-        sound_first = recipe.sound_first and not sound_alone and not given
+        sound_first = recipe.sound_first and not sound_alone and start is None
+        if given_audio is None:
+            sound_first &= given_video is None
+        else:  # a sound that goes on is finished first, unless it or the pictures are whole
+            masks = [audio_mask] if given_video is None else [audio_mask, video_mask]
+            sound_first &= all(mask is not None and bool(mask.any()) for mask in masks)
         with self._lock:
             self._tell_host(shape, guidance, settings.step_cache, settings.loras)
             if sound_first:
-                given_audio = self._sound(conditioning, shape, settings, seed, progress)
+                begun = (given_audio, audio_mask)
+                given_audio = self._sound(conditioning, shape, settings, seed, progress, *begun)
+                audio_mask = None
             layouts = self._layouts(inside, guides, given_video, video_mask, given_audio, audio_mask)
             latents = None if start is None else (start.video, carried_audio(start.audio, inside))
             report = self._probed(conditioning, shape, settings, sound_alone, sound_first, progress)
@@ -643,15 +653,20 @@ class Engine:
         settings: SampleSettings,
         seed: int,
         progress: ProgressCallback,
+        begun: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """The audio latents (1, C, L, M) that pictures of this shape are then made to, as sound_alone makes them."""
+        """The audio latents (1, C, L, M) that pictures of this shape are then made to, as sound_alone makes them.
+
+        begun, mask: a sound of which a part stays, and where it is made.
+        """
         assert settings.guidance
 
         def tick(at: Progress) -> None:
             progress(replace(at, stage="sound", preview=None))
 
         settings = replace(settings, guidance=settings.guidance.apart)
-        layouts = self._layouts(shape.sound_alone())
+        layouts = self._layouts(shape.sound_alone(), given_audio=begun, audio_mask=mask)
         return self._denoised(conditioning, shape, settings, seed, layouts, tick, sound_alone=True).audio
 
     def _probed(
@@ -691,7 +706,7 @@ class Engine:
 
     def hear(self, latents: AVLatents) -> Heard:
         """The sound of latents, as two of them are compared."""
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), full_float32(self.device):
             vae = self._audio_vae
             mels = decode_audio_stream(vae, latents.audio.to(next(vae.parameters())))
             log_mel = torch.cat([mel.float().cpu() for mel in mels], dim=2)
@@ -838,7 +853,7 @@ class Engine:
         full scale is made quieter as a whole.
         """
         self._check_owner(latents)
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), full_float32(self.device):
             vae = self._audio_vae
             frames = vae.config.mel_frames(latents.audio.shape[2])
             mels: list[Tensor] = []
@@ -1220,31 +1235,27 @@ class Engine:
     ) -> AVLatents:
         """A second stage: upscaled, mixed with noise again, and a few steps without guidance; `number` counts them."""
         grown = self.upscale(latents, path, progress)
-        levels = recipe.temporal_sigmas if self.upscaler(path).temporal else recipe.refine_sigmas
+        temporal = self.upscaler(path).temporal
+        levels = recipe.temporal_sigmas if temporal else recipe.refine_sigmas
         settings = SampleSettings(
             guidance=UNGUIDED, sampler="euler", sigmas=levels, loras=(*request.loras, *request.refine_loras)
         )
         guides = self._guides(request, grown.shape, progress)
         seed = request.seed + number  # noise of its own
         made = self.sample(conditioning, grown.shape, guides, settings, seed, progress=progress, start=grown)
-        # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones
-        return made if recipe.sigmas else replace(made, audio=grown.audio)
+        # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones, unless
+        # they only add frames
+        return made if recipe.sigmas and not temporal else replace(made, audio=grown.audio)
 
     def _stage_warnings(self, request: GenerateRequest, recipe: Recipe) -> tuple[str, ...]:
-        loras = (*request.loras, *request.refine_loras)
-        distilled = recipe.sigmas or any("distilled" in lora.path.name.lower() for lora in loras)
-        if not request.upscalers or distilled or request.force:
-            return ()
-        return (
-            "the second stage takes a few steps that are made for distilled weights: add the distilled LoRA of this "
-            "version for second stages",
-        )
+        wanted = request.upscalers and not request.force
+        return recipe.unrefined((*request.loras, *request.refine_loras)) if wanted else ()
 
     def _unheard(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> tuple[str, ...]:
         guidance = self._settings(request, recipe, shape).guidance
         if not request.negative.strip() or (guidance and "uncond" in guidance.passes):
             return ()
-        return ("the negative prompt has no effect without text guidance: give a cfg above 1",)
+        return (UNHEARD,)
 
     def _unsuited(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> tuple[str, ...]:
         guidance = self._settings(request, recipe, shape).guidance

@@ -282,15 +282,16 @@ def compress_image(image_HWC: Tensor, crf: int) -> Tensor:
     """A picture (H, W, 3), 0..1, as one H.264 frame of this quality shows it; crf 0 (as it is) to 51 (coarsest).
 
     Video models are trained on frames of compressed clips; a picture without any such trace tends to stand still.
-    Sides must be even. Raises MediaError. Source: spec sections 1.7, 2.9.
+    A last row or column that makes a side odd is left out. Raises MediaError. Source: spec sections 1.7, 2.9.
     """
     if not isinstance(crf, int) or isinstance(crf, bool) or not 0 <= crf <= _COARSEST_CRF:
         raise MediaError(f"H.264 quality {crf!r} is no CRF: use 0 (off) to {_COARSEST_CRF} (coarsest)")
     if crf == 0:
         return image_HWC
-    height, width = image_HWC.shape[:2]
-    if height % 2 or width % 2:
-        raise MediaError(f"H.264 needs even sizes, got {width}x{height}")
+    height, width = (side - side % 2 for side in image_HWC.shape[:2])
+    if not height or not width:
+        return image_HWC  # of one pixel there is nothing to compress
+    image_HWC = image_HWC[:height, :width]
     pixels = (image_HWC.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous().numpy()
     memory = io.BytesIO()
     try:

@@ -1,7 +1,7 @@
 """How each checkpoint wants to be sampled: sizes, lengths, steps, guidance (spec section 1.7)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from .options import Options, check_number, reading
 from .sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
 from .sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE, Sigmas
 from .shapes import LEAST_FPS, MOST_FPS, AudioRate, ClipShape, Compression, nearest_frames
+from .values import Lora
 
 _MOST_FRAMES = 1_000_000
 _MOST_DIGITS = 6  # of a side or an aspect
@@ -111,6 +112,15 @@ class Recipe:
             return ()
         return (
             f"these weights are distilled for {own} steps without text guidance: {' with '.join(given)} may look worse",
+        )
+
+    def unrefined(self, loras: Iterable[Lora]) -> tuple[str, ...]:
+        """A sentence where a second stage is to run on weights that are not distilled, with these LoRAs on."""
+        if self.sigmas or any("distilled" in lora.path.name.lower() for lora in loras):
+            return ()
+        return (
+            "the second stage takes a few steps that are made for distilled weights: add the distilled LoRA of this "
+            "version for second stages",
         )
 
 

@@ -84,9 +84,9 @@ class ClipShape:
         return max(1, round(self.frames / self.fps * self.audio_rate.latents_per_second))
 
     def sound_alone(self) -> "ClipShape":
-        """As long, with the least picture that there is."""
-        space = self.compression.space
-        return replace(self, frames=1, height=space, width=space, fps=self.fps / self.frames)
+        """As many audio latents, with the least picture that there is."""
+        space, fps = self.compression.space, self.audio_rate.latents_per_second / self.audio_latents
+        return replace(self, frames=1, height=space, width=space, fps=fps)
 
     def samples(self, sample_rate_hz: int) -> int:
         """Sound samples per channel that last exactly as long as the pictures."""

@@ -41,6 +41,7 @@ class Conditioning:
     negative: Context
     model_id: str
     warnings: tuple[str, ...] = ()
+    negated: bool = False  # whether a negative prompt was given
 
 
 @dataclass(frozen=True, slots=True)

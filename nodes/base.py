@@ -1,6 +1,8 @@
 """What all nodes of ours share: inputs that hold what they are for, choices and file names that are checked before the run."""
 
+import difflib
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -41,6 +43,7 @@ class Node(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_known([socket.id for socket in cls.SCHEMA.inputs], inputs)
         check_inputs(cls.SCHEMA.inputs, inputs)
         # before the run it saw constants alone
         named = [name for name in inspect.getfullargspec(cls.validate_inputs).args if name in inputs]
@@ -48,6 +51,16 @@ class Node(io.ComfyNode):
         if said is not True:
             raise WorkflowError(str(said))
         return cls.run(**inputs)
+
+
+def check_known(names: Sequence[str], inputs: Mapping[str, Any]) -> None:
+    """Raises WorkflowError for an input that this version of the node does not have, as a newer one's graph may hold it."""
+    for name in inputs:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise WorkflowError(
+                f"this version of the node has no input {shown(name)}: take it out of the graph, use {near[0]} or update the pack"
+            )
 
 
 def check_inputs(sockets: Sequence[io.Input], inputs: dict[str, Any]) -> None:
@@ -100,7 +113,7 @@ def check_choices(*choices: tuple[str, Any, Sequence[str]]) -> bool | str:
 
 def check_prefix(prefix: str | None) -> bool | str:
     """What validate_inputs returns for the beginning of a file's name; None is a linked one, not known yet."""
-    if prefix is not None and not prefix.strip(" ./"):
+    if prefix is not None and not os.path.normpath(prefix).strip(" ./\\"):
         return "filename_prefix is empty: use a name such as 'lockstep/clip'"
     if prefix is not None and "\0" in prefix:
         return f"filename_prefix {shown(prefix)} holds a character that names no file: use a name such as 'lockstep/clip'"

@@ -53,5 +53,5 @@ def finished_inputs(fps_tooltip: str) -> list:
     """Pictures and fps of a finished clip, of any model or none."""
     return [
         io.Image.Input("images", tooltip="All frames of one clip, in order."),
-        io.Float.Input("fps", default=12.0, min=0.1, max=240.0, step=0.1, tooltip=fps_tooltip),
+        io.Float.Input("fps", default=12.0, min=0.1, max=240.0, step=0.1, round=0.001, tooltip=fps_tooltip),
     ]

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..model.measure.report import draw_report, report_clip
-from . import history
+from . import history, host
 from .base import Node
 from .clip_inputs import finished_inputs
 from .sockets import CATEGORY
@@ -57,5 +57,6 @@ class LockstepClipReport(Node):
         made = None if latent is None else history.tell(from_joint_latent(latent))
         report = report_clip(clip, made=made)
         picture = draw_report(report, clip)[None]
+        host.tell(cls.hidden.unique_id, "\n".join(report.findings))
         shown = ui.PreviewImage(picture, cls=cls)
         return io.NodeOutput(report.to_text(), json.dumps(report.to_dict()), picture, ui=shown)

@@ -6,6 +6,7 @@ from .audio_decode import LockstepAudioDecode
 from .audio_encode import LockstepAudioEncode
 from .clip_report import LockstepClipReport
 from .empty_av_latent import LockstepEmptyAVLatent
+from .extend import LockstepExtend
 from .image_encode import LockstepImageEncode
 from .latent_upscale import LockstepLatentUpscale
 from .load_av_latent import LockstepLoadAVLatent
@@ -31,6 +32,7 @@ class LockstepExtension(ComfyExtension):
             LockstepVideoEncode,
             LockstepAudioEncode,
             LockstepEmptyAVLatent,
+            LockstepExtend,
             LockstepLoadAVLatent,
             LockstepSaveAVLatent,
             LockstepClipReport,

@@ -2,8 +2,10 @@
 
 import difflib
 import hashlib
+import itertools
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from ..model.embedded import WEIGHTS
 from ..model.engine import Engine, model_files
-from ..model.errors import CheckpointError, LockstepError, MediaError, MemoryShortError
+from ..model.errors import CheckpointError, LockstepError, MediaError, MemoryShortError, NotFiniteError
 from ..model.residency import BlockStream, out_of_memory, stack_need
 from ..model.values import Progress
 from .base import shown, text_of
@@ -310,6 +312,8 @@ def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -
     width, height: in pixels, what the host puts in for %width% and %height%.
     """
     try:
+        # to the host "clips/" would be a file without a name, all of one number
+        prefix = os.path.normpath(prefix)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, folder_paths.get_output_directory(), width, height
         )
@@ -321,7 +325,8 @@ def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -
         raise MediaError(
             f"filename_prefix {shown(prefix)} lies outside the output folder: use a name such as 'lockstep/clip'"
         ) from error
-    path = Path(folder) / f"{name}_{counter:05}_{suffix}"
+    numbered = (Path(folder) / f"{name}_{number:05}_{suffix}" for number in itertools.count(counter))
+    path = next(path for path in numbered if not path.exists())
     return path, {"filename": path.name, "subfolder": subfolder, "type": "output"}
 
 
@@ -384,7 +389,14 @@ class Reporter:
         now = time.monotonic()
         if self.look is None or progress.preview is None or now < self._next_look:
             return
-        frames = self.look(progress.preview)
+        try:
+            frames = self.look(progress.preview)
+        except Exception as error:
+            # what cannot be shown yet may still become a clip
+            if not (isinstance(error, NotFiniteError | MemoryShortError) or out_of_memory(error)):
+                raise
+            _logger.info("no more previews: %s", error)
+            self.look = frames = None
         self._next_look = time.monotonic() + _PREVIEW_SHARE * (time.monotonic() - now)
         if frames is not None:
             self._film.show(frames)

@@ -6,7 +6,7 @@ from ..model.engine import Engine
 from . import host
 from .base import Node
 from .sockets import CATEGORY, LockstepModel
-from .types import counted_fps_of, from_joint_latent, to_latents
+from .types import counted_fps_of, from_joint_latent, kept_streams, read_latent, to_latents
 
 
 class LockstepLatentUpscale(Node):
@@ -53,8 +53,9 @@ class LockstepLatentUpscale(Node):
 
     @classmethod
     def run(cls, model: Engine, latent: dict, upscaler: str) -> io.NodeOutput:
-        latents = from_joint_latent(latent, model)
+        latents, kept = from_joint_latent(latent, model), kept_streams(read_latent("latent", latent, model))
         with host.Reporter(cls.hidden.unique_id, "upscaling latents") as report:
             grown = model.upscale(latents, host.find_file(host.UPSCALERS, upscaler), report)
         counted_fps = counted_fps_of(latent) or latents.shape.fps
-        return io.NodeOutput(to_latents(grown, host.join_latents, counted_fps)[2])
+        # pictures have to be refined, a sound of yours goes on as it is
+        return io.NodeOutput(to_latents(grown, host.join_latents, counted_fps, kept & {"audio"})[2])

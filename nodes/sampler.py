@@ -8,7 +8,7 @@ from functools import partial
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..model.engine import SAMPLER_NAMES, UNGUIDED, Engine, Guidance, SampleSettings
+from ..model.engine import SAMPLER_NAMES, UNGUIDED, UNHEARD, Engine, Guidance, SampleSettings
 from ..model.errors import CheckpointError, UnsupportedModelError, WorkflowError
 from ..model.shapes import ClipShape
 from ..model.trajectory import Trajectory
@@ -25,6 +25,7 @@ from .types import (
     frame_of,
     from_conditioning,
     given_streams,
+    kept_streams,
     size_of,
     to_latents,
 )
@@ -33,6 +34,7 @@ _logger = logging.getLogger("lockstep")
 
 OWN_STG, OWN_SAMPLER = -1.0, "model default"
 SAMPLERS = (OWN_SAMPLER, *SAMPLER_NAMES)
+_NOTHING_TO_MAKE = "picture and sound are both given and stay as they are: leave one of them out, or free a part by a noise mask"
 
 
 class LockstepSampler(Node):
@@ -202,6 +204,7 @@ class LockstepSampler(Node):
     ) -> io.NodeOutput:
         script = from_conditioning(conditioning)
         given = given_streams(latent, audio_latent, model, fps)
+        whole = kept_streams(given)
         shape = shape_of(given, partial(model.shape, size_of(aspect, width, height)), seconds, fps)
         counted_fps = given["video"].origin.counted_fps if "video" in given else shape.fps
         second = refine.strip().lower() in STAGES
@@ -212,10 +215,19 @@ class LockstepSampler(Node):
         chosen = own_sampler if sampler == OWN_SAMPLER else sampler
         settings = SampleSettings(steps or None, guidance, chosen, step_cache=step_cache)
         start = None
+        warnings = ()
+        if second:
+            warnings = model.recipe.unrefined(getattr(model, "loras", ()))
+        elif script.text.negated and "uncond" not in guidance.passes:
+            warnings = (UNHEARD,)
         if refine.strip():
             levels = refining_levels(refine, model, steps or None, shape)
             settings, start = replace(settings, sigmas=levels), latents_to_refine(given, shape)
-            given = {name: stream for name, stream in given.items() if not wholly_kept_video(name, stream)}
+            # pictures of Lockstep Video Encode as they came: kept as they are, there would be nothing to refine
+            given = {name: stream for name, stream in given.items() if name != "video" or name not in whole}
+            whole -= {"video"}
+        elif whole == {"video", "audio"}:
+            warnings += (_NOTHING_TO_MAKE,)
         task = f"sampling {shape.frames} frames of {shape.width}x{shape.height}"
         reporter = host.Reporter(cls.hidden.unique_id, task, shape.fps)
         with reporter as report:
@@ -243,15 +255,15 @@ class LockstepSampler(Node):
             if way is not None:
                 pictures = model.trajectory(way, shape, trajectory_moment, report)
         approximation, cost = latents.step_cache, model.compile_cost
-        unsuited = model.recipe.unsuited(None if settings.sigmas else steps or None, guidance)
-        warnings = unsuited + (approximation.warnings if approximation else ())
+        warnings += model.recipe.unsuited(None if settings.sigmas else steps or None, guidance)
+        warnings += approximation.warnings if approximation else ()
         host.warn(cls.hidden.unique_id, warnings)
         if cost:  # a node shows one text
             host.tell(cls.hidden.unique_id, "\n".join((cost.sentence(), *warnings)))
         model_facts = {"model": asdict(model.info), "nondeterministic": list(model.nondeterministic)}
         model_facts["step_cache"] = approximation and asdict(approximation)
         history.note(latents, meter, seed=seed, **model_facts)
-        return io.NodeOutput(*to_latents(latents, host.join_latents, counted_fps), pictures)
+        return io.NodeOutput(*to_latents(latents, host.join_latents, counted_fps, whole), pictures)
 
 
 def preview_of(model: Engine, shape: ClipShape) -> Callable[[Tensor], Tensor | None] | None:
@@ -307,11 +319,6 @@ def latents_to_refine(given: dict[str, Stream], shape: ClipShape) -> AVLatents:
         )
     video = given["video"]
     return AVLatents(video.samples, given["audio"].samples, shape, video.origin.model_id)
-
-
-def wholly_kept_video(name: str, stream: Stream) -> bool:
-    """Whether this is the video of Lockstep Video Encode as it came: kept as it is, there would be nothing to refine."""
-    return name == "video" and stream.mask is not None and not stream.mask.any()
 
 
 def encode_picture(

@@ -6,7 +6,7 @@ ComfyUI: IMAGE (B, H, W, 3) in 0..1, a video being a batch; AUDIO {"waveform": (
 B batch, C channels, F frames, H rows, W columns, L text tokens or audio latents, D width, S samples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -213,32 +213,82 @@ class Stream:
 
 
 def to_latents(
-    latents: AVLatents, join: Callable[[tuple[Tensor, Tensor]], Any], counted_fps: float | None = None
+    latents: AVLatents,
+    join: Callable[[tuple[Tensor, Tensor]], Any],
+    counted_fps: float | None = None,
+    kept: Collection[str] = (),
 ) -> tuple[dict, dict, dict]:
     """A video LATENT (1, C, F, H, W), an audio LATENT (1, C, L, M) and both in ComfyUI's joint one, made by `join`.
 
-    counted_fps: of the frames that pictures count, None the clip's own.
+    counted_fps: of the frames that pictures count, None the clip's own. kept: streams ("video", "audio") that every sampler is
+    to leave as they are.
     """
     origin = _origin_of(latents, counted_fps)
     video, audio = {_ORIGINS["video"]: origin}, {_ORIGINS["audio"]: origin}
-    return (
-        {"samples": latents.video, **video},
-        {"samples": latents.audio, "type": "audio", **audio},
-        {"samples": join((latents.video, latents.audio)), **video, **audio},
+    joint = {"samples": join((latents.video, latents.audio)), **video, **audio}
+    free = torch.ones(1, 1, latents.video.shape[2], 1, 1), torch.ones(1, 1, latents.audio.shape[2], 1)
+    masks = [
+        torch.zeros_like(mask) if name in kept else mask for name, mask in zip(_ORIGINS, free, strict=True)
+    ]
+    if kept:
+        joint["noise_mask"] = join((masks[0], masks[1]))
+    video |= {"noise_mask": masks[0]} if "video" in kept else {}
+    audio |= {"noise_mask": masks[1]} if "audio" in kept else {}
+    return {"samples": latents.video, **video}, {"samples": latents.audio, "type": "audio", **audio}, joint
+
+
+def kept_streams(streams: Mapping[str, Stream]) -> frozenset[str]:
+    """Those that are given and of which nothing is made anew."""
+    return frozenset(
+        name for name, stream in streams.items() if stream.mask is not None and not stream.mask.any()
     )
 
 
 def to_kept_video(latents: AVLatents) -> dict[str, Any]:
     """The video as a LATENT that the sampler leaves as it is."""
-    mask = torch.zeros(1, 1, latents.video.shape[2], 1, 1)
-    return {"samples": latents.video, "noise_mask": mask, _ORIGINS["video"]: _origin_of(latents)}
+    return to_latents(latents, lambda _: None, kept=["video"])[0]
 
 
 def to_kept_audio(latents: AVLatents) -> dict[str, Any]:
     """The sound as a LATENT that the sampler leaves as it is."""
-    mask = torch.zeros(1, 1, latents.audio.shape[2], 1)
-    told = {"type": "audio", _ORIGINS["audio"]: _origin_of(latents)}
-    return {"samples": latents.audio, "noise_mask": mask, **told}
+    return to_latents(latents, lambda _: None, kept=["audio"])[1]
+
+
+def to_extended(
+    streams: dict[str, Stream], seconds: float, model: Any, join: Callable[[tuple[Tensor, Tensor]], Any]
+) -> dict[str, Any]:
+    """The given streams, which stay, with room for `seconds` more behind them, as a joint LATENT with a noise mask.
+
+    At least one latent of pictures is added; a sound that reaches beyond the pictures stays as far as it goes.
+    Raises ShapeError for sound alone, and where the model does not make clips so long.
+    """
+    if "video" not in streams:
+        raise ShapeError(
+            "latent holds sound alone: connect an av_latent output or Lockstep Video Encode, and the sound to audio_latent"
+        )
+    video = streams["video"]
+    shape = video.shape
+    added = max(seconds, shape.compression.time / shape.fps)
+    try:
+        longer = model.shape(f"{shape.width}x{shape.height}", shape.seconds + added, shape.fps)
+    except ShapeError as error:
+        raise ShapeError(
+            f"{video.name} lasts {shape.seconds:g} s, with {added:g} s more it would be {shape.seconds + added:g} s: {error} "
+            "(to go on from a long clip, encode its last pictures and sound alone)"
+        ) from error
+    room = model.empty_latents(longer)
+    masks = []
+    for samples, stream in ((room.video, video), (room.audio, streams.get("audio"))):
+        mask = (
+            torch.ones_like(samples[:, :1]) if samples.ndim == 5 else torch.ones_like(samples[:, :1, :, :1])
+        )
+        if stream is not None:
+            kept = min(stream.samples.shape[2], samples.shape[2])
+            samples[:, :, :kept] = stream.samples[:, :, :kept]
+            mask[:, :, :kept] = 0 if stream.mask is None else stream.mask[:, :, :kept]
+        masks.append(mask)
+    joint = to_latents(room, join, video.origin.counted_fps)[2]
+    return joint | {"noise_mask": join((masks[0], masks[1]))}
 
 
 def from_video_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:

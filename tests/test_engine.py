@@ -211,6 +211,30 @@ def test_the_sound_comes_first_where_the_recipe_says_so(engine, monkeypatch):
     assert not torch.equal(other.audio, made.audio)
 
 
+def test_a_sound_that_goes_on_is_finished_first_but_not_one_that_given_pictures_decide(engine):
+    prompt, shape = engine.encode_text("a red ball bounces"), engine.shape(seconds=1.0)
+    made = engine.sample(prompt, shape, settings=UNGUIDED, seed=3)
+    video_mask, audio_mask = torch.zeros_like(made.video[:, :1]), torch.zeros(1, 1, 27, 1)
+    video_mask[:, :, 2:] = audio_mask[:, :, 10:] = 1
+
+    def stages(**given: torch.Tensor) -> set[str]:
+        ticks: list[Progress] = []
+        engine.sample(prompt, shape, settings=UNGUIDED, seed=4, progress=ticks.append, **given)
+        return {tick.stage for tick in ticks}
+
+    sound = {"given_audio": made.audio, "audio_mask": audio_mask}
+    pictures = {"given_video": made.video, "video_mask": video_mask}
+    assert stages(**sound) == stages(**sound, **pictures) == {"sound", "sample"}
+    for decided in (
+        {"given_video": made.video},
+        pictures,
+        {"given_audio": made.audio},
+        {"given_audio": made.audio} | pictures,
+        {"given_video": made.video} | sound,
+    ):
+        assert stages(**decided) == {"sample"}
+
+
 def test_a_reference_stands_beside_the_clip(engine):
     picture = torch.rand(96, 96, 3)
     plain, shown = engine.generate(RED_BALL), engine.generate(replace(RED_BALL, reference=picture))

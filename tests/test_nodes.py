@@ -374,6 +374,66 @@ def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
         convert(parts()[stream] | change)
 
 
+# Clips that go on
+
+
+def extended(joint: dict, seconds: float, audio: dict | None = None) -> dict:
+    streams = types.given_streams(joint, audio, model())
+    return types.to_extended(streams, seconds, model(), lambda both: Nested(*both))
+
+
+def test_an_extended_clip_keeps_what_it_has_and_leaves_the_rest_free():
+    made = latents()
+    longer = extended(parts(made)[2], 0.6)
+    streams = types.given_streams(longer, None, model())
+    video, audio = streams["video"], streams["audio"]
+    # 0.75 and 0.6 s are 16 frames, of which the codec holds 17
+    assert (video.shape.frames, video.samples.shape[2], audio.samples.shape[2]) == (17, 5, 35)
+    assert torch.equal(video.samples[:, :, :3], made.video)
+    assert torch.equal(audio.samples[:, :, :19], made.audio)
+    assert video.mask[0, 0, :, 1, 1].tolist() == [0] * 3 + [1] * 2
+    assert audio.mask[0, 0, :, 0].tolist() == [0] * 19 + [1] * 16
+
+
+def test_an_extended_clip_is_longer_by_one_latent_at_least():
+    streams = types.given_streams(extended(parts()[2], 0.1), None, model())
+    assert streams["video"].shape.frames == 13
+
+
+def test_an_extended_clip_without_sound_gets_all_of_it():
+    streams = types.given_streams(extended(types.to_kept_video(latents()), 0.6), None, model())
+    assert streams["audio"].mask is None
+    assert streams["video"].mask[0, 0, :, 0, 0].tolist() == [0] * 3 + [1] * 2
+
+
+def test_a_sound_that_reaches_beyond_the_pictures_stays_as_far_as_it_goes():
+    sound = types.to_kept_audio(of_length(13))
+    streams = types.given_streams(extended(parts()[0], 0.6, sound), None, model())
+    kept = of_length(13).audio.shape[2]
+    assert streams["audio"].mask[0, 0, :, 0].tolist() == [0] * kept + [1] * (35 - kept)
+
+
+def test_a_part_that_was_free_stays_free_in_an_extended_clip():
+    video = parts()[0] | {"noise_mask": torch.tensor([0.0, 1.0, 0.0]).reshape(1, 1, 3, 1, 1)}
+    streams = types.given_streams(extended(video, 0.6), None, model())
+    assert streams["video"].mask[0, 0, :, 0, 0].tolist() == [0, 1, 0, 1, 1]
+
+
+def test_a_clip_that_cannot_go_on_is_refused():
+    with pytest.raises(ShapeError, match="latent holds sound alone: connect an av_latent output"):
+        extended(parts()[1], 1.0)
+
+    def short(size: str | None, seconds: float | None, fps: float | None) -> ClipShape:
+        raise ShapeError("seconds must lie between 1 and 4.2")
+
+    streams = types.given_streams(parts()[2], None, model())
+    limited = SimpleNamespace(**vars(model()) | {"shape": short})
+    with pytest.raises(
+        ShapeError, match=r"latent lasts 0\.75 s, with 9 s more it would be 9\.75 s: seconds must"
+    ):
+        types.to_extended(streams, 9.0, limited, lambda both: Nested(*both))
+
+
 # What the sampler is given
 
 

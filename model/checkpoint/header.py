@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -100,13 +101,18 @@ def read_header(path: str | Path) -> Header:
             text = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return _checked(path, text, file_bytes)
+
+
+@lru_cache(maxsize=8)  # a published header has thousands of tensors, and a graph's every run reads it again
+def _checked(path: Path, text: bytes, file_bytes: int) -> Header:
     entries = _parse_json(path, text, "header")
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: the header should be a JSON object, found {type(entries).__name__}")
     metadata = _metadata(path, entries.pop("__metadata__", {}))
     tensors = {name: _tensor_info(path, name, entry) for name, entry in entries.items()}
-    _check_tiling(path, tensors, file_bytes - 8 - header_bytes)
-    return Header(path, MappingProxyType(tensors), MappingProxyType(metadata), 8 + header_bytes)
+    _check_tiling(path, tensors, file_bytes - 8 - len(text))
+    return Header(path, MappingProxyType(tensors), MappingProxyType(metadata), 8 + len(text))
 
 
 def stamp(path: Path) -> Stamp:

@@ -58,6 +58,7 @@ _KEY = re.compile(
 _ALPHA, _WEIGHT = ".alpha", ".weight"
 # of LoRAs that follow a reference video
 _REFERENCE = ("reference_downscale_factor", "reference_temporal_scale_factor")
+_MOST_UNUSED = 8  # files that stay read beside those in use; their tensors are mapped, not held
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     **dict.fromkeys(("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"), "LoKr"),
@@ -187,7 +188,15 @@ def _scales_of_metadata(header: Header) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{header.path}: metadata lora_adapter_metadata is not valid JSON: {error}"
         ) from error
-    return {name.rpartition(".")[2]: value for name, value in told.items()} if isinstance(told, dict) else {}
+    scales = (
+        {name.rpartition(".")[2]: value for name, value in told.items()} if isinstance(told, dict) else {}
+    )
+    if scales.get("alpha_pattern"):
+        raise UnsupportedModelError(
+            f"{header.path}: alphas of its own for some layers (alpha_pattern) are not followed: use a file with one alpha for "
+            "all, or with an alpha beside each layer's matrices"
+        )
+    return scales
 
 
 def _change(
@@ -265,8 +274,12 @@ class LoraStack:
                     f"the strength of {lora.path.name} is {lora.strength}: a finite number is needed, 1 is usual"
                 )
         files = [stamp(lora.path) for lora in loras]
-        self._files = {file: self._files.get(file) or read_lora(file[0], self._layers) for file in files}
-        return tuple(_told(self._files.values()))
+        read = {file: self._files.get(file) or read_lora(file[0], self._layers) for file in files}
+        # several samplers take turns with others; of a file that was replaced only the new one is kept
+        paths = {path for path, *_ in read}
+        kept = [(file, known) for file, known in self._files.items() if file[0] not in paths]
+        self._files = dict(kept[-_MOST_UNUSED:]) | read
+        return tuple(_told(read.values()))
 
     def bytes(self, component: str, loras: Sequence[Lora], dtype: torch.dtype) -> int:
         """What these, which have been read, take on the device while a component computes in this dtype."""

@@ -29,7 +29,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 _GAIN = 0.9  # another kernel must be this much faster than the usual one
 _QUERY_BLOCK = 512  # scores of one head and block stay in a CPU's cache
-_PROBE_TOKENS = 128  # queries that are compared with the plain path
+# heads and queries that are compared with the plain path, few enough that their scores take no room
+_PROBE = (slice(None), slice(4), slice(128))
 _NAMED_ERROR = 0.1  # of a kernel that the user named: sageattention computes in 8 bits
 # auto: the fastest that agrees; pytorch: always torch's own choice; the others are packages
 PACKAGES = ("flash_attn", "sageattention")
@@ -110,13 +111,13 @@ def candidates(query_BNTK: Tensor) -> dict[str, Kernel]:
 
 def choose(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Kernel:
     """The fastest kernel that agrees with the plain path on these tensors."""
-    wanted = plain_attention(query_BNTK[:, :, :_PROBE_TOKENS], key_BNLK, value_BNLK)
+    wanted = _probed(query_BNTK, key_BNLK, value_BNLK)
     seconds: dict[str, float] = {}
     kernels = candidates(query_BNTK)
     for name, kernel in kernels.items():
         # whatever a kernel that cannot serve these tensors raises, it is not chosen
         with suppress(Exception):
-            made = kernel(query_BNTK, key_BNLK, value_BNLK)[:, :, :_PROBE_TOKENS].float()
+            made = kernel(query_BNTK, key_BNLK, value_BNLK)[_PROBE].float()
             error = (made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
             if float(error) <= TOLERANCES[query_BNTK.dtype]:
                 seconds[name] = _seconds(kernel, query_BNTK, key_BNLK, value_BNLK)
@@ -130,9 +131,9 @@ def choose(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Kernel:
 def named(name: str, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Kernel:
     """The kernel of a package if it serves such tensors well enough, else the usual one, which the log tells."""
     kernel: Kernel = {"flash_attn": _flash_attn, "sageattention": _sage_attention}[name]
-    wanted = plain_attention(query_BNTK[:, :, :_PROBE_TOKENS], key_BNLK, value_BNLK)
+    wanted = _probed(query_BNTK, key_BNLK, value_BNLK)
     try:
-        made = kernel(query_BNTK, key_BNLK, value_BNLK)[:, :, :_PROBE_TOKENS].float()
+        made = kernel(query_BNTK, key_BNLK, value_BNLK)[_PROBE].float()
         error = float((made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
         reason = f"its error is {error:.3g} of the result"
     except Exception as failure:  # whatever a package raises that cannot serve these tensors
@@ -141,6 +142,10 @@ def named(name: str, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -
         return kernel
     _logger.warning("attention by %s: %s; the usual kernel serves instead", name, reason)
     return functional.scaled_dot_product_attention
+
+
+def _probed(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
+    return plain_attention(query_BNTK[_PROBE], key_BNLK[_PROBE[:2]], value_BNLK[_PROBE[:2]])
 
 
 def plain_attention(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:

@@ -205,4 +205,5 @@ def normalize_states(states_BLDZ: Tensor, mask_BL: Tensor, norm: str) -> Tensor:
         low = reduce(states_BLDZ.where(valid, torch.inf), "B L D Z -> B 1 1 Z", "min")
         high = reduce(states_BLDZ.where(valid, -torch.inf), "B L D Z -> B 1 1 Z", "max")
         scaled = 8 * (states_BLDZ - mean) / (high - low + _EPS)
-    return rearrange(scaled.where(valid, 0), "B L D Z -> B L (D Z)")
+    # counted in float32, as the sums of a long prompt want it
+    return rearrange(scaled.where(valid, 0).to(states_BLDZ.dtype), "B L D Z -> B L (D Z)")

@@ -304,6 +304,26 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
             },
         ],
     ),
+    "extend": (
+        """**A clip that goes on.** The first sampler makes a clip, the second what comes after it, in picture and sound.
+
+- **Seconds** of Lockstep Extend: how much comes after. The embedded model makes clips of up to 4.2 s in all.
+- A clip of yours goes on likewise: Lockstep Video Encode into **latent**, Lockstep Audio Encode into **audio_latent**. Of a long one encode the end alone, and join the files afterwards.
+- Another prompt for what comes after: a second Lockstep Text Encode for the second sampler.""",
+        [
+            {"loader": loader()},
+            {"text": text()},
+            {"sampler": sampler()},
+            {
+                "extend": (
+                    "LockstepExtend",
+                    {"model": ("loader", 0), "latent": ("sampler", 2), "seconds": 1.5},
+                ),
+                "second": sampler(latent=("extend", 0)),
+            },
+            *clip_out(("second", 0), ("second", 1)),
+        ],
+    ),
     "clip_to_sound": (
         """**Sound for a silent clip.** Choose a clip in Load Video.
 
