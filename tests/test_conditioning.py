@@ -203,6 +203,19 @@ def test_guides_on_a_given_video_are_refused():
 # --- noise and the denoiser read a layout ----------------------------------------------------------------------------------
 
 
+def test_a_weak_guide_goes_on_from_itself_where_a_run_begins_with_latents():
+    """Then as much of it is there as its noise level says: (1 - 0.5 * 0.4) of the picture, 0.5 * 0.4 of the noise."""
+    picture = latent()
+    video, audio = lay_out_video(SHAPE, 4, [Guide(picture, 8, 0.5)]), lay_out_audio(SHAPE, 2, 8)
+    begun = latent(3), torch.randn(1, 2, SHAPE.audio_latents, 8)
+    tokens = [
+        starting_state(SHAPE, video, audio, 2, 7, scale, torch.device("cpu"), begun).video.tokens_BTC[:, 18:]
+        for scale in (0.4, 1.0)
+    ]
+    noise = (tokens[1] - 0.5 * video_to_tokens(picture)) / 0.5
+    assert torch.allclose(tokens[0], 0.8 * video_to_tokens(picture) + 0.2 * noise, atol=1e-6)
+
+
 def start(guides=(), noise_scale: float = 1.0):
     video, audio = lay_out_video(SHAPE, 4, guides), lay_out_audio(SHAPE, 2, 8)
     return starting_state(SHAPE, video, audio, 2, 7, noise_scale, torch.device("cpu"))

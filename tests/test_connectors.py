@@ -96,6 +96,19 @@ def test_states_are_flattened_width_first_and_states_last():
     assert_near(flat, torch.tensor([[[1.0, 1.0, 1.0, -1.0, -1.0, -1.0]]]), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_contexts_are_made_in_sixteen_bits_too(golden, version, dtype):
+    """Near the reference: a state has 8 or 11 significant bits, and errors add up over a few layers."""
+    config = ConnectorsConfig.from_published(TRANSFORMERS[version], TEXT_STATES)
+    small = seeded(Connectors(config)).to(dtype)
+    video, audio = small(golden["in.states"].to(dtype), golden["in.mask"])
+    assert video.dtype == audio.dtype == dtype
+    for made, stream in ((video, "video"), (audio, "audio")):
+        wanted = golden[f"out.{version}.{stream}"]
+        error = (made.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert error < 0.05
+
+
 def test_range_normalisation_spans_eight_over_all_valid_values():
     states = torch.randn(2, 6, 4, 3)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])

@@ -126,6 +126,11 @@ def test_unknown_words_are_named_and_a_prompt_without_known_ones_refused(engine)
             engine.encode_text(nothing)
 
 
+def test_a_negative_prompt_is_known_to_be_there(engine):
+    assert engine.encode_text("a red ball", "a blue cube").negated
+    assert not engine.encode_text("a red ball", "  ").negated
+
+
 def test_encoding_can_be_stopped_before_each_prompt(engine):
     ticks: list[Progress] = []
     engine.encode_text("a red ball", "a blue cube", ticks.append)
@@ -264,6 +269,22 @@ def test_only_the_masked_part_of_a_given_stream_changes(engine):
     assert torch.equal(anew.audio[:, :, :10], made.audio[:, :, :10])
     assert not torch.isclose(anew.video[:, :, 2:], made.video[:, :, 2:]).all()
     assert not torch.isclose(anew.audio[:, :, 10:], made.audio[:, :, 10:]).all()
+
+
+def test_a_picture_is_compressed_before_it_is_made_to_fit_and_a_reference_is_not(engine, monkeypatch):
+    shape, seen = engine.shape(seconds=1.0), []
+
+    def noting(image: torch.Tensor, crf: int) -> torch.Tensor:
+        seen.append((tuple(image.shape), crf))
+        return image
+
+    monkeypatch.setattr("lockstep.model.engine.compress_image", noting)
+    lossy = replace(engine.recipe, image_crf=33)
+    monkeypatch.setattr(engine, "choose_recipe", lambda *_, **__: lossy)
+    picture = torch.rand(200, 300, 3)
+    for frame, crf in ((0, None), (None, None), (None, 20)):
+        engine.encode_image(picture, shape, frame, crf=crf)
+    assert seen == [((200, 300, 3), 33), ((200, 300, 3), 0), ((200, 300, 3), 20)]
 
 
 def test_an_image_s_mask_frees_every_latent_that_it_touches(engine):

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from lockstep.model.layers import linear
 from lockstep.model.layers.feed_forward import FeedForward
+from lockstep.model.layers.inference import full_float32
 from lockstep.model.layers.linear import Linear, gelu_of
 from lockstep.model.layers.norms import rms_norm
 
@@ -107,3 +108,13 @@ def test_the_norm_in_inference_is_that_of_training(dtype):
     assert made.dtype == dtype
     # one rounding of a value below 8
     assert (made.double() - wanted).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+def test_convolutions_keep_their_digits_on_a_gpu_and_what_was_set_comes_back():
+    before = torch.backends.cudnn.allow_tf32
+    with pytest.raises(KeyError), full_float32(torch.device("cuda")):
+        assert not torch.backends.cudnn.allow_tf32
+        raise KeyError
+    assert torch.backends.cudnn.allow_tf32 == before
+    with full_float32(torch.device("cpu")):
+        assert torch.backends.cudnn.allow_tf32 == before

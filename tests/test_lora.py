@@ -321,6 +321,33 @@ def test_a_lora_is_in_the_plan_and_off_the_device_after_a_run_that_was_broken_of
         assert all(branch._made is None for branch in branches)
 
 
+def test_loras_that_samplers_take_turns_with_are_read_once(models, tmp_path):
+    layers = layers_of(models)
+    paths = [tmp_path / f"{n}.safetensors" for n in range(2)]
+    for seed, path in enumerate(paths):
+        save_file(as_published(pairs(layers, seed)), path)
+    stack = LoraStack(index([read_header(models / "ltx-2.3.safetensors")]))
+    one, other = (Lora(path, 1.0) for path in paths)
+    stack.read([one])
+    first = stack._files[stamp(paths[0])]
+    for loras in ([], [other], [], [one]):
+        stack.read(loras)
+    assert stack._files[stamp(paths[0])] is first
+    save_file(as_published(pairs(layers, 2, ("transformer",))), paths[0])
+    stack.read([one])
+    assert [path for path, *_ in stack._files].count(paths[0]) == 1
+    assert stack._files[stamp(paths[0])] is not first
+
+
+def test_alphas_of_single_layers_in_the_metadata_are_refused(models, tmp_path):
+    told = json.dumps({"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"attn1.to_q": 8}})
+    save_file(
+        as_diffusers(pairs(layers_of(models))), tmp_path / "a.safetensors", {"lora_adapter_metadata": told}
+    )
+    with pytest.raises(UnsupportedModelError, match="alpha_pattern"):
+        read_lora(tmp_path / "a.safetensors", layers_of(models))
+
+
 def test_a_lora_works_on_packed_weights(models, tmp_path):
     state = monolith_state("2.3")
     name = f"model.diffusion_model.{TO_Q}"

@@ -19,7 +19,7 @@ import lockstep
 from lockstep.model.engine import SampleSettings, latent_sha256
 from lockstep.model.errors import CheckpointError, MediaError, NotFiniteError, ShapeError, WorkflowError
 from lockstep.model.shapes import ClipShape, Compression
-from lockstep.model.values import AVLatents, Conditioning, Context, Lora
+from lockstep.model.values import AVLatents, Conditioning, Context, Lora, Progress
 from lockstep.nodes import history, types
 from lockstep.nodes.refining import refining_levels
 from lockstep.nodes.with_loras import add_lora
@@ -374,6 +374,16 @@ def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
         convert(parts()[stream] | change)
 
 
+def test_streams_of_yours_stay_yours_behind_a_sampler():
+    made = latents()
+    for kept in ({"audio"}, {"video"}, {"video", "audio"}):
+        parts_of = types.to_latents(made, lambda streams: Nested(*streams), kept=kept)
+        assert types.kept_streams(types.given_streams(parts_of[2], None, model())) == kept
+        for name, alone in zip(("video", "audio"), parts_of, strict=False):
+            assert ("noise_mask" in alone) == (name in kept)
+    assert types.kept_streams(types.given_streams(parts()[2], None, model())) == set()
+
+
 # Clips that go on
 
 
@@ -608,6 +618,14 @@ def test_names_that_no_file_can_have_are_refused_in_a_short_sentence(pack, host,
     assert "holds a character that names no file" in pack.base.check_prefix("a\0b")
 
 
+def test_an_input_of_a_newer_version_is_named(pack):
+    with pytest.raises(
+        WorkflowError, match="has no input 'sampler_name': take it out of the graph, use sampler or"
+    ):
+        pack.base.check_known(["seed", "sampler"], {"seed": 1, "sampler_name": "euler"})
+    pack.base.check_known(["seed", "sampler"], {"seed": 1})
+
+
 def test_folders_of_latents_are_looked_through_once_in_a_few_seconds(host, monkeypatch, tmp_path):
     now = 100.0
     monkeypatch.setattr(host, "time", SimpleNamespace(monotonic=lambda: now))
@@ -629,6 +647,16 @@ def test_a_saved_latent_s_name_may_hold_its_size(pack, host):
     host.folder_paths.get_save_image_path.assert_called_with(
         "%width%x%height%", host.folder_paths.get_output_directory(), 96, 64
     )
+
+
+def test_a_prefix_that_ends_in_a_folder_overwrites_nothing(pack, host, tmp_path):
+    asked = host.folder_paths.get_save_image_path
+    asked.side_effect = lambda prefix, *_: (str(tmp_path), Path(prefix).name, 1, "", prefix)
+    for number in (1, 2, 3):
+        path, _ = host.new_output_path("clips/", ".mp4")
+        assert path == tmp_path / f"clips_{number:05}_.mp4"
+        path.touch()
+    assert pack.base.check_prefix("./") == pack.base.check_prefix("a/..") != True  # noqa: E712
 
 
 # What a node shows
@@ -658,6 +686,21 @@ def test_previews_are_made_where_someone_looks_and_the_model_can(pack, host):
     unseen = MagicMock()
     assert pack.sampler.preview_of(unseen, latents().shape) is None
     assert not unseen.prepare_preview.called
+
+
+def test_what_cannot_be_shown_yet_does_not_end_the_run(host):
+    def look(_: torch.Tensor) -> torch.Tensor:
+        raise NotFiniteError("decoded pictures hold 3 values that are no numbers")
+
+    report = host.Reporter(None, "sampling")
+    report.look = look
+    tick = Progress("sample", 1, 2, preview=torch.zeros(1, 2, 3))
+    report(tick)
+    assert report.look is None
+    report(tick)
+    report.look = MagicMock(side_effect=KeyError("a bug"))
+    with pytest.raises(KeyError):
+        report(tick)
 
 
 # Clips from outside

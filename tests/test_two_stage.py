@@ -152,6 +152,15 @@ def test_a_temporal_stage_doubles_the_frames_in_the_same_time(engine, files):
     assert (result.clip.frames.shape[0], result.clip.fps) == (9, 24)
 
 
+def test_more_frames_leave_the_sound_as_it_is(engine, files):
+    path, request = files[0] / "time.safetensors", replace(REQUEST, size="48x32")
+    text = engine.encode_text("a red ball")
+    first = engine.sample(text, engine.shape("48x32", request.seconds), settings=SampleSettings(steps=1))
+    made = engine._refine(text, first, path, request, engine.recipe, 1, lambda _: None)
+    assert torch.equal(made.audio[:, :, : first.audio.shape[2]], first.audio[:, :, : made.audio.shape[2]])
+    assert made.video.shape[2] == 2 * first.video.shape[2] - 1
+
+
 def test_stages_follow_one_another(engine, files):
     paths = tuple(files[0] / f"{name}.safetensors" for name in ("x2", "time"))
     result = engine.generate(replace(REQUEST, size="64x64", upscalers=paths))
