@@ -23,6 +23,7 @@ await page.waitForTimeout(2500);
 
 const seen = { ran: await run(task.workflows.find(({ name }) => name === task.run)), opened: {}, helped: {}, errors };
 for (const { name, content } of task.workflows) seen.opened[name] = await open(name, content);
+seen.named = await name(task.workflows.find(({ name }) => name === "save_clip"), "%date:yyyy%/%Lockstep Sampler.seed%");
 seen.dropped = await drop(task.dropped);
 if (task.pictures) await drawNodes();
 for (const type of task.nodes) seen.helped[type] = await help(type);
@@ -38,6 +39,16 @@ async function open(name, content) {
     const broken = window.app.graph.nodes.filter((node) => node.has_errors).map((node) => node.type);
     return { output, complaints, broken };
   });
+}
+
+// what the page makes of a file's name
+async function name(workflow, prefix) {
+  await open(workflow.name, workflow.content);
+  return page.evaluate(async (text) => {
+    const saving = window.app.graph.nodes.find(({ type }) => type === "LockstepSaveClip");
+    saving.widgets.find(({ name }) => name === "filename_prefix").value = text;
+    return (await window.app.graphToPrompt()).output[saving.id].inputs.filename_prefix;
+  }, prefix);
 }
 
 // what the page makes of a clip that is dropped on it
@@ -67,6 +78,7 @@ async function run({ name, content }) {
     heard: window.heard,
     outputs: window.app.nodeOutputs,
     color: window.app.canvas.constructor.link_type_colors["LOCKSTEP_MODEL"],
+    style: getComputedStyle(document.body).getPropertyValue("--color-datatype-LOCKSTEP_MODEL"),
   }));
 }
 

@@ -122,7 +122,13 @@ def test_a_saved_clip_that_is_dropped_on_the_page_opens_its_workflow(seen: dict)
 
 
 def test_the_model_s_socket_has_its_colour(seen: dict):
-    assert seen["ran"]["color"] == "#e8a33d"
+    assert seen["ran"]["color"] == seen["ran"]["style"] == "#e8a33d"
+
+
+def test_dates_and_values_of_nodes_are_put_into_a_file_s_name(seen: dict):
+    year, seed = seen["named"].split("/")
+    assert 2024 <= int(year) <= 9999
+    assert seed == "7"
 
 
 def test_the_page_throws_no_error(seen: dict):
