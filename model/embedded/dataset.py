@@ -38,8 +38,8 @@ FORMATS = (
     (96, 176, 49, 12.0),
     (176, 96, 49, 12.0),
 )
-# so many shards of each in one round
-_SHARDS = (5, 1, 1, 1, 1, 1, 3, 3, 1, 1, 2, 2, 1, 1)
+# so many shards of each in one round; long, wide and tall clips are the hard ones, and fewer of them fit into a step
+_SHARDS = (4, 1, 3, 3, 2, 2, 3, 3, 1, 1, 4, 4, 2, 2)
 SHARD = 48
 
 

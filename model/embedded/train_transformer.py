@@ -32,7 +32,7 @@ from .training import Run
 
 _DROP_PROMPT = 0.1
 # so many steps are of the usual format without tokens beside the clip's own: one layout, which can be compiled
-_USUAL_SHARE = 0.42
+_USUAL_SHARE = 0.06
 _USUAL_FORMAT = FORMATS[0]
 _TENSORS = ("video", "audio", "guide", "reference")
 # what is given in a step, and how often; "audio" with pictures beside it: as a clip is made whose sound comes first
@@ -45,19 +45,21 @@ _USUAL_MODES = {
     "beginning": 0.06,
 }
 _MODES = {
-    "nothing": 0.05,
-    "first": 0.03,
-    "audio": 0.3,
-    "video": 0.05,
-    "beginning": 0.04,  # of both streams, a clip that goes on
-    "guide": 0.02,
-    "first and guide": 0.03,
-    "reference": 0.05,
-    "first and audio": 0.05,
+    "nothing": 0.02,
+    "first": 0.01,
+    "audio": 0.37,
+    "video": 0.1,
+    "beginning": 0.02,  # of both streams, a clip that goes on
+    "beginning and audio": 0.04,
+    "beginning and sound": 0.02,
+    "guide": 0.01,
+    "first and guide": 0.01,
+    "reference": 0.02,
+    "first and audio": 0.08,
     "first and guide and audio": 0.04,
     "reference and audio": 0.1,
     "apart": 0.05,  # no attention between the streams: what modality guidance compares with
-    "sound": 0.19,  # no pictures
+    "sound": 0.13,  # no pictures
 }
 # how often the prompt leaves colour and shape to the picture
 _NAMELESS = {"reference": 0.7, "first": 0.25}
@@ -133,14 +135,18 @@ def _layouts(batch: Batch, mode: str, rng: random.Random) -> tuple[Layout, Layou
         "reference": Guide(batch.reference[:1], None, 1.0),
     }
     guides = [guide for name, guide in pictures.items() if name in given]
-    given_video = batch.video[:1] if mode in ("video", "sound") else None
+    given_video = batch.video[:1] if "video" in given or "sound" in given else None
     given_audio, audio_mask = batch.audio[:1] if "audio" in given else None, None
-    if mode == "beginning":
-        latents = rng.randrange(1, shape.latent_frames - 1)
-        guides = [Guide(batch.video[:1, :, :latents], 0, 1.0)]
-        seconds = (shape.compression.time * (latents - 1) + 1) / shape.fps
-        given_audio, audio_mask = batch.audio[:1], torch.ones(1, 1, shape.audio_latents, 1)
-        audio_mask[:, :, : round(seconds * shape.audio_rate.latents_per_second)] = 0
+    if "beginning" in given:
+        heard = rng.randrange(1, shape.audio_latents)
+        if "sound" not in given:
+            latents = rng.randrange(1, shape.latent_frames - 1)
+            guides = [Guide(batch.video[:1, :, :latents], 0, 1.0)]
+            seconds = (shape.compression.time * (latents - 1) + 1) / shape.fps
+            heard = round(seconds * shape.audio_rate.latents_per_second)
+        if given_audio is None:
+            given_audio, audio_mask = batch.audio[:1], torch.ones(1, 1, shape.audio_latents, 1)
+            audio_mask[:, :, :heard] = 0
     video = lay_out_video(shape, channels, guides, given_video)
     return video, lay_out_audio(shape, z, bins, given_audio, audio_mask)
 
@@ -178,7 +184,8 @@ def flow_loss(
     """Squared error of both velocities over the tokens that are noised; network: the transformer, compiled."""
     device = batch.video.device
     sigma = draw_sigma(len(batch.scenes), batch.shape.video_tokens).to(device)
-    if mode == "sound":
+    alone = "sound" in mode
+    if alone:
         batch = replace(batch, video=batch.video[:, :, :1, :1, :1], shape=batch.shape.sound_alone())
     video_layout, audio_layout = _layouts(batch, mode, rng)
     beside = [getattr(batch, name) for name in ("guide", "reference") if name in mode]
@@ -189,7 +196,7 @@ def flow_loss(
         video, video_wanted = _stream(video_layout, clean_video, sigma, video_context)
         audio, audio_wanted = _stream(audio_layout, audio_to_tokens(batch.audio), sigma, audio_context)
         rope = model.transformer.rope_tables(video_layout.positions, audio_layout.positions).to(device)
-        video_velocity, audio_velocity = forward(video, audio, rope, isolated=mode in ("apart", "sound"))
+        video_velocity, audio_velocity = forward(video, audio, rope, isolated=alone or mode == "apart")
     video_loss = _error(video_velocity, video_wanted, video_layout)
     audio_loss = _error(audio_velocity, audio_wanted, audio_layout)
     return video_loss + audio_loss, {"video": video_loss.item(), "audio": audio_loss.item()}
@@ -217,7 +224,7 @@ def _draw_format(paths: list[Path], rng: random.Random) -> tuple[int, int, int, 
 
 def _clips_in_step(mode: str, form: tuple[int, int, int, float], batch: int) -> int:
     """As many as cost about what a compiled step does: what is not usual is never compiled."""
-    if mode == "sound":
+    if "sound" in mode:
         return 2 * batch
     height, width, frames, _ = form
     usual_height, usual_width, usual_frames, _ = _USUAL_FORMAT

@@ -69,7 +69,7 @@ def draw_scene(rng: random.Random, allow_held_out: bool = False, **fixed: str) -
             "color": rng.choice(list(COLORS)),
             "shape": rng.choice(SHAPES),
             "background": rng.choice(list(BACKGROUNDS)),
-            "motion": rng.choices(MOTIONS, weights=(3, 2, 2, 2, 2, 1))[0],
+            "motion": rng.choices(MOTIONS, weights=(2, 3, 3, 2, 2, 1))[0],
             "ambience": rng.choices(AMBIENCES, weights=(4, 1, 1))[0],
             "tempo": rng.choices(list(TEMPOS), weights=(1, 2, 1))[0],
             "place": rng.choices(PLACES, weights=(2, 1, 1))[0],

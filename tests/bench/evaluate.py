@@ -231,6 +231,32 @@ class Model:
         made = engine.sample(text, shape, seed=case.seed, given_audio=audio)
         return Clip(engine.decode_video(made), wave, shape.fps, config.SAMPLE_RATE_HZ)
 
+    def going_on(self, case: Case) -> Clip:
+        """The first half of the scene's own pictures and sound, and what is made to come after."""
+        engine, shape = self.engine, self.shape(case)
+        latents = max(1, shape.latent_frames // 2)
+        frames = shape.compression.time * (latents - 1) + 1
+        heard = round(frames / shape.fps * shape.audio_rate.latents_per_second)
+        given = engine.empty_latents(shape)
+        video, audio = given.video.clone(), given.audio.clone()
+        pictures = draw(case, shape)[:frames]
+        video[:, :, :latents] = engine.encode_video(pictures.permute(3, 0, 1, 2)[None] * 2 - 1)
+        wave = synthesize(case.scene, shape.samples(config.SAMPLE_RATE_HZ), *_extent(shape))
+        audio[:, :, :heard] = engine.encode_sound(wave, config.SAMPLE_RATE_HZ, shape)[:, :, :heard]
+        video_mask, audio_mask = torch.ones_like(video[:, :1]), torch.ones_like(audio[:, :1, :, :1])
+        video_mask[:, :, :latents], audio_mask[:, :, :heard] = 0, 0
+        text = engine.encode_text(case.prompt)
+        made = engine.sample(
+            text,
+            shape,
+            seed=case.seed,
+            given_video=video,
+            given_audio=audio,
+            video_mask=video_mask,
+            audio_mask=audio_mask,
+        )
+        return Clip(engine.decode_video(made), engine.decode_audio(made), shape.fps, engine.sample_rate_hz)
+
     def codec_psnr(self, case: Case) -> float:
         """dB of the case's true pictures after the video codec alone."""
         shape = self.shape(case)
@@ -351,7 +377,7 @@ def measure(judged: Sequence[Judged], pictured: Sequence[float], truth: bool) ->
 
 
 def measure_given(model: Model, cases: Sequence[Case], folder: Path) -> list[Figure]:
-    """What a reference keeps of its object, whether a sound alone keeps its motion's time, and what is made to a given stream."""
+    """What a reference keeps of its object, whether a sound alone keeps its motion's time, what is made to a given stream or goes on."""
     shown = [
         make_and_judge(model.from_reference, case, folder / "shown.mp4")
         for case in cases[: max(2, len(cases) // 6)]
@@ -362,6 +388,12 @@ def measure_given(model: Model, cases: Sequence[Case], folder: Path) -> list[Fig
         pooled_f1([make_and_judge(make, case, folder / "given.mp4").verdict.sync for case in eventful])
         for make in (model.to_pictures, model.to_sound)
     )
+
+    gone_on = [
+        make_and_judge(model.going_on, case, folder / "longer.mp4")
+        for case in cases[: max(2, len(cases) // 6)]
+    ]
+    eventful_on = [one.verdict.sync for one in gone_on if one.case.scene.motion in EVENTFUL]
 
     def share(right: Sequence[bool]) -> float:
         return 100 * sum(right) / len(right)
@@ -378,6 +410,14 @@ def measure_given(model: Model, cases: Sequence[Case], folder: Path) -> list[Fig
         ),
         Figure("F1 of a sound made to given pictures", heard, None, None, "", note=f"{len(eventful)} clips"),
         Figure("F1 of pictures made to a given sound", seen, None, None, "", note=f"{len(eventful)} clips"),
+        Figure(
+            "clip that goes on: motion right", share([one.right("motion") for one in gone_on]), None, None, "%",
+            note=f"{len(gone_on)} clips of which half was given",
+        ),
+        Figure(
+            "clip that goes on: F1 of onsets against events", pooled_f1(eventful_on), None, None, "",
+            note=f"{len(eventful_on)} clips",
+        ),
     ]  # fmt: skip
 
 
