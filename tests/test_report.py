@@ -159,6 +159,35 @@ def test_true_peak_lies_between_samples():
     assert facts.true_peak_dbfs == pytest.approx(20 * math.log10(0.5), abs=0.3)
 
 
+@pytest.mark.parametrize("samples", [(1 << 18) + 37, 12 * RATE_HZ])
+def test_the_true_peak_of_a_long_sound_is_that_of_a_short_one(samples):
+    """Where a long sound is cut into pieces to be oversampled, nothing rings."""
+
+    def steady(samples: int) -> torch.Tensor:
+        wave = 0.85 * torch.sin(2 * math.pi * 100 * torch.arange(samples, dtype=torch.float64) / RATE_HZ)
+        fade = torch.hann_window(9600, periodic=False)
+        wave[:4800] *= fade[:4800]
+        wave[-4800:] *= fade[4800:]
+        return wave[None]
+
+    short, long = (look_at_sound(steady(n), RATE_HZ).true_peak_dbfs for n in (RATE_HZ, samples))
+    assert short == pytest.approx(20 * math.log10(0.85), abs=0.01)
+    assert long == pytest.approx(short, abs=0.02)
+
+
+def test_what_spoils_both_channels_at_once_counts_once():
+    wave = tone()
+    wave[0, 30000] += 0.6
+    wave[0, 60000:60003] = 1.0
+    one, both = (look_at_sound(sound, RATE_HZ) for sound in (wave, wave.repeat(2, 1)))
+    assert (both.clicks, both.clipped_samples) == (one.clicks, one.clipped_samples)
+    assert both.clipped_samples == 3
+    apart = torch.cat([tone(), tone()])
+    apart[0, 30000] += 0.6
+    apart[1, 40000] += 0.6
+    assert look_at_sound(apart, RATE_HZ).clicks == 2
+
+
 def test_what_is_wrong_with_sound_is_named():
     wave = tone()
     for spoilt, found in (
