@@ -198,23 +198,26 @@ def stream_seconds(path: str | Path) -> tuple[float, float | None]:
 
     read_clip cuts or pads sound to the pictures: only the file tells whether it had to.  Raises MediaError.
     """
-    try:
-        with _opened(path) as container:
-            whole = (container.duration or 0) / av.time_base
-            streams = [
-                group[0] if group else None for group in (container.streams.video, container.streams.audio)
-            ]
-            seconds = [
-                None
-                if s is None
-                else float(s.duration * s.time_base)
-                if s.duration and s.time_base
-                else whole
-                for s in streams
-            ]
-    except (OSError, FFmpegError) as error:
-        raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
-    return seconds[0] or 0.0, seconds[1]
+    with _reading(path), _opened(path) as container:
+        video, audio = (group[:1] for group in (container.streams.video, container.streams.audio))
+        seconds = {stream.index: _told_seconds(stream) for stream in (*video, *audio)}
+        silent = [stream for stream in (*video, *audio) if not seconds[stream.index]]
+        for packet in container.demux(*silent) if silent else ():
+            if packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                seconds[packet.stream.index] = max(seconds[packet.stream.index], end)
+    return (
+        seconds[video[0].index] if video else 0.0,
+        seconds[audio[0].index] if audio else None,
+    )
+
+
+def _told_seconds(stream: av.VideoStream | av.AudioStream) -> float:
+    """What the header says of a stream, or its tag as Matroska has it ("00:00:02.500000000"); 0 where neither does."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) if tag else 0.0
 
 
 def read_origin(path: str | Path) -> dict:

@@ -257,9 +257,11 @@ def test_a_missing_folder_is_named(tmp_path):
         write_clip(tmp_path / "absent" / "a.mp4", make_clip())
 
 
-def write_by_hand(path: Path, picture_seconds: list[float], sound_starts: float | None = None) -> None:
+def write_by_hand(
+    path: Path, picture_seconds: list[float], sound_starts: float | None = None, **options: str
+) -> None:
     """One grey level per picture, rising, at given times; a click at the first sample of the sound."""
-    with av.open(str(path), "w", format="matroska") as container:  # keeps any time stamp
+    with av.open(str(path), "w", format="matroska", options=options) as container:  # keeps any time stamp
         video = container.add_stream("libx264", rate=10, options={"crf": "0", "bf": "0"})
         video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
         audio = (
@@ -321,6 +323,13 @@ def test_a_name_like_an_address_and_tags_of_another_encoding_are_read(tmp_path, 
     Path("10:30.mp4").write_bytes(content.replace(b"Zebra", b"Z\xe9bra"))
     assert len(read_clip("10:30.mp4").frames) == 9
     assert stream_seconds("10:30.mp4")[0] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("options", [{}, {"live": "1"}], ids=["tags", "no lengths"])
+def test_streams_of_matroska_are_as_long_as_they_are(tmp_path, options):
+    """Its streams have no duration of their own: a tag tells it, or the last packet does."""
+    write_by_hand(tmp_path / "a.mkv", [0.1 * i for i in range(10)], 0.0, **options)
+    assert stream_seconds(tmp_path / "a.mkv") == pytest.approx((1.0, 0.1), abs=2e-3)
 
 
 @pytest.mark.parametrize(("sound_starts", "heard_at"), [(0.0, 0), (0.2, 3200)])
