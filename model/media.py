@@ -7,6 +7,7 @@ import heapq
 import io
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -477,7 +478,9 @@ def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
             f"says that it has {float(rate):g} frames per second: {LEAST_FPS:g} to {MOST_FPS:g} can be read"
         )
     start_seconds = times[0] or 0.0
-    shown = _constant_rate(times, float(rate), start_seconds)
+    # the last picture of a variable rate lasts as long as they do on average
+    told, rate = rate, _grid(times, rate, float(video.time_base or 0))
+    shown = _constant_rate(times, float(rate), start_seconds, rate != told, max(1, round(rate / told)))
     frames_FHWC = torch.empty(len(shown), *size, 3, device="meta")
     if not sounds:
         return Clip(frames_FHWC, None, float(rate), audio.rate if audio else 0), shown
@@ -489,15 +492,40 @@ def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
     return Clip(frames_FHWC, waveform_CS, float(rate), sample_rate_hz), shown
 
 
-def _constant_rate(times: list[float | None], fps: float, start_seconds: float) -> np.ndarray:
-    """Every picture at its own time, held until the next one: which of them each frame shows, (F,)."""
+def _grid(times: list[float | None], told: Fraction, tick_seconds: float) -> Fraction:
+    """The rate that a file tells, or where its pictures usually come much closer, at a variable rate, that of the closest."""
+    known = np.array([time for time in times if time is not None])
+    spacings = np.diff(np.sort(known))
+    spacings = spacings[spacings > 0]
+    if len(known) < len(times) or not len(spacings):
+        return told
+    usual = float(np.percentile(spacings, 10, method="lower"))
+    if usual + tick_seconds > 0.9 / told:  # stamps are rounded to ticks
+        return told
+    # long rests between bursts are many frames: no more than may be
+    most = 0.99 * _most_frames(times) / (np.ptp(known) + 1 / float(told))
+    return max(told, Fraction(min(1 / usual, most, MOST_FPS)).limit_denominator(1001))
+
+
+def _most_frames(times: list[float | None]) -> int:
+    return max(_FEW_FRAMES, _MOST_REPEATS * len(times))
+
+
+def _constant_rate(
+    times: list[float | None], fps: float, start_seconds: float, varies: bool, held: int
+) -> np.ndarray:
+    """Every picture at its own time, held until the next one, the last for `held`: which of them each frame shows, (F,).
+
+    varies: each is shown from the frame in which its time lies; at a constant rate its time is that of the nearest.
+    """
+    place = (lambda frames: math.floor(frames + 1e-3)) if varies else round
     places = [
-        index if time is None else round((time - start_seconds) * fps) for index, time in enumerate(times)
+        index if time is None else place((time - start_seconds) * fps) for index, time in enumerate(times)
     ]
     order = np.argsort(places, kind="stable")
     places = np.array(places)[order]
-    count = max(1, int(places[-1]) + 1)
-    if count > max(_FEW_FRAMES, _MOST_REPEATS * len(times)):
+    count = max(1, int(places[-1]) + held)
+    if count > _most_frames(times):
         raise MediaError(f"has {len(times)} pictures with times for {count}: its time stamps are damaged")
     return order[(np.searchsorted(places, np.arange(count), side="right") - 1).clip(0)]
 

@@ -291,6 +291,46 @@ def test_time_stamps_of_pictures_are_obeyed(tmp_path):
     assert levels == [0, 1, 1, 1, 2, 3]  # the picture of 0.6 s is held until 0.9 s
 
 
+def write_at_any_time(path: Path, picture_ms: list[int]) -> None:
+    """An mp4 of one grey level per picture, rising, at given times."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25, options={"crf": "0", "bf": "0"})
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        for index, milliseconds in enumerate(picture_ms):
+            pixels = np.full((32, 32, 3), 20 * index, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+
+
+def test_pictures_of_a_variable_rate_stand_from_their_own_times_on(tmp_path):
+    """On average there are 2.6 a second, at which most would never be shown."""
+    times_ms = [0, 40, 80, 120, 1000, 1040, 1080, 3000]
+    write_at_any_time(tmp_path / "a.mp4", times_ms)
+    clip = read_clip(tmp_path / "a.mp4")
+    assert clip.fps == 25
+    levels = (clip.frames.mean((1, 2, 3)) * 255 / 20).round().int().tolist()
+    assert levels[:76] == [sum(ms <= 40 * frame for ms in times_ms) - 1 for frame in range(76)]
+    assert set(levels[76:]) <= {7}
+    assert 3.2 < clip.seconds < 4  # the last is held as long as they are on average
+
+
+def test_a_long_rest_after_a_burst_makes_frames_longer_not_too_many(tmp_path):
+    write_at_any_time(tmp_path / "a.mp4", [0, 5, 10, 15, 20, 30_000])
+    file = open_clip(tmp_path / "a.mp4")
+    assert 2900 < len(file.shown) <= 3000
+    assert file.clip.seconds > 30
+
+
+@pytest.mark.parametrize("fps", [24000 / 1001, 60, 240])
+def test_stamps_rounded_to_milliseconds_are_no_variable_rate(tmp_path, fps):
+    told = Fraction(fps).limit_denominator(1001)
+    times = [round(1000 * i / fps) / 1000 for i in range(50)]
+    assert media._grid(times, told, 1e-3) == told
+
+
 def test_pictures_of_a_file_come_a_few_at_a_time(tmp_path):
     """Whatever the length, no more than a piece is held; together they are the clip."""
     write_by_hand(tmp_path / "a.mkv", [0.1 * i for i in range(11)] + [1.5])
