@@ -7,6 +7,7 @@ times in seconds. Nothing here knows a model or a prompt; an object is whatever 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class Motion:
     period: float = math.inf  # seconds between two events, or one cycle of a smooth motion
     events: tuple[float, ...] = ()  # contacts, turns, largest sizes
     speed: Callable[[np.ndarray], np.ndarray] | None = None  # of a smooth motion, at any time, 0..1
+    seconds: float = math.inf  # for how long from the start on the speed is known
 
 
 def shrink(frames_FHWC: Tensor, side: int = _SIDE) -> np.ndarray:
@@ -118,14 +120,50 @@ def name_motion(path: Path) -> Motion:
     """The motion that explains the path best, each fitted with its period and phase free.
 
     Bounces under gravity, to and fro at constant speed, pulses, and smooth to and fro or circles (two harmonics).
+    Periods are fitted to at most 8 s at once: longer paths are named in equal parts, each explained as badly as the worst.
     """
+    count = math.ceil(path.times[-1] / _LONGEST_PERIODIC_SECONDS)
+    if count < 2:
+        return _name_part(path)
+    edges = np.linspace(0, len(path.times) - 1, count + 1).astype(int)
+    # an interval more than up to the next part: what happens in it is seen by one of them at least
+    parts = [slice(start, end + 2) for start, end in pairwise(edges)]
+    named = [_name_part(_cut(path, part)) for part in parts]
+    return _joined(named, path.times[edges[:-1]], float(path.times[edges[1]]))
+
+
+def _cut(path: Path, part: slice) -> Path:
+    return Path(
+        path.times[part] - path.times[part.start],
+        path.x[part],
+        path.y[part],
+        path.size[part],
+        path.whole[part],
+    )
+
+
+def _joined(parts: list[Motion], starts: np.ndarray, seconds: float) -> Motion:
+    """Motions of consecutive parts as one; an event at a border is seen from both sides and kept once."""
+    unexplained = max(part.unexplained for part in parts)
+    period = min(part.period for part in parts)
+    if parts[0].kind == "smooth":
+        return Motion("smooth", unexplained, parts[0].period, (), parts[0].speed, seconds)
+    events: list[float] = []
+    for part, start in zip(parts, starts, strict=True):
+        for event in part.events:
+            if not events or start + event - events[-1] > period / 2:
+                events.append(float(start + event))
+    return Motion(parts[0].kind, unexplained, period, tuple(events))
+
+
+def _name_part(path: Path) -> Motion:
     signals = np.stack([path.x, path.y, path.size])
     keep = path.whole if path.whole.mean() > 0.6 else np.ones(len(path.x), bool)
     times, signals = path.times[keep], signals[:, keep]
     signals = signals - signals.mean(1, keepdims=True)
     power = np.square(signals).sum(1)
     total = float(power.sum())
-    if math.sqrt(total / len(times)) < 0.015 or len(times) < 8 or times[-1] > _LONGEST_PERIODIC_SECONDS:
+    if math.sqrt(total / len(times)) < 0.015 or len(times) < 8:
         return Motion("rest", 1.0)
     step = times[1] - times[0]
     periods = np.geomspace(max(4 * step, 0.2), max(2.5 * times[-1], 0.5), 120)

@@ -87,7 +87,7 @@ def _by_the_clearest(
     if seen.events:
         return match_events(np.array(seen.events), heard, last, edge=1.5 / fps, doubt=3 * seen.unexplained)
     if seen.kind == "smooth" and seen.speed is not None and len(heard) < 2:
-        return _by_loudness(seen, last, sound_CS, rate_hz)
+        return _by_loudness(seen, min(last, seen.seconds), sound_CS, rate_hz)
     return _nothing("no clear event to judge")
 
 
