@@ -55,7 +55,7 @@ def measure_sync(frames_FHWC: Tensor, fps: float, waveform_CS: Tensor | None, sa
 def measure_small_sync(
     pixels: np.ndarray, fps: float, waveform_CS: Tensor | None, sample_rate_hz: int
 ) -> Sync:
-    """The same of pictures as motion.shrink gives them, all of them numbers."""
+    """The same of pictures as motion.shrink gives them, all of them numbers, or packed."""
     if waveform_CS is None or waveform_CS.shape[-1] == 0:
         return _nothing("the clip has no sound")
     sound_CS = np.nan_to_num(waveform_CS.float().cpu().numpy(), posinf=0, neginf=0)
