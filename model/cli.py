@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something given is wrong (one sentence on stderr, no file)
 
 import argparse
 import io
+import itertools
 import json
 import logging
 import math
@@ -358,6 +359,10 @@ def _write_trajectory(path: Path, pictures: "Tensor") -> None:
     path.mkdir(exist_ok=True)
     for number, picture in enumerate(pictures, start=1):
         write_image(path / f"{number:03}.png", picture)
+    # an earlier way that was longer would seem to go on from here; nothing else in the folder is touched
+    later = (path / f"{number:03}.png" for number in itertools.count(len(pictures) + 1))
+    for old in itertools.takewhile(Path.is_file, later):
+        old.unlink()
 
 
 def _show_plan() -> None:
