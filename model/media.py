@@ -207,10 +207,8 @@ def stream_seconds(path: str | Path) -> tuple[float, float | None]:
             if packet.pts is not None:
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 seconds[packet.stream.index] = max(seconds[packet.stream.index], end)
-    return (
-        seconds[video[0].index] if video else 0.0,
-        seconds[audio[0].index] if audio else None,
-    )
+        # streams are not to be asked once their file is closed
+        return seconds[video[0].index] if video else 0.0, seconds[audio[0].index] if audio else None
 
 
 def _told_seconds(stream: av.VideoStream | av.AudioStream) -> float:
