@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something given is wrong (one sentence on stderr, no file)
 
 import argparse
 import io
+import itertools
 import json
 import logging
 import math
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from .measure.energy import Energy
     from .measure.pictures import Look
+    from .measure.report import ClipReport
     from .provenance import Disclosure
-    from .values import GenerateRequest, GenerateResult, Lora, Progress
+    from .values import Clip, GenerateRequest, GenerateResult, Lora, Progress
 
 _MAX_SEED = 2**63 - 1
 
@@ -314,23 +316,37 @@ def _measure(parsed: argparse.Namespace) -> None:
     if parsed.picture is not None:
         _check_output(parsed.picture, ".png")
 
-    from .measure.pictures import Look
-    from .measure.report import draw_report, report_clip
-    from .media import open_clip, read_origin, stream_seconds, write_image
+    from .measure.report import draw_report
+    from .media import write_image
+    from .residency import out_of_memory
 
-    file = open_clip(parsed.file)
+    try:
+        report, clip, look = _looked_at(parsed.file)
+        picture = None if parsed.picture is None else draw_report(report, clip, look)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MediaError(f"{parsed.file} does not fit into memory: cut it or make it smaller") from error
+    if picture is not None:
+        write_image(parsed.picture, picture)
+    print(report.to_text(), flush=True)
+    if parsed.json:
+        print(json.dumps({"file": str(parsed.file), **report.to_dict()}), flush=True)
+
+
+def _looked_at(path: Path) -> "tuple[ClipReport, Clip, Look]":
+    from .measure.pictures import Look
+    from .measure.report import report_clip
+    from .media import open_clip, read_origin, stream_seconds
+
+    file = open_clip(path)
     clip = file.clip
     look = Look(len(clip.frames), clip.fps)
     for piece in file.pieces():
         look.push(piece)
-    pictures, sound = stream_seconds(parsed.file)
+    pictures, sound = stream_seconds(path)
     difference_ms = None if sound is None else (sound - pictures) * 1000
-    report = report_clip(clip, difference_ms, read_origin(parsed.file), look)
-    if parsed.picture is not None:
-        write_image(parsed.picture, draw_report(report, clip, look))
-    print(report.to_text(), flush=True)
-    if parsed.json:
-        print(json.dumps({"file": str(parsed.file), **report.to_dict()}), flush=True)
+    return report_clip(clip, difference_ms, read_origin(path), look), clip, look
 
 
 def _write_trajectory(path: Path, pictures: "Tensor") -> None:
@@ -343,6 +359,10 @@ def _write_trajectory(path: Path, pictures: "Tensor") -> None:
     path.mkdir(exist_ok=True)
     for number, picture in enumerate(pictures, start=1):
         write_image(path / f"{number:03}.png", picture)
+    # an earlier way that was longer would seem to go on from here; nothing else in the folder is touched
+    later = (path / f"{number:03}.png" for number in itertools.count(len(pictures) + 1))
+    for old in itertools.takewhile(Path.is_file, later):
+        old.unlink()
 
 
 def _show_plan() -> None:

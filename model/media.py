@@ -7,6 +7,7 @@ import heapq
 import io
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -198,23 +199,24 @@ def stream_seconds(path: str | Path) -> tuple[float, float | None]:
 
     read_clip cuts or pads sound to the pictures: only the file tells whether it had to.  Raises MediaError.
     """
-    try:
-        with _opened(path) as container:
-            whole = (container.duration or 0) / av.time_base
-            streams = [
-                group[0] if group else None for group in (container.streams.video, container.streams.audio)
-            ]
-            seconds = [
-                None
-                if s is None
-                else float(s.duration * s.time_base)
-                if s.duration and s.time_base
-                else whole
-                for s in streams
-            ]
-    except (OSError, FFmpegError) as error:
-        raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
-    return seconds[0] or 0.0, seconds[1]
+    with _reading(path), _opened(path) as container:
+        video, audio = (group[:1] for group in (container.streams.video, container.streams.audio))
+        seconds = {stream.index: _told_seconds(stream) for stream in (*video, *audio)}
+        silent = [stream for stream in (*video, *audio) if not seconds[stream.index]]
+        for packet in container.demux(*silent) if silent else ():
+            if packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                seconds[packet.stream.index] = max(seconds[packet.stream.index], end)
+        # streams are not to be asked once their file is closed
+        return seconds[video[0].index] if video else 0.0, seconds[audio[0].index] if audio else None
+
+
+def _told_seconds(stream: av.VideoStream | av.AudioStream) -> float:
+    """What the header says of a stream, or its tag as Matroska has it ("00:00:02.500000000"); 0 where neither does."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) if tag else 0.0
 
 
 def read_origin(path: str | Path) -> dict:
@@ -474,7 +476,9 @@ def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
             f"says that it has {float(rate):g} frames per second: {LEAST_FPS:g} to {MOST_FPS:g} can be read"
         )
     start_seconds = times[0] or 0.0
-    shown = _constant_rate(times, float(rate), start_seconds)
+    # the last picture of a variable rate lasts as long as they do on average
+    told, rate = rate, _grid(times, rate, float(video.time_base or 0))
+    shown = _constant_rate(times, float(rate), start_seconds, rate != told, max(1, round(rate / told)))
     frames_FHWC = torch.empty(len(shown), *size, 3, device="meta")
     if not sounds:
         return Clip(frames_FHWC, None, float(rate), audio.rate if audio else 0), shown
@@ -486,15 +490,40 @@ def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
     return Clip(frames_FHWC, waveform_CS, float(rate), sample_rate_hz), shown
 
 
-def _constant_rate(times: list[float | None], fps: float, start_seconds: float) -> np.ndarray:
-    """Every picture at its own time, held until the next one: which of them each frame shows, (F,)."""
+def _grid(times: list[float | None], told: Fraction, tick_seconds: float) -> Fraction:
+    """The rate that a file tells, or where its pictures usually come much closer, at a variable rate, that of the closest."""
+    known = np.array([time for time in times if time is not None])
+    spacings = np.diff(np.sort(known))
+    spacings = spacings[spacings > 0]
+    if len(known) < len(times) or not len(spacings):
+        return told
+    usual = float(np.percentile(spacings, 10, method="lower"))
+    if usual + tick_seconds > 0.9 / told:  # stamps are rounded to ticks
+        return told
+    # long rests between bursts are many frames: no more than may be
+    most = 0.99 * _most_frames(times) / (np.ptp(known) + 1 / float(told))
+    return max(told, Fraction(min(1 / usual, most, MOST_FPS)).limit_denominator(1001))
+
+
+def _most_frames(times: list[float | None]) -> int:
+    return max(_FEW_FRAMES, _MOST_REPEATS * len(times))
+
+
+def _constant_rate(
+    times: list[float | None], fps: float, start_seconds: float, varies: bool, held: int
+) -> np.ndarray:
+    """Every picture at its own time, held until the next one, the last for `held`: which of them each frame shows, (F,).
+
+    varies: each is shown from the frame in which its time lies; at a constant rate its time is that of the nearest.
+    """
+    place = (lambda frames: math.floor(frames + 1e-3)) if varies else round
     places = [
-        index if time is None else round((time - start_seconds) * fps) for index, time in enumerate(times)
+        index if time is None else place((time - start_seconds) * fps) for index, time in enumerate(times)
     ]
     order = np.argsort(places, kind="stable")
     places = np.array(places)[order]
-    count = max(1, int(places[-1]) + 1)
-    if count > max(_FEW_FRAMES, _MOST_REPEATS * len(times)):
+    count = max(1, int(places[-1]) + held)
+    if count > _most_frames(times):
         raise MediaError(f"has {len(times)} pictures with times for {count}: its time stamps are damaged")
     return order[(np.searchsorted(places, np.arange(count), side="right") - 1).clip(0)]
 

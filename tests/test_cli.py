@@ -106,6 +106,16 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
     assert (told["prompt"], told["seed"], told["latent_sha256"]) == ("a red ball", 7, "cd" * 32)
 
 
+def test_a_shorter_way_replaces_a_longer_one_and_nothing_else(tmp_path):
+    for name in ("005.png", "1.png", "way.png", "note.txt"):
+        (tmp_path / name).write_bytes(b"mine")
+    cli._write_trajectory(tmp_path, torch.zeros(3, 4, 4, 3))
+    cli._write_trajectory(tmp_path, torch.ones(2, 4, 4, 3))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["001.png", "002.png", "005.png", "1.png", "note.txt", "way.png"]
+    assert Image.open(tmp_path / "002.png").getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_every_stage_has_a_bar_with_remaining_time_on_stderr(generate):
     _, stdout, stderr = generate("--seed", 7)
     lines = [line.strip() for line in stderr.replace("\r", "\n").splitlines()]

@@ -234,6 +234,21 @@ def test_processor_counters_are_read_and_wrap(tmp_path):
     assert source.read() - first == pytest.approx(3.0)
 
 
+def test_a_processor_counter_that_wraps_between_two_readings_is_followed(tmp_path):
+    """At the stage's two ends the counter only seems to have grown by 50 kJ."""
+    path = package(tmp_path, 200_000_000_000)
+    source = meter._RaplCounter(path, poll_seconds=0.005)
+    first = source.read()
+    for microjoules in (10_000_000_000, 250_000_000_000):
+        package(tmp_path, microjoules)
+        until = time.monotonic() + 10
+        while source._last != microjoules and time.monotonic() < until:
+            time.sleep(0.005)
+    assert source.read() - first == pytest.approx(50_000 + 262_143.328850)
+    source.close()
+    assert not source._thread.is_alive()
+
+
 def test_a_counter_of_the_whole_board_does_not_count_the_package_twice(tmp_path):
     package(tmp_path, 1_000_000)
     board = tmp_path / "intel-rapl:1"

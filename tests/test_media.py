@@ -257,9 +257,11 @@ def test_a_missing_folder_is_named(tmp_path):
         write_clip(tmp_path / "absent" / "a.mp4", make_clip())
 
 
-def write_by_hand(path: Path, picture_seconds: list[float], sound_starts: float | None = None) -> None:
+def write_by_hand(
+    path: Path, picture_seconds: list[float], sound_starts: float | None = None, **options: str
+) -> None:
     """One grey level per picture, rising, at given times; a click at the first sample of the sound."""
-    with av.open(str(path), "w", format="matroska") as container:  # keeps any time stamp
+    with av.open(str(path), "w", format="matroska", options=options) as container:  # keeps any time stamp
         video = container.add_stream("libx264", rate=10, options={"crf": "0", "bf": "0"})
         video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
         audio = (
@@ -287,6 +289,46 @@ def test_time_stamps_of_pictures_are_obeyed(tmp_path):
     levels = (clip.frames.mean((1, 2, 3)) * 255 / 20).round().int().tolist()
     assert clip.fps == 10
     assert levels == [0, 1, 1, 1, 2, 3]  # the picture of 0.6 s is held until 0.9 s
+
+
+def write_at_any_time(path: Path, picture_ms: list[int]) -> None:
+    """An mp4 of one grey level per picture, rising, at given times."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25, options={"crf": "0", "bf": "0"})
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        for index, milliseconds in enumerate(picture_ms):
+            pixels = np.full((32, 32, 3), 20 * index, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+
+
+def test_pictures_of_a_variable_rate_stand_from_their_own_times_on(tmp_path):
+    """On average there are 2.6 a second, at which most would never be shown."""
+    times_ms = [0, 40, 80, 120, 1000, 1040, 1080, 3000]
+    write_at_any_time(tmp_path / "a.mp4", times_ms)
+    clip = read_clip(tmp_path / "a.mp4")
+    assert clip.fps == 25
+    levels = (clip.frames.mean((1, 2, 3)) * 255 / 20).round().int().tolist()
+    assert levels[:76] == [sum(ms <= 40 * frame for ms in times_ms) - 1 for frame in range(76)]
+    assert set(levels[76:]) <= {7}
+    assert 3.2 < clip.seconds < 4  # the last is held as long as they are on average
+
+
+def test_a_long_rest_after_a_burst_makes_frames_longer_not_too_many(tmp_path):
+    write_at_any_time(tmp_path / "a.mp4", [0, 5, 10, 15, 20, 30_000])
+    file = open_clip(tmp_path / "a.mp4")
+    assert 2900 < len(file.shown) <= 3000
+    assert file.clip.seconds > 30
+
+
+@pytest.mark.parametrize("fps", [24000 / 1001, 60, 240])
+def test_stamps_rounded_to_milliseconds_are_no_variable_rate(tmp_path, fps):
+    told = Fraction(fps).limit_denominator(1001)
+    times = [round(1000 * i / fps) / 1000 for i in range(50)]
+    assert media._grid(times, told, 1e-3) == told
 
 
 def test_pictures_of_a_file_come_a_few_at_a_time(tmp_path):
@@ -321,6 +363,13 @@ def test_a_name_like_an_address_and_tags_of_another_encoding_are_read(tmp_path, 
     Path("10:30.mp4").write_bytes(content.replace(b"Zebra", b"Z\xe9bra"))
     assert len(read_clip("10:30.mp4").frames) == 9
     assert stream_seconds("10:30.mp4")[0] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("options", [{}, {"live": "1"}], ids=["tags", "no lengths"])
+def test_streams_of_matroska_are_as_long_as_they_are(tmp_path, options):
+    """Its streams have no duration of their own: a tag tells it, or the last packet does."""
+    write_by_hand(tmp_path / "a.mkv", [0.1 * i for i in range(10)], 0.0, **options)
+    assert stream_seconds(tmp_path / "a.mkv") == pytest.approx((1.0, 0.1), abs=2e-3)
 
 
 @pytest.mark.parametrize(("sound_starts", "heard_at"), [(0.0, 0), (0.2, 3200)])

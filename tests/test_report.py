@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from lockstep.model import cli
 from lockstep.model.errors import MediaError
 from lockstep.model.measure.doubts import find_doubts
+from lockstep.model.measure.motion import shrink, unpacked
 from lockstep.model.measure.pictures import (
     Look,
     find_colour_drift,
@@ -21,6 +23,7 @@ from lockstep.model.measure.pictures import (
 )
 from lockstep.model.measure.report import draw_report, report_clip
 from lockstep.model.measure.sound import look_at_sound, loudness
+from lockstep.model.measure.sync import measure_small_sync
 from lockstep.model.media import read_origin, stream_seconds, write_clip, write_image
 from lockstep.model.values import Clip
 
@@ -136,6 +139,27 @@ def test_pictures_looked_at_in_pieces_tell_the_same(count, at_once):
     assert look.facts() == look_at_pictures(frames, 12.0)
 
 
+def test_the_report_of_a_long_clip_needs_little_memory():
+    """Ten minutes at 24 fps are 14,400 frames, which were more than a megabyte each."""
+    some = moving(16, 128)
+    tracemalloc.start()
+    look = Look(25 * len(some), 24.0)
+    for _ in range(25):
+        look.push(some)
+    look.facts()
+    measure_small_sync(look.pixels, 24.0, torch.rand(1, 8000), 8000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 25 * len(some) * 300_000
+
+
+def test_thumbnails_keep_what_eight_bits_would_round_away():
+    frames = torch.linspace(0.5, 0.503, 24).view(-1, 1, 1, 1).expand(24, 160, 160, 3)
+    look = Look(24, 12.0)
+    look.push(frames)
+    assert np.abs(unpacked(look.pixels) - shrink(frames)).max() < 1e-5
+
+
 # Sound
 
 
@@ -157,6 +181,35 @@ def test_true_peak_lies_between_samples():
     assert wave.abs().max() < 0.36
     facts = look_at_sound(wave, RATE_HZ)
     assert facts.true_peak_dbfs == pytest.approx(20 * math.log10(0.5), abs=0.3)
+
+
+@pytest.mark.parametrize("samples", [(1 << 18) + 37, 12 * RATE_HZ])
+def test_the_true_peak_of_a_long_sound_is_that_of_a_short_one(samples):
+    """Where a long sound is cut into pieces to be oversampled, nothing rings."""
+
+    def steady(samples: int) -> torch.Tensor:
+        wave = 0.85 * torch.sin(2 * math.pi * 100 * torch.arange(samples, dtype=torch.float64) / RATE_HZ)
+        fade = torch.hann_window(9600, periodic=False)
+        wave[:4800] *= fade[:4800]
+        wave[-4800:] *= fade[4800:]
+        return wave[None]
+
+    short, long = (look_at_sound(steady(n), RATE_HZ).true_peak_dbfs for n in (RATE_HZ, samples))
+    assert short == pytest.approx(20 * math.log10(0.85), abs=0.01)
+    assert long == pytest.approx(short, abs=0.02)
+
+
+def test_what_spoils_both_channels_at_once_counts_once():
+    wave = tone()
+    wave[0, 30000] += 0.6
+    wave[0, 60000:60003] = 1.0
+    one, both = (look_at_sound(sound, RATE_HZ) for sound in (wave, wave.repeat(2, 1)))
+    assert (both.clicks, both.clipped_samples) == (one.clicks, one.clipped_samples)
+    assert both.clipped_samples == 3
+    apart = torch.cat([tone(), tone()])
+    apart[0, 30000] += 0.6
+    apart[1, 40000] += 0.6
+    assert look_at_sound(apart, RATE_HZ).clicks == 2
 
 
 def test_what_is_wrong_with_sound_is_named():
@@ -263,6 +316,16 @@ def test_what_is_no_clip_is_refused_in_a_sentence(tmp_path, capsys, content):
     stdout, stderr = capsys.readouterr()
     assert (stdout, stderr.count("\n")) == ("", 1)
     assert "a.mp4" in stderr
+
+
+def test_a_clip_that_does_not_fit_into_memory_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    write_clip(tmp_path / "a.mp4", good())
+    monkeypatch.setattr(Look, "facts", full)
+    assert cli.main(["measure", str(tmp_path / "a.mp4")]) == 2
+    assert capsys.readouterr().err.strip().endswith("does not fit into memory: cut it or make it smaller")
 
 
 def test_a_picture_of_the_report_is_checked_before_any_work(tmp_path, capsys):

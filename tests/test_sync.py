@@ -45,6 +45,24 @@ def test_a_moved_sound_is_told_exactly_through_a_file(tmp_path, clip, shift_ms):
     assert told.confidence >= 0.5
 
 
+@pytest.mark.parametrize(
+    ("motion", "frames", "fps"), [("bounces", 108, 12.0), ("slides", 240, 12.0), ("swings", 216, 24.0)]
+)
+def test_clips_of_more_than_eight_seconds_are_told_too(tmp_path, motion, frames, fps):
+    scene = scene_of(motion, "normal", "none")
+    for shift_ms in (0, 200):
+        wave = heard(scene, frames, fps, (64, 64), shift_ms, cut=False)
+        told = measure(scene, frames, fps, (64, 64), wave, tmp_path)
+        assert told.offset_ms == pytest.approx(shift_ms, abs=10)
+
+
+def test_events_of_a_long_path_are_each_seen_once():
+    scene = scene_of("bounces", "normal", "none")
+    seen = name_motion(follow(world.render(scene, 240, 64, 64, 12.0).numpy(), 12.0))
+    truth = [t for t in world.event_times(scene, 20.0) if t < 239 / 12]
+    assert np.array(seen.events) == pytest.approx(np.array(truth), abs=0.005)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_sound_of_another_scene_is_told_nothing(tmp_path, seed):
     scene = scene_of("bounces", "normal", "none", seed)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from ..values import StageCost
 _logger = logging.getLogger("lockstep")
 RAPL_FOLDER = Path("/sys/class/powercap")
 _POLL_SECONDS = 0.05
+_RAPL_POLL_SECONDS = 30.0  # 262 kJ, the usual range, last minutes at any power
 _TICK_SECONDS = 0.1  # an NVIDIA counter moves about ten times a second: a shorter stage is told as rough
 JOULES_PER_WH = 3600.0
 
@@ -326,25 +327,35 @@ def rapl_sources(notes: list[str], folder: Path = RAPL_FOLDER) -> list[Source]:
 
 
 class _RaplCounter:
-    """Microjoules that wrap to 0 after max_energy_range_uj; read more often than it wraps, which takes minutes."""
+    """Microjoules that wrap to 0 after max_energy_range_uj, which takes minutes: a thread reads them more often."""
 
     kind = "counter"
 
-    def __init__(self, folder: Path):
-        self._file = folder / "energy_uj"
+    def __init__(self, folder: Path, poll_seconds: float = _RAPL_POLL_SECONDS):
+        self._file, self._poll = folder / "energy_uj", poll_seconds
         self._range = int((folder / "max_energy_range_uj").read_text())
         self.name = f"cpu {(folder / 'name').read_text().strip()}"
+        self._lock, self._stop = threading.Lock(), threading.Event()
         self._last, self._wrapped = self._now(), 0
+        self._thread = threading.Thread(target=self._run, name="lockstep-rapl", daemon=True)
+        self._thread.start()
 
     def _now(self) -> int:
         return int(self._file.read_text())
 
+    def _run(self) -> None:
+        while not self._stop.wait(self._poll):
+            with suppress(OSError, ValueError):  # whoever reads is told
+                self.read()
+
     def read(self) -> float:
-        now = self._now()
-        if now < self._last:
-            self._wrapped += self._range
-        self._last = now
-        return (self._wrapped + now) / 1e6
+        with self._lock:
+            now = self._now()
+            if now < self._last:
+                self._wrapped += self._range
+            self._last = now
+            return (self._wrapped + now) / 1e6
 
     def close(self) -> None:
-        pass
+        self._stop.set()
+        self._thread.join(timeout=1)

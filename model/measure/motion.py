@@ -5,8 +5,9 @@ times in seconds. Nothing here knows a model or a prompt; an object is whatever 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ _LUMA = np.array([0.2126, 0.7152, 0.0722])  # BT.709
 _PLAIN_SHARE = 0.55  # of all pixels that must have the background's colour
 _LONGEST_PERIODIC_SECONDS = 8.0
 _ENERGY_GRID = 16
+_PACKED = 65535
+_PART_FRAMES = 16  # of thumbnails that are looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Motion:
     period: float = math.inf  # seconds between two events, or one cycle of a smooth motion
     events: tuple[float, ...] = ()  # contacts, turns, largest sizes
     speed: Callable[[np.ndarray], np.ndarray] | None = None  # of a smooth motion, at any time, 0..1
+    seconds: float = math.inf  # for how long from the start on the speed is known
 
 
 def shrink(frames_FHWC: Tensor, side: int = _SIDE) -> np.ndarray:
@@ -57,13 +61,33 @@ def shrink(frames_FHWC: Tensor, side: int = _SIDE) -> np.ndarray:
     return rearrange(torch.cat(small), "F C H W -> F H W C").cpu().numpy()
 
 
+def packed(pixels: np.ndarray) -> np.ndarray:
+    """Thumbnails 0..1 in half of the memory, 16 bits each: eight would round a slow fade to steps."""
+    return (pixels.clip(0, 1) * _PACKED + 0.5).astype(np.uint16)
+
+
+def unpacked(pixels: np.ndarray) -> np.ndarray:
+    """What packed was given, float32; thumbnails that are not packed stay as they are."""
+    return pixels.astype(np.float32) / _PACKED if pixels.dtype == np.uint16 else pixels
+
+
+def in_parts(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """Thumbnails, packed or not, a few frames at a time and unpacked: of a long clip all at once would not fit."""
+    for start in range(0, max(1, len(pixels)), _PART_FRAMES):
+        yield unpacked(pixels[start : start + _PART_FRAMES])
+
+
 def motion_energy(pixels: np.ndarray) -> np.ndarray:
     """Mean change of each frame against the one before (F,), 0 at the first; a change of exposure is no motion."""
+    pooled = np.concatenate([_pooled(part) for part in in_parts(pixels)])
+    return np.concatenate([[0.0], np.abs(np.diff(pooled, axis=0)).mean((1, 2))])
+
+
+def _pooled(pixels: np.ndarray) -> np.ndarray:
     grey = pixels @ _LUMA.astype(np.float32)
     rows, columns = (min(n, _ENERGY_GRID) for n in grey.shape[1:])
     pooled = functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(grey)), (rows, columns))
-    pooled = (pooled - pooled.mean((1, 2), keepdim=True)).numpy()
-    return np.concatenate([[0.0], np.abs(np.diff(pooled, axis=0)).mean((1, 2))])
+    return (pooled - pooled.mean((1, 2), keepdim=True)).numpy()
 
 
 def find_jumps(energy: np.ndarray, fps: float) -> np.ndarray:
@@ -82,7 +106,7 @@ def find_jumps(energy: np.ndarray, fps: float) -> np.ndarray:
 
 def follow(pixels: np.ndarray, fps: float) -> Path | None:
     """The path of what differs from a plain background; None if there is none, or more than half of the frames lack it."""
-    sample = pixels[:: max(1, len(pixels) // 64)].reshape(-1, 3)
+    sample = unpacked(pixels[:: max(1, len(pixels) // 64)]).reshape(-1, 3)
     paper = np.median(sample, axis=0)
     far = np.linalg.norm(sample - paper, axis=1)
     furthest = np.percentile(far, 99.5)
@@ -91,21 +115,34 @@ def follow(pixels: np.ndarray, fps: float) -> Path | None:
     ink = np.median(sample[far > 0.7 * furthest], axis=0)
     # luma has the full resolution; chroma, which 4:2:0 halves, decides where the two are equally bright
     toward = (np.eye(3) * 0.15 + 4 * np.outer(_LUMA, _LUMA)) @ (ink - paper)
-    cover = (pixels - paper) @ toward / ((ink - paper) @ toward)
-    return _path(((cover - 0.15) / 0.7).clip(0, 1), fps)  # a codec's ripples and blur lie below and above
+    scale = (ink - paper) @ toward
+    # a codec's ripples and blur lie below and above
+    covers = ((((part - paper) @ toward / scale - 0.15) / 0.7).clip(0, 1) for part in in_parts(pixels))
+    return _path(np.concatenate([_weighed(cover) for cover in covers], axis=1), pixels.shape[1:3], fps)
 
 
-def _path(cover: np.ndarray, fps: float) -> Path | None:
+def _weighed(cover: np.ndarray) -> np.ndarray:
+    """Of each frame's cover (F, H, W) its sum, its moments along columns and rows and what lies on the rim: (4, F)."""
     rows, columns = cover.shape[1:]
+    return np.stack(
+        [
+            reduce(cover, "F H W -> F", "sum"),
+            cover.sum(1) @ (np.arange(columns) + 0.5),
+            cover.sum(2) @ (np.arange(rows) + 0.5),
+            cover[:, [0, -1]].sum((1, 2)) + cover[:, :, [0, -1]].sum((1, 2)),
+        ]
+    )
+
+
+def _path(weighed: np.ndarray, shape: tuple[int, int], fps: float) -> Path | None:
+    area, across, down, rim = weighed
+    rows, columns = shape
     short = min(rows, columns)
-    area = reduce(cover, "F H W -> F", "sum")
     found = area > max(2.0, 0.002 * rows * columns)
     if found.mean() < 0.5 or len(found) < 4:
         return None
     safe = np.where(found, area, 1.0)
-    x = cover.sum(1) @ (np.arange(columns) + 0.5) / safe / short
-    y = cover.sum(2) @ (np.arange(rows) + 0.5) / safe / short
-    rim = cover[:, [0, -1]].sum((1, 2)) + cover[:, :, [0, -1]].sum((1, 2))
+    x, y = across / safe / short, down / safe / short
     at = np.flatnonzero(found)
     x, y, size = (np.interp(np.arange(len(z)), at, z[at]) for z in (x, y, np.sqrt(area) / short))
     return Path(np.arange(len(x)) / fps, x, y, size, found & (rim < 0.5))
@@ -118,14 +155,50 @@ def name_motion(path: Path) -> Motion:
     """The motion that explains the path best, each fitted with its period and phase free.
 
     Bounces under gravity, to and fro at constant speed, pulses, and smooth to and fro or circles (two harmonics).
+    Periods are fitted to at most 8 s at once: longer paths are named in equal parts, each explained as badly as the worst.
     """
+    count = math.ceil(path.times[-1] / _LONGEST_PERIODIC_SECONDS)
+    if count < 2:
+        return _name_part(path)
+    edges = np.linspace(0, len(path.times) - 1, count + 1).astype(int)
+    # an interval more than up to the next part: what happens in it is seen by one of them at least
+    parts = [slice(start, end + 2) for start, end in pairwise(edges)]
+    named = [_name_part(_cut(path, part)) for part in parts]
+    return _joined(named, path.times[edges[:-1]], float(path.times[edges[1]]))
+
+
+def _cut(path: Path, part: slice) -> Path:
+    return Path(
+        path.times[part] - path.times[part.start],
+        path.x[part],
+        path.y[part],
+        path.size[part],
+        path.whole[part],
+    )
+
+
+def _joined(parts: list[Motion], starts: np.ndarray, seconds: float) -> Motion:
+    """Motions of consecutive parts as one; an event at a border is seen from both sides and kept once."""
+    unexplained = max(part.unexplained for part in parts)
+    period = min(part.period for part in parts)
+    if parts[0].kind == "smooth":
+        return Motion("smooth", unexplained, parts[0].period, (), parts[0].speed, seconds)
+    events: list[float] = []
+    for part, start in zip(parts, starts, strict=True):
+        for event in part.events:
+            if not events or start + event - events[-1] > period / 2:
+                events.append(float(start + event))
+    return Motion(parts[0].kind, unexplained, period, tuple(events))
+
+
+def _name_part(path: Path) -> Motion:
     signals = np.stack([path.x, path.y, path.size])
     keep = path.whole if path.whole.mean() > 0.6 else np.ones(len(path.x), bool)
     times, signals = path.times[keep], signals[:, keep]
     signals = signals - signals.mean(1, keepdims=True)
     power = np.square(signals).sum(1)
     total = float(power.sum())
-    if math.sqrt(total / len(times)) < 0.015 or len(times) < 8 or times[-1] > _LONGEST_PERIODIC_SECONDS:
+    if math.sqrt(total / len(times)) < 0.015 or len(times) < 8:
         return Motion("rest", 1.0)
     step = times[1] - times[0]
     periods = np.geomspace(max(4 * step, 0.2), max(2.5 * times[-1], 0.5), 120)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .motion import motion_energy, shrink
+from .motion import in_parts, motion_energy, packed, shrink
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 _BLACK = 0.04  # luma that 99 % of a black frame's pixels stay below; the darkest plain background lies above
@@ -53,7 +53,7 @@ class Look:
 
     def __init__(self, frames: int, fps: float):
         self._frames, self._fps, self._size = frames, fps, (0, 0)
-        self._small: list[np.ndarray] = []
+        self._small: np.ndarray | None = None
         self._not_finite = self._came = 0
         self._across = self._down = np.zeros((1, 1), np.float32)
 
@@ -61,7 +61,10 @@ class Look:
         """The next frames (n, H, W, 3), 0..1; values that are no numbers are counted as black."""
         self._size = frames_FHWC.shape[1], frames_FHWC.shape[2]
         self._not_finite += sum(not torch.isfinite(frame).all() for frame in frames_FHWC)
-        self._small.append(np.nan_to_num(shrink(frames_FHWC), posinf=0, neginf=0))
+        small = packed(np.nan_to_num(shrink(frames_FHWC), posinf=0, neginf=0))
+        if self._small is None:
+            self._small = np.zeros((self._frames, *small.shape[1:]), small.dtype)
+        self._small[self._came : self._came + len(small)] = small
         every = max(1, self._frames // _SEAM_FRAMES)
         for frame in frames_FHWC[-self._came % every :: every]:
             grey = np.nan_to_num(frame.float().cpu().numpy(), posinf=0, neginf=0) @ LUMA
@@ -71,18 +74,16 @@ class Look:
 
     @property
     def pixels(self) -> np.ndarray:
-        """The thumbnails (F, h, w, 3), as motion.shrink gives them."""
-        if len(self._small) > 1:
-            self._small = [np.concatenate(self._small)]
-        return self._small[0]
+        """The thumbnails (F, h, w, 3), as motion.packed gives them."""
+        assert self._small is not None, "no frame has come"
+        return self._small
 
     def facts(self) -> PictureFacts:
         """All facts, once all frames have come."""
         assert self._came == self._frames, f"{self._came=} {self._frames=}"
         pixels, fps, frames = self.pixels, self._fps, self._frames
-        luma = pixels @ LUMA
         energy = motion_energy(pixels)
-        change = np.abs(np.diff(luma, axis=0)).mean((1, 2))
+        black, change, brightness = _look_at_luma(pixels)
         ratio, grid = self.seams()
         return PictureFacts(
             frames=frames,
@@ -90,10 +91,10 @@ class Look:
             height=self._size[0],
             fps=fps,
             not_finite_frames=self._not_finite,
-            black_frames=count_black(luma),
+            black_frames=black,
             frozen_seconds=_longest(change < _EQUAL) / fps,
             duplicate_frames=_duplicates(change, max(1, round(_STUTTER_SECONDS * fps))),
-            flashes=find_flashes(luma.mean((1, 2))),
+            flashes=find_flashes(brightness),
             colour_drift=find_colour_drift(pixels),
             motion_score=float(energy[1:].mean() * fps) if frames > 1 else 0.0,
             seam_ratio=ratio,
@@ -111,6 +112,20 @@ def look_at_pictures(frames_FHWC: Tensor, fps: float) -> PictureFacts:
     look = Look(len(frames_FHWC), fps)
     look.push(frames_FHWC)
     return look.facts()
+
+
+def _look_at_luma(pixels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many frames are black, the mean change from each frame to the next (F - 1,), the mean of each (F,)."""
+    black, before = 0, None
+    changes, means = [], []
+    for part in in_parts(pixels):
+        luma = part @ LUMA
+        black += count_black(luma)
+        means.append(luma.mean((1, 2)))
+        known = luma if before is None else np.concatenate([before, luma])
+        changes.append(np.abs(np.diff(known, axis=0)).mean((1, 2)))
+        before = luma[-1:]
+    return black, np.concatenate(changes), np.concatenate(means)
 
 
 def count_black(luma_FHW: np.ndarray) -> int:
@@ -146,7 +161,10 @@ def find_colour_drift(pixels_FHWC: np.ndarray) -> float:
     The median over the picture of each component counts: what an object covers or leaves is not most of it.
     """
     part = max(1, len(pixels_FHWC) // 8)
-    ends = [to_lab(frames.mean(0)) for frames in (pixels_FHWC[:part], pixels_FHWC[-part:])]
+    ends = [
+        to_lab(np.sum([some.sum(0, dtype=np.float64) for some in in_parts(frames)], axis=0) / part)
+        for frames in (pixels_FHWC[:part], pixels_FHWC[-part:])
+    ]
     return float(np.linalg.norm(np.median((ends[1] - ends[0]).reshape(-1, 3), axis=0)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 SILENT_DBFS = -60.0
 _WINDOW_SECONDS = 0.05
 _CLIPPED = 0.999
+_PIECE, _MARGIN = 1 << 18, 2048  # samples that are oversampled at once, and what is read beyond them
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class SoundFacts:
     loudness_lufs: float | None  # ITU-R BS.1770-4, gated; None under 0.4 s
     rms_dbfs: float | None
     true_peak_dbfs: float | None  # four times oversampled
-    clipped_samples: int  # of two or more in a row at full scale
-    clicks: int  # jumps that stand alone
+    clipped_samples: int  # of two or more in a row at full scale; in several channels at once they count once
+    clicks: int  # jumps that stand alone, counted likewise
     silent_share: float  # of the time, windows of 50 ms below -60 dBFS
     dc: float  # mean of the samples, largest over channels
 
@@ -46,8 +47,8 @@ def look_at_sound(waveform_CS: Tensor, sample_rate_hz: int) -> SoundFacts:
         loudness_lufs=loudness(wave_CS, sample_rate_hz),
         rms_dbfs=_level(math.sqrt(np.square(wave_CS).mean())) if samples else None,
         true_peak_dbfs=_level(peak),
-        clipped_samples=sum(count_clipped(channel) for channel in wave_CS),
-        clicks=sum(count_clicks(channel, sample_rate_hz) for channel in wave_CS),
+        clipped_samples=count_clipped(wave_CS),
+        clicks=count_clicks(wave_CS, sample_rate_hz),
         silent_share=_silent_share(wave_CS, sample_rate_hz),
         dc=float(np.abs(wave_CS.mean(1)).max()) if samples else 0.0,
     )
@@ -59,35 +60,46 @@ def _level(amplitude: float) -> float | None:
 
 def true_peak(wave: np.ndarray) -> float:
     """Largest magnitude at and between the samples, by fourfold oversampling, linear."""
-    peak, piece = float(np.abs(wave).max(initial=0.0)), 1 << 18
-    for start in range(0, len(wave), piece):  # an hour at once would take gigabytes
-        part = np.pad(wave[max(0, start - 64) : start + piece + 64], 64)
+    peak = float(np.abs(wave).max(initial=0.0))
+    for start in range(0, len(wave), _PIECE):  # an hour at once would take gigabytes
+        end = min(start + _PIECE, len(wave))
+        before, after = min(_MARGIN, start), min(_MARGIN, len(wave) - end)
+        part = np.pad(wave[start - before : end + after], (_MARGIN - before, _MARGIN - after))
         fine = np.fft.irfft(np.fft.rfft(part), 4 * len(part)) * 4
-        peak = max(peak, float(np.abs(fine).max(initial=0.0)))
+        # the sound itself may ring at its ends; at the cuts between pieces it goes on
+        inside = fine[4 * _MARGIN if before else 0 : len(fine) - (4 * _MARGIN if after else 0)]
+        peak = max(peak, float(np.abs(inside).max(initial=0.0)))
     return peak
 
 
-def count_clipped(wave: np.ndarray) -> int:
-    """Samples at full scale that have a neighbour there, too; a lone one may be a true peak."""
-    full = np.abs(wave) >= _CLIPPED
+def count_clipped(wave_CS: np.ndarray) -> int:
+    """Places at full scale in any channel that have a neighbour there, too; a lone one may be a true peak."""
+    full = np.abs(wave_CS) >= _CLIPPED
     beside = np.zeros_like(full)
-    beside[1:] |= full[:-1]
-    beside[:-1] |= full[1:]
-    return int((full & beside).sum())
+    beside[:, 1:] |= full[:, :-1]
+    beside[:, :-1] |= full[:, 1:]
+    return int((full & beside).any(0).sum())
 
 
-def count_clicks(wave: np.ndarray, sample_rate_hz: int) -> int:
-    """Jumps that stand alone: a second difference eight times the loudest of both sides, 1 to 6 ms away."""
+def count_clicks(wave_CS: np.ndarray, sample_rate_hz: int) -> int:
+    """Jumps that stand alone in any channel; one that is in several at once counts once."""
+    places = [_find_clicks(channel, sample_rate_hz) for channel in wave_CS]
+    together = np.unique(np.concatenate(places)) if places else np.empty(0)
+    apart = 2 * max(1, sample_rate_hz // 1000)
+    return int(1 + (np.diff(together) > apart).sum()) if len(together) else 0
+
+
+def _find_clicks(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    """Where the second difference is eight times the loudest of both sides, 1 to 6 ms away."""
     near, far = max(1, sample_rate_hz // 1000), max(3, 6 * sample_rate_hz // 1000)
     if len(wave) < 3:
-        return 0
+        return np.empty(0, int)
     bend = np.pad(np.abs(np.diff(wave, 2)), far)
     windows = sliding_window_view(bend, far - near).max(1)
     size = len(bend) - 2 * far
     before, after, here = windows[:size], windows[far + near + 1 :][:size], bend[far : far + size]
     here, before = here[: len(after)], before[: len(after)]
-    places = np.flatnonzero((here > 0.02) & (here > 8 * np.maximum(before, after)))
-    return int(1 + (np.diff(places) > 2 * near).sum()) if len(places) else 0
+    return np.flatnonzero((here > 0.02) & (here > 8 * np.maximum(before, after)))
 
 
 def _silent_share(wave_CS: np.ndarray, sample_rate_hz: int) -> float:

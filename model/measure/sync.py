@@ -55,7 +55,7 @@ def measure_sync(frames_FHWC: Tensor, fps: float, waveform_CS: Tensor | None, sa
 def measure_small_sync(
     pixels: np.ndarray, fps: float, waveform_CS: Tensor | None, sample_rate_hz: int
 ) -> Sync:
-    """The same of pictures as motion.shrink gives them, all of them numbers."""
+    """The same of pictures as motion.shrink gives them, all of them numbers, or packed."""
     if waveform_CS is None or waveform_CS.shape[-1] == 0:
         return _nothing("the clip has no sound")
     sound_CS = np.nan_to_num(waveform_CS.float().cpu().numpy(), posinf=0, neginf=0)
@@ -87,7 +87,7 @@ def _by_the_clearest(
     if seen.events:
         return match_events(np.array(seen.events), heard, last, edge=1.5 / fps, doubt=3 * seen.unexplained)
     if seen.kind == "smooth" and seen.speed is not None and len(heard) < 2:
-        return _by_loudness(seen, last, sound_CS, rate_hz)
+        return _by_loudness(seen, min(last, seen.seconds), sound_CS, rate_hz)
     return _nothing("no clear event to judge")
 
 
