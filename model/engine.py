@@ -401,7 +401,8 @@ class Engine:
     ) -> Conditioning:
         """Prompt and negative prompt to what the transformer reads; loras: of which the connectors may have a part.
 
-        Raises PromptError for a prompt in which the model knows no word; unknown words beside known ones are warnings.
+        Raises PromptError for a prompt in which the model knows no word; unknown words beside known ones are warnings,
+        and so are words that a negation takes back, and two colours, shapes or motions.
         """
         positive = self.tokenizer.encode(prompt)
         other = self.tokenizer.encode(negative, required=False)
@@ -1368,7 +1369,7 @@ def _warn(name: str, tokens: Tokens) -> tuple[str, ...]:
         warnings.append(
             f"the {name} is longer than the {len(tokens.ids)} words that this model reads: {tokens.dropped} were left out"
         )
-    return tuple(warnings)
+    return (*warnings, *(f"the {name} {doubt}" for doubt in tokens.doubts))
 
 
 def _unclipped(waveform_CS: Tensor) -> Tensor:
