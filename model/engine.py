@@ -1045,17 +1045,18 @@ class Engine:
 
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
-        guidance = guidance or self.recipe.guidance
-        key = (shape, guidance.passes, step_cache > 0)
-        if key not in self._forecasts:
-            self._forecasts[key] = self._forecast.needs(
-                shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
-            )
-        text, sample, *decodes = self._forecasts[key]
-        self.read_loras(loras)
-        needs = (text, replace(sample, working=sample.working + self._lora_bytes(loras)), *decodes)
-        budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
-        return self._residence.follow(needs, budget)
+        with self._lock:  # another run may be moving weights, which the policy tells where to
+            guidance = guidance or self.recipe.guidance
+            key = (shape, guidance.passes, step_cache > 0)
+            if key not in self._forecasts:
+                self._forecasts[key] = self._forecast.needs(
+                    shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
+                )
+            text, sample, *decodes = self._forecasts[key]
+            self.read_loras(loras)
+            needs = (text, replace(sample, working=sample.working + self._lora_bytes(loras)), *decodes)
+            budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
+            return self._residence.follow(needs, budget)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
