@@ -1,6 +1,6 @@
 """The `lockstep` command: a prompt to an mp4 file, a clip to its report, a checkpoint's header to words.
 
-Exit codes: 0 done, 2 something given is wrong (one sentence on stderr, no file), 130 stopped with Ctrl-C.
+Exit codes: 0 done, 2 something given is wrong (one sentence on stderr, no clip), 130 stopped with Ctrl-C.
 """
 
 import argparse
@@ -517,6 +517,7 @@ def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: 
         "cfg",
         "step_cache",
         "recipe",
+        "force",
         "image_crf",
         "reference_attention",
     )
@@ -530,13 +531,17 @@ def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: 
         for name in ("loras", "refine_loras")
     }
     upscalers = {"upscalers": [path.name for path in request.upscalers]}
+    files = {
+        "files": [path.name for path in parsed.files],
+        "tokenizer": parsed.tokenizer and parsed.tokenizer.name,
+    }
     made = {
         "model": _model(result),
         "latent_sha256": result.latent_sha256,
         "nondeterministic": list(result.nondeterministic),
     }
     ways = {name: getattr(parsed, name) for name in ("precision", "attention", "compiled")}
-    return {**said, **settings, **pictures, **loras, **upscalers, **ways, **made}
+    return {**said, **settings, **pictures, **loras, **upscalers, **files, **ways, **made}
 
 
 def _report(
@@ -658,7 +663,11 @@ def _lora(text: str) -> "Lora":
     from .values import Lora
 
     path, mark, strength = text.rpartition("=")
-    return Lora(Path(path), _number(strength)) if mark else Lora(Path(text))
+    if not mark or Path(text).is_file():
+        return Lora(Path(text))
+    if not path:
+        raise argparse.ArgumentTypeError(f"a file is needed before =, got {text!r}")
+    return Lora(Path(path), _number(strength))
 
 
 def _number(text: str) -> float:

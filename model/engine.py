@@ -401,7 +401,8 @@ class Engine:
     ) -> Conditioning:
         """Prompt and negative prompt to what the transformer reads; loras: of which the connectors may have a part.
 
-        Raises PromptError for a prompt in which the model knows no word; unknown words beside known ones are warnings.
+        Raises PromptError for a prompt in which the model knows no word; unknown words beside known ones are warnings,
+        and so are words that a negation takes back, and two colours, shapes or motions.
         """
         positive = self.tokenizer.encode(prompt)
         other = self.tokenizer.encode(negative, required=False)
@@ -1044,17 +1045,18 @@ class Engine:
 
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
-        guidance = guidance or self.recipe.guidance
-        key = (shape, guidance.passes, step_cache > 0)
-        if key not in self._forecasts:
-            self._forecasts[key] = self._forecast.needs(
-                shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
-            )
-        text, sample, *decodes = self._forecasts[key]
-        self.read_loras(loras)
-        needs = (text, replace(sample, working=sample.working + self._lora_bytes(loras)), *decodes)
-        budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
-        return self._residence.follow(needs, budget)
+        with self._lock:  # another run may be moving weights, which the policy tells where to
+            guidance = guidance or self.recipe.guidance
+            key = (shape, guidance.passes, step_cache > 0)
+            if key not in self._forecasts:
+                self._forecasts[key] = self._forecast.needs(
+                    shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
+                )
+            text, sample, *decodes = self._forecasts[key]
+            self.read_loras(loras)
+            needs = (text, replace(sample, working=sample.working + self._lora_bytes(loras)), *decodes)
+            budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
+            return self._residence.follow(needs, budget)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -1368,7 +1370,7 @@ def _warn(name: str, tokens: Tokens) -> tuple[str, ...]:
         warnings.append(
             f"the {name} is longer than the {len(tokens.ids)} words that this model reads: {tokens.dropped} were left out"
         )
-    return tuple(warnings)
+    return (*warnings, *(f"the {name} {doubt}" for doubt in tokens.doubts))
 
 
 def _unclipped(waveform_CS: Tensor) -> Tensor:

@@ -333,11 +333,18 @@ def test_every_truncation_of_a_file_is_refused(tmp_path):
             read_header(part)
 
 
+def test_a_missing_file_of_a_name_alone_tells_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as failure:
+        read_header(Path("nofile.safetensors"))
+    assert str(failure.value) == f"nofile.safetensors does not exist: {tmp_path} holds no .safetensors file"
+
+
 def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path):
     (tmp_path / "ltx-2.3-dev.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"nearest name there is ltx-2\.3-dev\.safetensors"):
         read_header(tmp_path / "ltx-2.3_dev.safetensors")
-    with pytest.raises(CheckpointError, match=r"it holds ltx-2\.3-dev\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds ltx-2\.3-dev\.safetensors"):
         read_header(tmp_path / "q")
     with pytest.raises(CheckpointError, match="is a folder"):
         read_header(tmp_path)

@@ -116,6 +116,29 @@ def test_a_shorter_way_replaces_a_longer_one_and_nothing_else(tmp_path):
     assert Image.open(tmp_path / "002.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_the_tag_says_what_was_forced_and_which_files_were_given(generate, tmp_path):
+    given = ("--force", "--file", tmp_path / "text.safetensors", "--tokenizer", tmp_path / "tokenizer.json")
+    assert generate("--seed", 7, *given)[0] == 0
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        told = json.loads(container.metadata["lockstep"])
+    assert (told["force"], told["files"], told["tokenizer"]) == (
+        True,
+        ["text.safetensors"],
+        "tokenizer.json",
+    )
+
+
+def test_a_lora_may_have_an_equals_sign_in_its_name(generate, engine, tmp_path):
+    path = tmp_path / "a=b.safetensors"
+    path.touch()
+    assert generate("--lora", path, "--lora", f"{path}=0.5")[0] == 0
+    (request,) = engine.requests
+    assert [(lora.path, lora.strength) for lora in request.loras] == [(path, 1.0), (path, 0.5)]
+    code, _, stderr = generate("--lora", "=0.5")
+    assert code == 2
+    assert "a file is needed before =, got '=0.5'" in stderr
+
+
 def test_every_stage_has_a_bar_with_remaining_time_on_stderr(generate):
     _, stdout, stderr = generate("--seed", 7)
     lines = [line.strip() for line in stderr.replace("\r", "\n").splitlines()]

@@ -1,5 +1,6 @@
 """The embedded model's world, its language and its training: known truth, held-out sets, runs that resume."""
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -14,7 +15,7 @@ from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import read_header
 from lockstep.model.embedded import WEIGHTS, config, language, world
 from lockstep.model.embedded.dataset import FORMATS, Batch, format_of
-from lockstep.model.embedded.pack import pack, unpack
+from lockstep.model.embedded.pack import pack, tokenizer_entry, unpack
 from lockstep.model.embedded.readings import readings
 from lockstep.model.embedded.sound import synthesize
 from lockstep.model.embedded.train_transformer import (
@@ -35,6 +36,7 @@ from lockstep.model.embedded.training import (
     orthogonal,
     save_start,
 )
+from lockstep.model.engine import _warn
 from lockstep.model.errors import CheckpointError, PromptError
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.text.tokenizer import WordTokenizer
@@ -124,10 +126,121 @@ def test_readings_say_known_words_and_leave_training_as_it_is():
     )
 
 
+def reader() -> WordTokenizer:
+    """The tokenizer as the file has it, for free prompts."""
+    return WordTokenizer.from_json(tokenizer_entry(), config.TEXT_LENGTH)
+
+
+def test_what_training_prompts_encode_to_never_changes():
+    rng, words, digest = random.Random(11), tokenizer(), hashlib.sha256()
+    digest.update((" ".join(words.vocabulary) + " ".join(sorted(words.content))).encode())
+    for number in range(600):
+        prompt = language.describe(
+            world.draw_scene(rng), rng, held_out=number % 3 == 0, nameless=number % 5 == 0
+        )
+        tokens = words.encode(language.interrupt(prompt, rng), required=False)
+        assert tokens.doubts == ()
+        digest.update(repr(tokens.ids.tolist()).encode())
+    # weights were trained with these ids
+    assert digest.hexdigest() == "eeb5aaf9938c6d3f4b9c08df08fcfe3edff84d42e16f01fc04466e87f16272ff"
+
+
+def test_the_file_reads_what_training_says_as_training_does():
+    rng, free, trained = random.Random(4), reader(), tokenizer()
+    for number, scene in enumerate(scenes(300)):
+        prompt = language.describe(scene, rng, held_out=number % 2 == 0, nameless=number % 5 == 0)
+        tokens = free.encode(prompt, required=False)
+        assert tokens.ids.tolist() == trained.encode(prompt, required=False).ids.tolist(), prompt
+        assert (tokens.unknown, tokens.doubts) == ((), ()), prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read_as"),
+    [
+        ("a red ball bounces, static camera", "a red ball bounces"),
+        ("a red ball bounces, the camera does not move", "a red ball bounces the"),
+        ("the camera isn't moving, a star orbits", "the a star orbits"),
+        ("locked-off camera, a star orbits", "a star orbits"),
+        ("a star orbits, the rest of the frame is black", "a star orbits is black"),
+        ("a star orbits, no camera movement", "a star orbits"),
+        ("it's a red ball", "it a red ball"),
+        ("a ball doesn't move", "a ball does not move"),
+        ("a ball isn't moving", "a ball does not move"),
+        ("a ball never moves, no rain and wind", "a ball does not move"),
+        ("a blue star swings without rain", "a blue star swings"),
+        ("a star in the wind, it's not raining", "a star in the wind it"),
+    ],
+)
+def test_camera_weather_that_is_not_and_contractions_are_read_as_nothing(prompt, read_as):
+    tokens = reader().encode(prompt)
+    assert tokens.ids.tolist() == tokenizer().encode(read_as).ids.tolist()
+    assert (tokens.unknown, tokens.doubts) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read_as", "denied"),
+    [
+        ("a ball that is not red, it is blue", "a ball that is it is blue", "'not red'"),
+        ("no red ball, a blue star", "a blue star", "'no red ball'"),
+        ("a ball doesn't bounce, it slides", "a ball it slides", "'doesn t bounce'"),
+        ("a circle that never pulses or spins", "a circle that", "'never pulses' and 'or spins'"),
+        ("a ball, not red and blue", "a ball", "'not red' and 'and blue'"),
+        ("not red and bouncing", "and bouncing", "'not red'"),
+    ],
+)
+def test_what_is_denied_is_left_out_and_told(prompt, read_as, denied):
+    tokens = reader().encode(prompt)
+    assert tokens.ids.tolist() == tokenizer().encode(read_as).ids.tolist()
+    assert tokens.doubts == (
+        f"says {denied}: the model knows no negation, this is left out: say what is to be seen instead",
+    )
+
+
+def test_a_prompt_that_only_denies_is_refused():
+    with pytest.raises(PromptError, match="says 'not a red ball': the model knows no negation"):
+        reader().encode("not a red ball")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (
+            "a red ball and a blue ball",
+            "names two colours, red and blue: the model shows one object of one colour",
+        ),
+        ("a ball and a star", "names two shapes, ball and star: the model shows one object"),
+        ("a ball bounces and spins", "names two motions, bounces and spins: the model shows one motion"),
+        (
+            "a black ball on gray",
+            "names two backgrounds, black and gray: the model shows one, and no object of such a colour",
+        ),
+        (
+            "a blue ball on a red background",
+            "asks for a background of red: backgrounds are black, gray, navy and brown",
+        ),
+    ],
+)
+def test_what_cannot_be_shown_together_is_told_and_read_as_it_is(prompt, told):
+    tokens = reader().encode(prompt)
+    assert tokens.doubts == (told,)
+    assert tokens.ids.tolist() == tokenizer().encode(prompt).ids.tolist()
+    assert _warn("prompt", tokens) == (f"the prompt {told}",)
+
+
+def test_nouns_about_something_else_make_no_motion_or_shape():
+    tokens = reader().encode("a star, the rest, to the beat, a rock, a die")
+    assert tokens.unknown == ("rest", "beat", "rock", "die")
+
+
 def test_a_tokenizer_entry_may_lack_readings_and_nothing_else():
     text = json.dumps({"words": ["red"], "content": ["red"]})
     assert WordTokenizer.from_json(text, 8).encode("red").ids.tolist() == [2]
-    for entry in ([], {"words": ["red"]}, {"words": ["red"], "content": ["red"], "readings": {"crimson": 1}}):
+    for entry in (
+        [],
+        {"words": ["red"]},
+        {"words": ["red"], "content": ["red"], "readings": {"crimson": 1}},
+        {"words": ["red"], "content": ["red"], "kinds": ["colour"]},
+    ):
         with pytest.raises(CheckpointError, match="tokenizer entry is damaged"):
             WordTokenizer.from_json(json.dumps(entry), 8)
 
@@ -135,7 +248,7 @@ def test_a_tokenizer_entry_may_lack_readings_and_nothing_else():
 def test_long_and_odd_prompts_are_cut_and_reported():
     words = tokenizer()
     assert words.encode("red ball " * 500).dropped == 1000 - words.longest
-    assert words.encode("red ball \u202e\x00 слон 🎈").unknown == ("слон",)
+    assert words.encode("red ball \u202e\x00 слон 🎈").unknown == ("слон", "🎈")
     with pytest.raises(PromptError, match="empty"):
         words.encode("\n\t ")
     # what is not read counts for nothing

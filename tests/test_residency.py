@@ -1,6 +1,7 @@
 """Memory: smaller windows when it ends, and one sentence when nothing helps."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import pytest
 import torch
@@ -279,6 +280,17 @@ def test_views_of_what_was_there_before_are_not_counted():
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine("embedded", "cpu")
+
+
+def test_a_plan_waits_while_another_run_moves_weights(engine):
+    shape = engine.shape(seconds=1)
+    with ThreadPoolExecutor(1) as pool:
+        with engine._lock:
+            assert engine.plan(shape).policy == "resident"  # from within a run
+            other = pool.submit(engine.plan, shape)
+            with pytest.raises(TimeoutError):
+                other.result(timeout=0.2)
+        assert other.result(timeout=60).policy == "resident"
 
 
 @pytest.mark.parametrize("seconds", [1, 3])

@@ -1,6 +1,7 @@
 """Steps that reuse what blocks added before: exact where nothing changed, decided for each stream, refused by ear."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lockstep.model.errors import WorkflowError
 from lockstep.model.sampler.guidance import Guidance
 from lockstep.model.shapes import AudioRate, ClipShape, Compression
 from lockstep.model.step_probe import Heard, probe, probe_shape
+from lockstep.model.transformer import compiled as compiled_module
 from lockstep.model.transformer.block import Block
 from lockstep.model.transformer.compiled import compile_blocks
 from lockstep.model.transformer.step_cache import STREAMS, StepCache
@@ -125,6 +127,32 @@ def test_compiled_blocks_reuse_as_others_do(monkeypatch):
                 assert_near(made, wanted, 1e-6)
     assert caches[0].reused == caches[1].reused == {"video": 0, "audio": 2}
     assert report.compile_seconds > 0
+
+
+class _Block(torch.nn.Module):
+    """Takes as long as its row says, on a clock that only it moves."""
+
+    def __init__(self, clock: list[float], seconds: dict[int, float]):
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def forward(self, video_BTD, audio_BSD, *_state):
+        self.clock[0] += self.seconds[video_BTD.shape[1]]
+        return video_BTD, audio_BSD
+
+
+def test_what_compiling_saves_is_told_of_each_shape_by_itself(monkeypatch):
+    clock = [0.0]
+    fast = _Block(clock, {4: 1.0, 8: 5.0})  # saves 2 s of 3 at 4 tokens, loses 1 s of 4 at 8
+    monkeypatch.setattr(torch, "compile", lambda _run, **_: fast.forward)
+    monkeypatch.setattr(compiled_module.time, "perf_counter", lambda: clock[0])
+    block = _Block(clock, {4: 3.0, 8: 4.0})
+    report = compile_blocks(SimpleNamespace(transformer_blocks=[block]))  # pyright: ignore[reportArgumentType]
+    for tokens_T, times in ((4, 11), (8, 7)):  # the first of each compiles
+        for _ in range(times):
+            block.forward(torch.zeros(1, tokens_T, 1), torch.zeros(1, 1, 1))
+    assert report.cost.calls == 10 + 6
+    assert report.cost.saved_seconds == 10 * 2.0 - 6 * 1.0
 
 
 # By ear

@@ -147,7 +147,7 @@ def _size_of(path: Path) -> int:
         return path.stat().st_size
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, a .safetensors file is needed: {_listed(path)}")
-    folder = path.parent
+    folder = path.absolute().parent  # of a name alone the folder that we stand in
     if not folder.is_dir():
         raise CheckpointError(f"{path} does not exist: there is no folder {folder}")
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
@@ -158,7 +158,7 @@ def _size_of(path: Path) -> int:
 
 def _listed(folder: Path) -> str:
     names = sorted(p.name for p in folder.glob("*.safetensors"))
-    return f"it holds {', '.join(names[:5])}" if names else "it holds no .safetensors file"
+    return f"{folder} holds {', '.join(names[:5]) or 'no .safetensors file'}"
 
 
 def _header_length(path: Path, head: bytes, file_bytes: int) -> int:

@@ -423,7 +423,7 @@ def decode_stream(
     Otherwise and in what it raises as VideoVAE.decode.
     """
     latent_BCFHW, timestep = vae.for_decoder(latent_BCFHW, timestep, generator)
-    _check_mirrored(vae.decoder.conv_in, latent_BCFHW)
+    _check_mirrored("decoder", vae.decoder.conv_in, tuple(latent_BCFHW.shape[3:]))
     if band_bytes is not None:
         latent_BCFHW = latent_BCFHW.cpu()
     patch, frames = vae.config.patch, (latent_BCFHW.shape[2] - 1) * vae.config.compression.time + 1
@@ -454,6 +454,9 @@ def encode_stream(
     """
     check_pixels(pixels_BCFHW, vae.config.compression)
     encoder = vae.held_encoder if isinstance(vae, DiffusionVAE) else vae.encoder
+    space = vae.config.compression.space
+    smallest = (pixels_BCFHW.shape[3] // space, pixels_BCFHW.shape[4] // space)
+    _check_mirrored("encoder", encoder.conv_out, smallest)
     weight, patch = encoder.conv_in.conv.weight, encoder.patch
     steps, made = encoding_steps(encoder), []
     frame_bytes = pixels_BCFHW[:, :, :1].numel() * weight.element_size() * weight.shape[0] // weight.shape[1]
@@ -473,8 +476,9 @@ def encode_stream(
     return vae.per_channel_statistics.normalize(mean, 1)
 
 
-def _check_mirrored(layer: CausalConv3d, x_BCFHW: Tensor) -> None:
-    if layer.mirrored >= min(x_BCFHW.shape[3:]):
+def _check_mirrored(side: str, layer: CausalConv3d, smallest: tuple[int, int]) -> None:
+    """A frame of one row or column has no second one to mirror."""
+    if layer.mirrored >= min(smallest):
         raise ShapeError(
-            f"this decoder mirrors the edges of a frame: {tuple(x_BCFHW.shape[3:])} latents are too small, 2 x 2 are needed"
+            f"this {side} mirrors the edges of a frame: {smallest} latents are too small, 2 x 2 are needed"
         )

@@ -14,7 +14,7 @@ from ..codec.audio_vae import AudioVAEConfig
 from ..codec.mel import slaney_filterbank
 from ..text.tokenizer import FIRST_ID
 from . import config, language
-from .readings import readings
+from .readings import asides, kinds, readings
 
 _GENERATOR = (
     (keymap.TEXT_ENCODER, "text_encoder."),
@@ -83,7 +83,6 @@ def metadata(record: dict) -> dict[str, str]:
         "vocoder": config.VOCODER,
         "text_encoder": config.text_encoder(FIRST_ID + len(words)),
     }
-    text = {"words": words, "content": language.content_words(), "readings": readings()}
     return {
         "format": "pt",
         "modelspec.title": config.NAME,
@@ -91,9 +90,16 @@ def metadata(record: dict) -> dict[str, str]:
         "license": "Apache-2.0",
         "config": json.dumps(sections),
         "recipe": json.dumps(config.RECIPE),
-        "tokenizer": json.dumps(text),
+        "tokenizer": tokenizer_entry(),
         "training": json.dumps(record),
     }
+
+
+def tokenizer_entry() -> str:
+    """What the file says of words: beside those of training, how a free prompt is to be understood."""
+    words, content = language.vocabulary(), language.content_words()
+    read = readings() | asides()
+    return json.dumps({"words": words, "content": content, "readings": read, "kinds": kinds()})
 
 
 def _stored(name: str, tensor: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """How prompts are read that use other words or forms than training did: each as words that it used.
 
 The model learns the words of `language`; a reader of English knows more of them, and other forms of the same. What
-stands in neither is reported as unknown. Nothing here says what the world cannot show: pink stays unknown.
+stands in neither is reported as unknown. Nothing here says what the world cannot show: pink stays unknown. Nor are
+nouns read that a sentence about something else has: a rock, the beat, the rest.
 """
 
-from . import language
+from . import language, world
 
 # words to read, then what is read as them, by commas; the longest that fits counts
 _READ_AS = {
@@ -20,7 +21,7 @@ _READ_AS = {
     # shapes
     "ball": "balls, orb, globe, bead, football, basketball, rubber ball, beach ball, roundel",
     "circle": "circles shape, circular shape, circular, round shape, round thing, round object, discs, disks, spheres, dots",
-    "square": "squares, squarish, square shaped, crate, cubes, boxes, tiles, blocks, dice, die, quadrate",
+    "square": "squares, squarish, square shaped, crate, cubes, boxes, tiles, blocks, dice, quadrate",
     "triangle": "triangles, triangular, triangle shaped, triangular shape, pyramids, arrowhead, wedges, trigon",
     "star": "stars, star shaped, star shape, five pointed star, starfish, pentacle, asterisk",
     # backgrounds
@@ -64,7 +65,7 @@ _READ_AS = {
         "traveling left and right, travelling from left to right, traveling from left to right, travelling from side to side, "
         "traveling from side to side, traveling back and forth, travelling back and forth"
     ),
-    "swings": "swing, swung, dangle, dangles, dangled, oscillate, oscillates, oscillated, rock, rocks, rocked",
+    "swings": "swing, swung, dangle, dangles, dangled, oscillate, oscillates, oscillated, rocks, rocked",
     "sways": "sway, swayed",
     "swings like a pendulum": "swing like a pendulum, moves like a pendulum, move like a pendulum, pendulates",
     "swings back and forth": (
@@ -77,7 +78,7 @@ _READ_AS = {
         "swinging from side to side, swinging left and right, rocking back and forth, rocking from side to side, "
         "swaying from side to side, swaying back and forth, oscillating back and forth"
     ),
-    "pulses": "pulse, pulsed, beat, beats, breathe, breathes, breathed, thump, thumps",
+    "pulses": "pulse, pulsed, beats, breathe, breathes, breathed, thump, thumps",
     "pulsates": "pulsate, pulsated",
     "throbs": "throb, throbbed",
     "grows and shrinks": (
@@ -117,10 +118,10 @@ _READ_AS = {
     "stays still": "stay still, stayed still, keeps still, keep still, stays put, stay put, stays in place, remains still, remain still",
     "sits still": "sit still, sits there, sits in place, sat still, sits",
     "stands still": "stand still, stood still, freezes",
-    "rests": "rest, rested, is at rest, at rest, lies still",
-    "does not move": "doesn t move, do not move, don t move, never moves, did not move, isn t moving, does nothing",
+    "rests": "rested, is at rest, at rest, lies still",
+    "does not move": "doesn t move, do not move, don t move, never moves, did not move, isn t moving, won t move, can t move, cannot move, doesnt move, isnt moving, does nothing",
     "remains motionless": "remain motionless, stays motionless, remains static, stays static, remains in place",
-    "motionless": "stationary, immobile, unmoving, frozen, idle, inert, without moving, without any motion, without motion, fixed in place",
+    "motionless": "stationary, immobile, unmoving, frozen, idle, inert, without moving, without any motion, without motion, fixed in place, no motion, no movement, without movement, not in motion, no longer moving",
     # tempo
     "slowly": "slow, slower, very slow, leisurely, unhurriedly, sluggishly, calmly, in slow motion, at a low speed, unhurried, sluggish",
     "gently": "gentle, softly",
@@ -157,3 +158,77 @@ def readings() -> dict[str, str]:
     )
     kept = {phrase for group in said for forms in group.values() for phrase in forms if " " in phrase}
     return read_as | {phrase: phrase for phrase in sorted(kept)}
+
+
+def asides() -> dict[str, str]:
+    """What says nothing of the object, to be read as nothing: of the camera, the rest of the picture, contractions.
+
+    Not for training, whose prompts have words such as "camera" strewn in, anywhere.
+    """
+    still = [
+        "static",
+        "still",
+        "fixed",
+        "steady",
+        "stationary",
+        "motionless",
+        "unmoving",
+        "immobile",
+        "locked",
+        "locked off",
+    ]
+    views = ["camera", "shot", "view", "frame", "angle", "background"]
+    phrases = [f"{word} {view}" for word in still for view in (*views, "camera shot", "camera view")]
+    verbs = ("is", "stays", "remains", "keeps", "stands", "sits", "holds")
+    stays = [*still, *(f"{verb} {word}" for verb in verbs for word in still)]
+    moves = _READ_AS["does not move"].split(", ") + _READ_AS["motionless"].split(", ")
+    moves += [
+        "does not move",
+        "not moving",
+        "is not moving",
+        "rests",
+        "is at rest",
+        "stays in place",
+        "stays put",
+    ]
+    for view in views[:4] + views[-1:]:
+        phrases += [f"{view} {that}{rest}" for that in ("", "that ", "which ") for rest in (*stays, *moves)]
+    pictures = ["frame", "picture", "image", "scene", "screen", "video", "clip", "shot"]
+    phrases += [f"{rest} of the {whole}" for rest in ("rest", "the rest") for whole in pictures]
+    moving = ("movement", "motion", "movements")
+    phrases += [f"{no} camera {move}" for no in ("no", "without", "without any") for move in moving]
+    auxiliaries = [
+        "is",
+        "are",
+        "was",
+        "were",
+        "do",
+        "does",
+        "did",
+        "has",
+        "have",
+        "had",
+        "wo",
+        "would",
+        "ca",
+        "could",
+        "should",
+    ]
+    phrases += ["s", "re", "ll", "ve", *(f"{verb}n t" for verb in auxiliaries), "can t"]
+    return dict.fromkeys(phrases, "")
+
+
+def kinds() -> dict[str, dict[str, str]]:
+    """What trained phrases stand for: by "colour" and so on, the name of each phrase's meaning."""
+    named = {
+        kind: {phrase: name for name in names for phrase in language.WORDS[name]}
+        for kind, names in (
+            ("colour", world.COLORS),
+            ("shape", world.SHAPES),
+            ("background", world.BACKGROUNDS),
+        )
+    }
+    forms = (language.FINITE, language.GERUND)
+    named["motion"] = {phrase: motion for said in forms for motion in said for phrase in said[motion]}
+    weather = {phrase: name for name, phrases in language.AMBIENCE.items() for phrase in phrases if phrase}
+    return named | {"ambience": weather | {name: name for name in language.AMBIENCE if name != "none"}}

@@ -1,18 +1,24 @@
-"""Words to ids for the embedded model: case and punctuation do not count, unknown words are reported by name."""
+"""Words to ids for the embedded model: case and punctuation do not count, unknown words are reported by name.
+
+Emoji are words that no vocabulary knows; all other signs are punctuation.
+"""
 
 import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PromptError
+from .phrases import Kinds, Phrase, leave_out_denied, tell_contradictions
 
 UNKNOWN_ID, FIRST_ID = 1, 2  # 0 pads
-_WORD = re.compile(r"[^\W_]+", re.UNICODE)
+_WORD = re.compile("[^\\W_]+|[\u2600-\u27bf\U0001f000-\U0001faff]+")
+_ENDS = re.compile(r"[.,;:!?]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,7 @@ class Tokens:
     ids: Tensor  # (L,) int64
     unknown: tuple[str, ...]
     dropped: int  # words beyond the longest prompt
+    doubts: tuple[str, ...] = ()  # what the prompt says that the model cannot show: "names two colours, ..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +36,33 @@ class WordTokenizer:
     """vocabulary: all known words; content: those that mean something to the model; longest: words it reads.
 
     readings: words and phrases that are read as others, all in lower case, their words apart by single spaces.
+    kinds: what phrases stand for, see `phrases`; without them, as in training, whose prompts have words strewn in that
+    say nothing, negations are words like others and nothing is doubted.
     """
 
     vocabulary: tuple[str, ...]
     content: frozenset[str]
     longest: int
     readings: Mapping[str, str] = field(default_factory=dict)
+    kinds: Kinds = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, text: str, longest: int) -> "WordTokenizer":
-        """Reads the metadata entry `tokenizer` of an embedded checkpoint: {"words": [...], "content": [...], "readings": {...}}.
+        """Reads the metadata entry `tokenizer` of an embedded checkpoint: {"words": [...], "content": [...], "readings": {...},
+        "kinds": {...}}.
 
-        Files before version 0.5.0 have no readings.
+        Files before version 0.5.0 have no readings, those before 0.7.0 no kinds.
         """
         try:
             entry = json.loads(text)
             words, content = tuple(entry["words"]), frozenset(entry["content"])
             readings = dict(entry.get("readings", {}))
-            if not all(isinstance(word, str) for word in (*words, *content, *readings, *readings.values())):
+            kinds = {kind: dict(names) for kind, names in entry.get("kinds", {}).items()}
+            named = [word for names in kinds.values() for pair in names.items() for word in pair]
+            read = [word for pair in readings.items() for word in pair]
+            if not all(isinstance(word, str) for word in (*words, *content, *read, *named)):
                 raise TypeError("a word that is no text")
-            return cls(words, content, longest, readings)
+            return cls(words, content, longest, readings, kinds)
         except (
             AttributeError,
             json.JSONDecodeError,
@@ -64,12 +78,14 @@ class WordTokenizer:
 
         Raises PromptError for an empty prompt, or one without any word that the model can show.
         """
-        given = _WORD.findall(unicodedata.normalize("NFKC", prompt).lower())
-        words = list(self._read(given))
+        phrases, doubts = self._understood(unicodedata.normalize("NFKC", prompt).lower())
+        words = [word for phrase in phrases for word in phrase.words]
         kept = words[: self.longest]
         if required and not any(word in self.content for word in kept):
             what = "the prompt is empty"
-            if given:
+            if doubts:
+                what = f"the prompt {doubts[0]}, nothing else is left"
+            elif phrases:
                 where = (
                     "" if len(kept) == len(words) else f" among the first {len(kept)}, which are all it reads"
                 )
@@ -78,21 +94,37 @@ class WordTokenizer:
         index = {word: i + FIRST_ID for i, word in enumerate(self.vocabulary)}
         unknown = tuple(dict.fromkeys(word for word in kept if word not in index))
         ids = torch.tensor([index.get(word, UNKNOWN_ID) for word in kept], dtype=torch.int64)
-        return Tokens(ids, unknown, len(words) - len(kept))
+        return Tokens(ids, unknown, len(words) - len(kept), doubts)
 
-    def _read(self, words: list[str]) -> Iterable[str]:
+    def _understood(self, prompt: str) -> tuple[list[Phrase], tuple[str, ...]]:
+        phrases = list(self._read(prompt))
+        if not self.kinds:
+            return phrases, ()
+        phrases, denied = leave_out_denied(phrases, self.kinds, self.content)
+        ends = accumulate(len(phrase.words) for phrase in phrases)
+        seen = [phrase for phrase, end in zip(phrases, ends, strict=True) if end <= self.longest]
+        return phrases, (*denied, *tell_contradictions(seen, self.kinds))
+
+    def _read(self, prompt: str) -> Iterable[Phrase]:
         """The words with the longest phrase that has a reading, from each place on, read so."""
+        found = list(_WORD.finditer(prompt))
+        words = [match.group() for match in found]
+        starts = [match.start() for match in found[1:]] + [len(prompt)]
+        ends = [
+            bool(_ENDS.search(prompt, match.end(), start))
+            for match, start in zip(found, starts, strict=False)
+        ]
         most = max((phrase.count(" ") + 1 for phrase in self.readings), default=1)
         at = 0
         while at < len(words):
             for count in range(min(most, len(words) - at), 0, -1):
-                phrase = " ".join(words[at : at + count])
-                if phrase in self.readings:
-                    yield from self.readings[phrase].split()
+                said = " ".join(words[at : at + count])
+                if said in self.readings:
+                    yield Phrase(said, tuple(self.readings[said].split()), ends[at + count - 1])
                     break
             else:
                 count = 1
-                yield words[at]
+                yield Phrase(words[at], (words[at],), ends[at])
             at += count
 
     def known(self) -> str:

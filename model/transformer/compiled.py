@@ -19,25 +19,37 @@ _logger = logging.getLogger("lockstep")
 Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
-_TIMED_CALLS = 4  # after these nothing waits for the device any more
+_TIMED_CALLS = 4  # of a shape; after these nothing waits for the device any more
 _MOST_VARIANTS = 64  # torch's own 8 would be two sizes of clips
 
 
 @dataclass(slots=True)
-class CompileReport:
-    """What compilation cost and brings, from one eager call and the first compiled ones of a block; seconds."""
+class _Timing:
+    """Of one shape: one eager call and the first compiled ones, seconds."""
 
-    compile_seconds: float = 0.0
-    eager_seconds: float = 0.0
+    eager_seconds: float
     fast_seconds: list[float] = field(default_factory=list)
     calls: int = 0  # of compiled blocks, those that compiled left out
+
+    @property
+    def saved_seconds(self) -> float:
+        return self.calls * (self.eager_seconds - min(self.fast_seconds, default=self.eager_seconds))
+
+
+@dataclass(slots=True)
+class CompileReport:
+    """What compilation cost and brings; each shape is timed by itself, for one may win and another lose."""
+
+    compile_seconds: float = 0.0
+    timings: dict[tuple, _Timing] = field(default_factory=dict)
     failure: str = ""  # why torch could not compile; the blocks run as they are since then
 
     @property
     def cost(self) -> CompileCost:
         """As it stands now."""
-        saved = self.calls * (self.eager_seconds - min(self.fast_seconds, default=self.eager_seconds))
-        return CompileCost(self.compile_seconds, saved, self.calls, self.failure)
+        saved = sum(timing.saved_seconds for timing in self.timings.values())
+        calls = sum(timing.calls for timing in self.timings.values())
+        return CompileCost(self.compile_seconds, saved, calls, self.failure)
 
 
 def compile_blocks(
@@ -68,19 +80,22 @@ def _reported(
         # a cache lets one stream stand still; seldom enough
         if report.failure or video_BTD is None or audio_BSD is None:
             return eager(video_BTD, audio_BSD, *state)
-        if not report.eager_seconds:
-            eager(video_BTD, audio_BSD, *state)  # warms up
-            report.eager_seconds = _seconds(eager, video_BTD, audio_BSD, *state)[0]
-        kept = tuple(memory if memory is None else tuple(memory) for memory in state[4:])
         # LoRAs come and go as hooks, whose coming the compiler does not notice by itself
         hooks = tuple(id(hook) for layer in block.modules() for hook in layer._forward_hooks.values())
-        key = (video_BTD.shape, audio_BSD.shape, video_BTD.dtype, state[2:4], kept, hooks)
+        shape = (video_BTD.shape, audio_BSD.shape, video_BTD.dtype, state[2:4], hooks)
+        if shape not in report.timings:
+            eager(
+                video_BTD, audio_BSD, *state
+            )  # warms up, and fills the text's memory before it is looked at
+            report.timings[shape] = _Timing(_seconds(eager, video_BTD, audio_BSD, *state)[0])
+        timing = report.timings[shape]
+        key = (shape, tuple(memory if memory is None else tuple(memory) for memory in state[4:]))
         if key in compiled:
-            report.calls += 1
-            if len(report.fast_seconds) >= _TIMED_CALLS:
+            timing.calls += 1
+            if len(timing.fast_seconds) >= _TIMED_CALLS:
                 return fast(video_BTD, audio_BSD, *state)
             seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
-            report.fast_seconds.append(seconds)
+            timing.fast_seconds.append(seconds)
             return made
         try:
             with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS, skip_nnmodule_hook_guards=False):
