@@ -85,9 +85,10 @@ class Header:
         return self.metadata.get("model_version")
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Path, keep: bool = True) -> Header:
     """Header of a safetensors file, every field checked against the file's size.
 
+    keep: whether the next reader of the same bytes is to get the same header, which takes some megabytes.
     Raises CheckpointError naming the file, what was expected and what was found, for a missing, truncated,
     damaged or foreign file.
     """
@@ -101,10 +102,9 @@ def read_header(path: str | Path) -> Header:
             text = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return _checked(path, text, file_bytes)
+    return (_kept if keep else _checked)(path, text, file_bytes)
 
 
-@lru_cache(maxsize=8)  # a published header has thousands of tensors, and a graph's every run reads it again
 def _checked(path: Path, text: bytes, file_bytes: int) -> Header:
     entries = _parse_json(path, text, "header")
     if not isinstance(entries, dict):
@@ -113,6 +113,10 @@ def _checked(path: Path, text: bytes, file_bytes: int) -> Header:
     tensors = {name: _tensor_info(path, name, entry) for name, entry in entries.items()}
     _check_tiling(path, tensors, file_bytes - 8 - len(text))
     return Header(path, MappingProxyType(tensors), MappingProxyType(metadata), 8 + len(text))
+
+
+# a published header has thousands of tensors, and every run of a graph reads it again
+_kept = lru_cache(maxsize=8)(_checked)
 
 
 def stamp(path: Path) -> Stamp:
