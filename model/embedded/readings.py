@@ -161,7 +161,7 @@ def readings() -> dict[str, str]:
 
 
 def asides() -> dict[str, str]:
-    """What says nothing of the object, to be read as nothing: of the camera, the rest of the picture, contractions.
+    """What says nothing of the object, to be read as nothing: of the camera, the rest of the picture, contractions and the like.
 
     Not for training, whose prompts have words such as "camera" strewn in, anywhere.
     """
@@ -178,7 +178,9 @@ def asides() -> dict[str, str]:
         "locked off",
     ]
     views = ["camera", "shot", "view", "frame", "angle", "background"]
-    phrases = [f"{word} {view}" for word in still for view in (*views, "camera shot", "camera view")]
+    phrases = [
+        f"{word} {view}" for word in still for view in (*views, "camera shot", "camera view", "camera angle")
+    ]
     verbs = ("is", "stays", "remains", "keeps", "stands", "sits", "holds")
     stays = [*still, *(f"{verb} {word}" for verb in verbs for word in still)]
     moves = _READ_AS["does not move"].split(", ") + _READ_AS["motionless"].split(", ")
@@ -214,7 +216,7 @@ def asides() -> dict[str, str]:
         "could",
         "should",
     ]
-    phrases += ["s", "re", "ll", "ve", *(f"{verb}n t" for verb in auxiliaries), "can t"]
+    phrases += ["but", "at all", "s", "re", "ll", "ve", *(f"{verb}n t" for verb in auxiliaries), "can t"]
     return dict.fromkeys(phrases, "")
 
 

@@ -5,6 +5,7 @@ show is said. Kinds are phrases that it was trained on, by "colour", "shape", "m
 with the name of what it stands for.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -116,7 +117,8 @@ def leave_out_denied(
         else:
             before = phrases[end - 1]
             if _kind(before, kinds) != "ambience":
-                told.append(f"'{' '.join(phrase.said for phrase in phrases[at:end])}'")
+                first = re.sub("n t$", "n't", phrases[at].said)
+                told.append(f"'{' '.join([first, *(phrase.said for phrase in phrases[at + 1 : end])])}'")
         at = max(end, at + 1)
     if not told:
         return kept, ()
