@@ -163,6 +163,8 @@ def test_the_file_reads_what_training_says_as_training_does():
         ("locked-off camera, a star orbits", "a star orbits"),
         ("a star orbits, the rest of the frame is black", "a star orbits is black"),
         ("a star orbits, no camera movement", "a star orbits"),
+        ("gray background, motionless star", "gray background motionless star"),
+        ("camera: static. A star orbits", "a star orbits"),
         ("fixed camera angle, a ball does not move at all", "a ball does not move"),
         ("it's a red ball", "it a red ball"),
         ("a ball doesn't move", "a ball does not move"),

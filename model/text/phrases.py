@@ -12,74 +12,16 @@ from itertools import pairwise
 
 Kinds = Mapping[str, Mapping[str, str]]
 
-_NEGATIONS = frozenset(
-    [
-        "no",
-        "not",
-        "without",
-        "never",
-        "neither",
-        "nor",
-        "dont",
-        "doesnt",
-        "isnt",
-        "arent",
-        "wont",
-        "cant",
-        "cannot",
-    ]
-)
+_NOT = "no not without never neither nor dont doesnt isnt arent wont cant cannot"
+_NEGATIONS = frozenset(_NOT.split())
 _ARTICLES = frozenset(["a", "an", "the", "any"])
 # what may stand between a negation and that which it denies
-_BETWEEN = _ARTICLES | frozenset(
-    [
-        "very",
-        "so",
-        "really",
-        "quite",
-        "too",
-        "at",
-        "all",
-        "in",
-        "is",
-        "be",
-        "being",
-        "it",
-        "of",
-        "on",
-        "from",
-        "by",
-        "for",
-        "to",
-        "some",
-        "this",
-        "that",
-        "these",
-        "there",
-        "have",
-        "has",
-        "do",
-        "does",
-        "want",
-        "see",
-        "show",
-        "me",
-        "make",
-        "big",
-        "small",
-        "large",
-        "nice",
-        "beautiful",
-        "bright",
-        "plain",
-        "simple",
-        "only",
-        "longer",
-        "much",
-        "such",
-        "even",
-    ]
+_FILLER = (
+    "very so really quite too at all in is be being it of on from by for to some this that these "
+    "there have has do does want see show me make big small large nice beautiful bright plain simple "
+    "only longer much such even"
 )
+_BETWEEN = _ARTICLES | frozenset(_FILLER.split())
 _WALLS = frozenset(["background", "backgrounds", "backdrop", "wall"])
 _ONE_OF = {
     "colour": "the model shows one object of one colour",
