@@ -476,7 +476,7 @@ def encode_stream(
     return vae.per_channel_statistics.normalize(mean, 1)
 
 
-def _check_mirrored(side: str, layer: CausalConv3d, smallest: tuple[int, int]) -> None:
+def _check_mirrored(side: str, layer: CausalConv3d, smallest: tuple[int, ...]) -> None:
     """A frame of one row or column has no second one to mirror."""
     if layer.mirrored >= min(smallest):
         raise ShapeError(

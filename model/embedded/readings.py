@@ -160,61 +160,41 @@ def readings() -> dict[str, str]:
     return read_as | {phrase: phrase for phrase in sorted(kept)}
 
 
+_AUXILIARIES = "is are was were do does did has have had wo would ca could should"
+_STILL = "static, still, fixed, steady, stationary, motionless, unmoving, immobile, locked, locked off"
+_RESTS = "does not move, not moving, is not moving, rests, is at rest, stays in place, stays put"
+
+
 def asides() -> dict[str, str]:
-    """What says nothing of the object, to be read as nothing: of the camera, the rest of the picture, contractions.
+    """What says nothing of the object, to be read as nothing: of the camera, the rest of the picture, contractions and the like.
 
     Not for training, whose prompts have words such as "camera" strewn in, anywhere.
     """
-    still = [
-        "static",
-        "still",
-        "fixed",
-        "steady",
-        "stationary",
-        "motionless",
-        "unmoving",
-        "immobile",
-        "locked",
-        "locked off",
-    ]
+    still = _STILL.split(", ")
     views = ["camera", "shot", "view", "frame", "angle", "background"]
-    phrases = [f"{word} {view}" for word in still for view in (*views, "camera shot", "camera view")]
+    phrases = [
+        f"{word} {view}" for word in still for view in (*views, "camera shot", "camera view", "camera angle")
+    ]
     verbs = ("is", "stays", "remains", "keeps", "stands", "sits", "holds")
     stays = [*still, *(f"{verb} {word}" for verb in verbs for word in still)]
     moves = _READ_AS["does not move"].split(", ") + _READ_AS["motionless"].split(", ")
-    moves += [
-        "does not move",
-        "not moving",
-        "is not moving",
-        "rests",
-        "is at rest",
-        "stays in place",
-        "stays put",
-    ]
+    moves += _RESTS.split(", ")
     for view in views[:4] + views[-1:]:
         phrases += [f"{view} {that}{rest}" for that in ("", "that ", "which ") for rest in (*stays, *moves)]
     pictures = ["frame", "picture", "image", "scene", "screen", "video", "clip", "shot"]
     phrases += [f"{rest} of the {whole}" for rest in ("rest", "the rest") for whole in pictures]
     moving = ("movement", "motion", "movements")
     phrases += [f"{no} camera {move}" for no in ("no", "without", "without any") for move in moving]
-    auxiliaries = [
-        "is",
-        "are",
-        "was",
-        "were",
-        "do",
-        "does",
-        "did",
-        "has",
-        "have",
-        "had",
-        "wo",
-        "would",
-        "ca",
-        "could",
-        "should",
+    phrases += [
+        "but",
+        "at all",
+        "s",
+        "re",
+        "ll",
+        "ve",
+        *(f"{verb}n t" for verb in _AUXILIARIES.split()),
+        "can t",
     ]
-    phrases += ["s", "re", "ll", "ve", *(f"{verb}n t" for verb in auxiliaries), "can t"]
     return dict.fromkeys(phrases, "")
 
 

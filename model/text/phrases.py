@@ -5,80 +5,23 @@ show is said. Kinds are phrases that it was trained on, by "colour", "shape", "m
 with the name of what it stands for.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 Kinds = Mapping[str, Mapping[str, str]]
 
-_NEGATIONS = frozenset(
-    [
-        "no",
-        "not",
-        "without",
-        "never",
-        "neither",
-        "nor",
-        "dont",
-        "doesnt",
-        "isnt",
-        "arent",
-        "wont",
-        "cant",
-        "cannot",
-    ]
-)
+_NOT = "no not without never neither nor dont doesnt isnt arent wont cant cannot"
+_NEGATIONS = frozenset(_NOT.split())
 _ARTICLES = frozenset(["a", "an", "the", "any"])
 # what may stand between a negation and that which it denies
-_BETWEEN = _ARTICLES | frozenset(
-    [
-        "very",
-        "so",
-        "really",
-        "quite",
-        "too",
-        "at",
-        "all",
-        "in",
-        "is",
-        "be",
-        "being",
-        "it",
-        "of",
-        "on",
-        "from",
-        "by",
-        "for",
-        "to",
-        "some",
-        "this",
-        "that",
-        "these",
-        "there",
-        "have",
-        "has",
-        "do",
-        "does",
-        "want",
-        "see",
-        "show",
-        "me",
-        "make",
-        "big",
-        "small",
-        "large",
-        "nice",
-        "beautiful",
-        "bright",
-        "plain",
-        "simple",
-        "only",
-        "longer",
-        "much",
-        "such",
-        "even",
-    ]
+_FILLER = (
+    "very so really quite too at all in is be being it of on from by for to some this that these "
+    "there have has do does want see show me make big small large nice beautiful bright plain simple "
+    "only longer much such even"
 )
+_BETWEEN = _ARTICLES | frozenset(_FILLER.split())
 _WALLS = frozenset(["background", "backgrounds", "backdrop", "wall"])
 _ONE_OF = {
     "colour": "the model shows one object of one colour",
@@ -116,7 +59,8 @@ def leave_out_denied(
         else:
             before = phrases[end - 1]
             if _kind(before, kinds) != "ambience":
-                told.append(f"'{' '.join(phrase.said for phrase in phrases[at:end])}'")
+                first = re.sub("n t$", "n't", phrases[at].said)
+                told.append(f"'{' '.join([first, *(phrase.said for phrase in phrases[at + 1 : end])])}'")
         at = max(end, at + 1)
     if not told:
         return kept, ()

@@ -18,7 +18,7 @@ from .phrases import Kinds, Phrase, leave_out_denied, tell_contradictions
 
 UNKNOWN_ID, FIRST_ID = 1, 2  # 0 pads
 _WORD = re.compile("[^\\W_]+|[\u2600-\u27bf\U0001f000-\U0001faff]+")
-_ENDS = re.compile(r"[.,;:!?]")
+_ENDS = re.compile(r"[.,;!?]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class WordTokenizer:
         """Reads the metadata entry `tokenizer` of an embedded checkpoint: {"words": [...], "content": [...], "readings": {...},
         "kinds": {...}}.
 
-        Files before version 0.5.0 have no readings, those before 0.7.0 no kinds.
+        Files before version 0.5.0 have no readings, those up to 0.6.0 no kinds.
         """
         try:
             entry = json.loads(text)
@@ -119,7 +119,9 @@ class WordTokenizer:
         while at < len(words):
             for count in range(min(most, len(words) - at), 0, -1):
                 said = " ".join(words[at : at + count])
-                if said in self.readings:
+                # "gray background, motionless ball": what is read as nothing ends where a sentence's part does
+                apart = any(ends[at : at + count - 1])
+                if said in self.readings and (self.readings[said] or not apart):
                     yield Phrase(said, tuple(self.readings[said].split()), ends[at + count - 1])
                     break
             else:
