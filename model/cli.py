@@ -322,13 +322,12 @@ def _measure(parsed: argparse.Namespace) -> None:
 
     try:
         report, clip, look = _looked_at(parsed.file)
-        picture = None if parsed.picture is None else draw_report(report, clip, look)
+        if parsed.picture is not None:
+            write_image(parsed.picture, draw_report(report, clip, look))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise MediaError(f"{parsed.file} does not fit into memory: cut it or make it smaller") from error
-    if picture is not None:
-        write_image(parsed.picture, picture)
     print(report.to_text(), flush=True)
     if parsed.json:
         print(json.dumps({"file": str(parsed.file), **report.to_dict()}), flush=True)
