@@ -55,7 +55,8 @@ MAY_IMPORT = {
         "step_probe",
         "forecast",
     },
-    "cli": BASE | {"engine", "checkpoint", "media", "measure", "provenance", "recipes", "residency", "trajectory"},
+    "cli": BASE
+    | {"engine", "checkpoint", "media", "measure", "provenance", "recipes", "residency", "trajectory"},
 }
 NODES_MAY_IMPORT = {
     "engine",

@@ -163,7 +163,9 @@ def _candidates(component: str, headers: Sequence[Header], folders: Paths) -> li
 def _peek(path: Path, _changed: int, _size: int) -> frozenset[str]:
     """The components of a file that may be anybody's: damaged files of other models are none of our business."""
     try:
-        return frozenset(index([read_header(path, keep=False)]))  # a header may have 1 MB, and folders thousands of files
+        return frozenset(
+            index([read_header(path, keep=False)])
+        )  # a header may have 1 MB, and folders thousands of files
     except LockstepError as error:
         _logger.debug("passing over %s: %s", path, error)
         return frozenset()
