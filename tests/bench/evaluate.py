@@ -238,7 +238,7 @@ class Model:
         frames = shape.compression.time * (latents - 1) + 1
         heard = round(frames / shape.fps * shape.audio_rate.latents_per_second)
         given = engine.empty_latents(shape)
-        video, audio = given.video.clone(), given.audio.clone()
+        video, audio = given.video, given.audio
         pictures = draw(case, shape)[:frames]
         video[:, :, :latents] = engine.encode_video(pictures.permute(3, 0, 1, 2)[None] * 2 - 1)
         wave = synthesize(case.scene, shape.samples(config.SAMPLE_RATE_HZ), *_extent(shape))
