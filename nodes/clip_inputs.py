@@ -1,10 +1,15 @@
 """The inputs that say how large, how long and how fast a clip is or is to be: the same on every node that asks."""
 
-from comfy_api.latest import io
+from collections.abc import Callable, Iterator
 
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..model.values import Progress
 from .types import CUSTOM_ASPECT, OWN_ASPECT
 
 ASPECTS = (OWN_ASPECT, "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", CUSTOM_ASPECT)
+_PIECE_FRAMES = 8  # of a finished clip that are looked at or written between two ticks
 
 
 def clip_inputs() -> list:
@@ -55,3 +60,12 @@ def finished_inputs(fps_tooltip: str) -> list:
         io.Image.Input("images", tooltip="All frames of one clip, in order."),
         io.Float.Input("fps", default=12.0, min=0.1, max=240.0, step=0.1, round=0.001, tooltip=fps_tooltip),
     ]
+
+
+def pieces_of(frames_FHWC: Tensor, report: Callable[[Progress], None]) -> Iterator[Tensor]:
+    """A finished clip's frames in order, a few at a time, with a tick before each piece and one at the end."""
+    frames = len(frames_FHWC)
+    for start in range(0, frames, _PIECE_FRAMES):
+        report(Progress("video", start, frames))
+        yield frames_FHWC[start : start + _PIECE_FRAMES]
+    report(Progress("video", frames, frames))

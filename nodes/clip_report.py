@@ -5,10 +5,11 @@ import json
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..model.measure.pictures import Look
 from ..model.measure.report import draw_report, report_clip
 from . import history, host
 from .base import Node
-from .clip_inputs import finished_inputs
+from .clip_inputs import finished_inputs, pieces_of
 from .sockets import CATEGORY
 from .types import from_joint_latent, to_clip
 
@@ -55,8 +56,13 @@ class LockstepClipReport(Node):
     ) -> io.NodeOutput:
         clip = to_clip(images, fps, audio)
         made = None if latent is None else history.tell(from_joint_latent(latent))
-        report = report_clip(clip, made=made)
-        picture = draw_report(report, clip)[None]
+        frames, height, width, _ = clip.frames.shape
+        look = Look(frames, fps)
+        with host.Reporter(cls.hidden.unique_id, f"measuring {frames} frames of {width}x{height}") as tick:
+            for piece in pieces_of(clip.frames, tick):
+                look.push(piece)
+        report = report_clip(clip, made=made, look=look)
+        picture = draw_report(report, clip, look)[None]
         host.tell(cls.hidden.unique_id, "\n".join(report.findings))
         shown = ui.PreviewImage(picture, cls=cls)
         return io.NodeOutput(report.to_text(), json.dumps(report.to_dict()), picture, ui=shown)

@@ -9,7 +9,7 @@ from ..model.media import write_clip
 from ..model.provenance import MADE, SOURCE_TYPES, Disclosure, find_signer
 from . import host
 from .base import Node, check_choices, check_prefix
-from .clip_inputs import finished_inputs
+from .clip_inputs import finished_inputs, pieces_of
 from .sockets import CATEGORY
 from .types import to_clip, to_encodable
 
@@ -72,10 +72,11 @@ class LockstepSaveClip(Node):
     ) -> io.NodeOutput:
         clip = to_encodable(to_clip(images, fps, audio))
         said, warnings = disclose(disclosure, content_credentials)
-        path, shown = host.new_output_path(
-            filename_prefix, ".mp4", clip.frames.shape[2], clip.frames.shape[1]
-        )
-        write_clip(path, clip, host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo), said)
+        frames, height, width, _ = clip.frames.shape
+        path, shown = host.new_output_path(filename_prefix, ".mp4", width, height)
+        graph = host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        with host.Reporter(cls.hidden.unique_id, f"saving {frames} frames of {width}x{height}") as report:
+            write_clip(path, clip, graph, said, pieces_of(clip.frames, report))
         host.warn(cls.hidden.unique_id, (*find_doubts(clip), *warnings))
         saved = ui.SavedResult(shown["filename"], shown["subfolder"], io.FolderType.output)
         return io.NodeOutput(ui=ui.PreviewVideo([saved]))

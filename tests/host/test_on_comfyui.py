@@ -749,6 +749,35 @@ def test_a_decode_can_be_interrupted(server: ComfyUI, graph: dict):
 
 
 @pytest.mark.parametrize(
+    ("kind", "widgets"),
+    [
+        (
+            "LockstepSaveClip",
+            {"filename_prefix": "cut/short", "disclosure": "none", "content_credentials": False},
+        ),
+        ("LockstepClipReport", {}),
+    ],
+)
+def test_what_looks_at_a_whole_clip_can_be_interrupted_and_leaves_nothing(
+    server: ComfyUI, kind: str, widgets: dict
+):
+    large = {
+        "pictures": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 512, "height": 512, "batch_size": 200, "color": 255},
+        },
+        "last": {"class_type": kind, "inputs": {"images": ["pictures", 0], "fps": 24.0, **widgets}},
+    }
+    with Listener(server, "stopper") as listener:
+        prompt_id = server.queue(large, "stopper")
+        listener.wait_for("progress", node="last", max=200)
+        server.post("/interrupt", {"prompt_id": prompt_id})
+        result = server.result(prompt_id, seconds=60)
+    assert result.messages["execution_interrupted"]["node_id"] == "last"
+    assert not list((server.base / "output" / "cut").glob("*"))
+
+
+@pytest.mark.parametrize(
     ("node", "task"), [("3", "sampling 13 frames of 96x96"), ("4", "decoding 13 frames")]
 )
 def test_missing_memory_is_told_by_the_node_that_needs_it(server: ComfyUI, graph: dict, node: str, task: str):
