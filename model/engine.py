@@ -205,10 +205,7 @@ class Engine:
         self._loras = LoraStack(self._places)
         self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
-        self._sampling: tuple[tuple, int] = (
-            (),
-            0,
-        )  # what the transformer held beside its weights in the last clip
+        self._sampling: dict[tuple, StageNeed] = {}  # of the last clip's shape and guidance
         self._beside = 0  # the same in this clip, with its LoRAs; bytes, for a host
         self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
@@ -562,7 +559,7 @@ class Engine:
             masks = [audio_mask] if given_video is None else [audio_mask, video_mask]
             sound_first &= all(mask is not None and bool(mask.any()) for mask in masks)
         with self._lock:
-            self._tell_host(shape, guidance, settings.step_cache, settings.loras)
+            self._tell_host(shape, guidance, settings.step_cache, settings.loras, progress)
             if sound_first:
                 begun = (given_audio, audio_mask)
                 given_audio = self._sound(conditioning, shape, settings, seed, progress, *begun)
@@ -1040,9 +1037,11 @@ class Engine:
         guidance: Guidance | None = None,
         step_cache: float = 0.0,
         loras: Sequence[Lora] = (),
+        upscales: Sequence[tuple[Path, ClipShape]] = (),
     ) -> Plan:
         """The memory that a clip will need, from shapes alone; its policy, if none was given, rules from now on.
 
+        shape: of the finished clip; upscales: the latent upscalers that led to it, each with the shape that it gets.
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
         with self._lock:  # another run may be moving weights, which the policy tells where to
@@ -1054,7 +1053,11 @@ class Engine:
                 )
             text, sample, *decodes = self._forecasts[key]
             self.read_loras(loras)
-            needs = (text, replace(sample, working=sample.working + self._lora_bytes(loras)), *decodes)
+            sample = replace(sample, working=sample.working + self._lora_bytes(loras))
+            grown = [
+                self._forecast.upscaling(self._open_upscaler(path)[0], before) for path, before in upscales
+            ]
+            needs = (text, sample, *grown, *decodes)
             budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
             return self._residence.follow(needs, budget)
 
@@ -1067,19 +1070,31 @@ class Engine:
         return Forecast(self.headers, held, self._dtype, self.recipe.text_length, self._packs)
 
     def _tell_host(
-        self, shape: ClipShape, guidance: Guidance, step_cache: float, loras: Sequence[Lora]
+        self,
+        shape: ClipShape,
+        guidance: Guidance,
+        step_cache: float,
+        loras: Sequence[Lora],
+        progress: ProgressCallback = _nothing,
     ) -> None:
-        """Before a clip is sampled: what the transformer holds beside its weights. On a CPU no host asks."""
+        """Before a clip is sampled: what the transformer holds beside its weights, for the host and for people.
+
+        On a CPU no host asks.
+        """
         if not self._place or self.device.type == "cpu":
             return
         key = (shape, guidance.passes, step_cache > 0)
-        if key != self._sampling[0]:  # takes seconds for a large model
+        if key not in self._sampling:  # takes seconds for a large model
             need = self._forecast.sampling(
                 shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0
             )
-            self._sampling = key, need.working
+            self._sampling = {key: need}
         self.read_loras(loras)
-        self._beside = self._sampling[1] + self._lora_bytes(loras)
+        need = self._sampling[key]
+        need = replace(need, working=need.working + self._lora_bytes(loras))
+        self._beside = need.working
+        _plan_logger.info("%s", need.sentence())
+        progress(Progress("memory", 0, 1, note=need.sentence()))
 
     def _lora_bytes(self, loras: Sequence[Lora]) -> int:
         """All of their matrices stay on the device while the transformer runs, streamed or not."""
@@ -1127,11 +1142,13 @@ class Engine:
         """The plan of a request before its run; on a CPU, whose memory is seldom short, only if a policy was given."""
         if self.device.type == "cpu" and self._residence.given is None:
             return
+        upscales = []
         for path in request.upscalers:
+            upscales.append((path, shape))
             shape = self.upscaler(path).grown(shape)
         guidance = self._settings(request, recipe, shape).guidance
         loras = (*request.loras, *request.refine_loras)
-        _plan_logger.info("%s", self.plan(shape, guidance, request.step_cache, loras).sentence())
+        _plan_logger.info("%s", self.plan(shape, guidance, request.step_cache, loras, upscales).sentence())
 
     @property
     def _needed(self) -> tuple[str, ...]:

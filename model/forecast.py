@@ -15,8 +15,10 @@ from torch import nn
 from .checkpoint import keymap
 from .checkpoint.build import build_as_held
 from .checkpoint.families import Files
+from .checkpoint.header import Header
 from .codec.audio_vae import AudioVAE
 from .codec.griffin_lim import GriffinLim
+from .codec.latent_upsampler import LatentUpsampler
 from .codec.streaming import WINDOW_BYTES, decode_stream
 from .codec.video_vae import VideoVAE
 from .codec.vocoder import ExtendedVocoder, Generator
@@ -68,6 +70,18 @@ class Forecast:
                 self._video(shape, window_bytes),
                 self._audio(shape),
             )
+
+    @torch.inference_mode()
+    def upscaling(self, file: Header, shape: ClipShape) -> StageNeed:
+        """That of a latent upscaler on latents of this shape."""
+        module = build_as_held(keymap.UPSAMPLER, file, self._dtype_of(keymap.UPSAMPLER))
+        assert isinstance(module, LatentUpsampler), f"{type(module)=}"
+        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+        with torch.device("meta"):
+            latent = torch.empty(1, module.config.channels, *grid)
+            with MemoryCount() as count:
+                module(latent.to(next(module.parameters()))).float()
+        return StageNeed("upscale", weight_bytes(module), count.peak)
 
     def _module(self, component: str) -> nn.Module | None:
         if component not in self._components:

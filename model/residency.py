@@ -151,6 +151,11 @@ class StageNeed:
         """With the block that runs, and the next one on its way."""
         return self.fixed + max(2 * self.block + self.working, self.levels) if self.block else self.whole
 
+    def sentence(self) -> str:
+        """One line for people, before the run, where somebody else decides how the weights come."""
+        streamed = f", {_gigabytes(self.streamed)} in all with its blocks one by one" if self.block else ""
+        return f"memory: {self.name} needs {_gigabytes(self.working)} beside {_gigabytes(self.weights)} of weights{streamed}"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

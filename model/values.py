@@ -16,10 +16,11 @@ from .shapes import ClipShape
 class Progress:
     """One tick of a stage; a callback that raises stops the run between two ticks."""
 
-    stage: str  # "text", "image", "sound" (where it comes first), "probe", "sample", "upscale", "trajectory", "video", "audio"
+    stage: str  # "memory", "text", "image", "sound" (where it comes first), "probe", "sample", "upscale", "trajectory", "video", "audio"
     step: int  # ticks done
     steps: int  # ticks in all
     preview: Tensor | None = None  # (B, T, C) estimate of the clean video tokens, while sampling
+    note: str = ""  # a line for people that comes instead of a count: what the stage is about to need
 
 
 ProgressCallback = Callable[[Progress], None]

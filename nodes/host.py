@@ -380,6 +380,10 @@ class Reporter:
 
     def __call__(self, progress: Progress) -> None:
         memory.throw_exception_if_processing_interrupted()
+        if progress.note:
+            room = memory.get_total_memory(memory.get_torch_device()) / 2**30
+            tell(self._node_id, f"{progress.note}; the device has {room:.2f} GB")
+            return
         self._show(progress)
         comfy.utils.ProgressBar(progress.steps, node_id=self._node_id).update_absolute(progress.step)
         if progress.steps > 2 and progress.step:

@@ -171,12 +171,20 @@ def test_a_host_is_told_what_the_transformer_holds_beside_its_weights(engine):
     placed._tell_host(shape, guidance, 0.0, ())
     assert placed._transformer
     assert told == {"AVTransformer": 0}  # no host asks on a CPU
+    ticks: list[Progress] = []
+    placed._tell_host(shape, guidance, 0.0, (), ticks.append)
+    assert ticks == []
     placed.device = torch.device("cuda")
-    placed._tell_host(shape, guidance, 0.0, ())
+    placed._tell_host(shape, guidance, 0.0, (), ticks.append)
     placed.device = torch.device("cpu")
     assert placed._transformer
     assert placed._audio_vae
-    assert told == {"AVTransformer": engine.plan(shape).needs[1].working, "AudioVAE": 0}
+    need = engine.plan(shape).needs[1]
+    assert told == {"AVTransformer": need.working, "AudioVAE": 0}
+    assert [tick.note for tick in ticks] == [need.sentence()]
+    assert need.sentence().startswith(
+        "memory: sample needs 0.00 GB beside 0.02 GB of weights, 0.01 GB in all"
+    )
 
 
 def test_sound_beyond_full_scale_is_made_quieter_as_a_whole_and_other_sound_is_left_alone(

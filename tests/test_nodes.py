@@ -703,6 +703,14 @@ def test_what_cannot_be_shown_yet_does_not_end_the_run(host):
         report(tick)
 
 
+def test_what_a_run_is_about_to_need_is_told_before_it(host, monkeypatch):
+    told = []
+    monkeypatch.setattr(host, "tell", lambda *line: told.append(line))
+    monkeypatch.setattr(host.memory, "get_total_memory", lambda _: 24 * 2**30)
+    host.Reporter("3", "sampling")(Progress("memory", 0, 1, note="memory: sample needs 4.10 GB"))
+    assert told == [("3", "memory: sample needs 4.10 GB; the device has 24.00 GB")]
+
+
 # Clips from outside
 
 

@@ -16,6 +16,7 @@ from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, ShapeError, WorkflowError
 from lockstep.model.latents.noise import draw_joint_noise, seeded_generator
 from lockstep.model.latents.patchify import audio_to_tokens, video_to_tokens
+from lockstep.model.residency import MemoryCount, weight_bytes
 from lockstep.model.sampler.guidance import UNGUIDED
 from lockstep.model.sampler.schedule import DISTILLED_STAGE2, TEMPORAL_UPSAMPLE
 from lockstep.model.shapes import ClipShape, Compression
@@ -130,6 +131,21 @@ def test_upscaled_latents_are_the_module_s_between_the_codec_s_statistics(engine
         made.shape.latent_width,
     )
     assert made.audio.shape[2] == made.shape.audio_latents
+
+
+@pytest.mark.parametrize("name", UPSCALERS)
+def test_a_plan_counts_the_upscaler_and_what_it_holds(engine, files, name):
+    path = files[0] / f"{name}.safetensors"
+    shape = engine.shape("64x96", 0.75)
+    start, grown = engine.empty_latents(shape), engine.upscaler(path).grown(shape)
+    plain, plan = engine.plan(grown), engine.plan(grown, upscales=[(path, shape)])
+    (need,) = [need for need in plan.needs if need not in plain.needs]
+    module = engine._upscaler_module(path)
+    assert (need.name, need.weights) == ("upscale", weight_bytes(module))
+    assert plan.peak - plain.peak == need.weights  # of the resident policy
+    with MemoryCount() as count:
+        engine.upscale(start, path)
+    assert need.working == pytest.approx(count.peak, rel=0.15)  # what the plan promises
 
 
 @pytest.mark.parametrize(("name", "size"), [("x2", "64x96"), ("x1.5", "96x48"), ("x2-rational", "64x64")])
