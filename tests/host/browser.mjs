@@ -33,12 +33,17 @@ console.log(JSON.stringify(seen));
 async function open(name, content) {
   await page.evaluate(([json, title]) => window.app.loadGraphData(json, true, true, title), [content, name]);
   await page.waitForTimeout(500);
-  return page.evaluate(async () => {
+  const opened = await page.evaluate(async () => {
     const { output } = await window.app.graphToPrompt();
     const complaints = [...document.querySelectorAll(".p-toast-message, .p-dialog")].map((e) => e.innerText);
     const broken = window.app.graph.nodes.filter((node) => node.has_errors).map((node) => node.type);
     return { output, complaints, broken };
   });
+  if (opened.complaints.length) { // read, or it would cover what comes next
+    await page.keyboard.press("Escape");
+    await page.waitForFunction(() => !document.querySelector(".p-dialog"));
+  }
+  return opened;
 }
 
 // what the page makes of a file's name

@@ -26,8 +26,17 @@ WIDTHS = {
 HEIGHTS = {"LockstepTextEncode": 220, "SaveVideo": 440, "SaveAnimatedWEBP": 400, "LoadImage": 330, "LoadVideo": 330,
            "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110, "LockstepClipReport": 300, "LockstepSaveClip": 460, "SaveImage": 300}  # fmt: skip
 
+CHECKPOINT = "ltx-2.3-22b-dev.safetensors"
 LORA = "ltx-2.3-22b-distilled-lora-384.safetensors"
 UPSCALER = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
+GEMMA = "gemma_3_12B_it.safetensors"
+# folder of the host's models, and where the file is published: what the page offers to download if it is missing
+PUBLISHED = {
+    CHECKPOINT: ("checkpoints", f"Lightricks/LTX-2.3/resolve/main/{CHECKPOINT}"),
+    LORA: ("loras", f"Lightricks/LTX-2.3/resolve/main/{LORA}"),
+    UPSCALER: ("latent_upscale_models", f"Lightricks/LTX-2.3/resolve/main/{UPSCALER}"),
+    GEMMA: ("text_encoders", f"Comfy-Org/ltx-2/resolve/main/split_files/text_encoders/{GEMMA}"),
+}
 RED_BALL = "a red ball bounces on a gray background"
 Link = tuple[str, int]
 Node = tuple[str, dict[str, Any]]  # type, inputs that differ from the default; a link is (id, slot)
@@ -138,12 +147,12 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
     "ltx_one_stage": (
         """**A published LTX-2.x checkpoint** in place of the embedded model, in one stage.
 
-- Put the file into `models/checkpoints` (or `models/diffusion_models`), press R and choose it in Lockstep Loader. Its text encoder, a Gemma folder or file, belongs in `models/text_encoders`; parts that come in files of their own are found in `models/vae`.
+- Put the file into `models/checkpoints` (or `models/diffusion_models`), press R and choose it in Lockstep Loader; the page offers the addresses of files that are missing. Its text encoder, a Gemma folder or file, belongs in `models/text_encoders`; parts that come in files of their own are found in `models/vae`.
 - **Aspect, steps, cfg, stg** at their defaults take the recipe of the checkpoint.
 - In Lockstep Loader **offload** *auto* brings blocks one by one where the whole does not fit on the GPU, *stream* always does, **attention** takes another kernel, **compile** spends a minute or more first and says what it saved.
 - Read the terms of these weights before you use them. No published weight was run for this workflow.""",
         [
-            {"loader": loader("ltx-2.3-22b-dev.safetensors")},
+            {"loader": loader(CHECKPOINT)},
             {"text": text("a red ball bounces on a wooden table, a dull thud at every bounce")},
             {"sampler": sampler()},
             *clip_out(),
@@ -157,7 +166,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
 - The sound comes from the first stage. With a distilled checkpoint take it from the second: it gains by those steps.
 - Read the terms of these weights before you use them. No published weight was run for this workflow.""",
         [
-            {"loader": loader("ltx-2.3-22b-dev.safetensors")},
+            {"loader": loader(CHECKPOINT)},
             {
                 "text": text("a red ball bounces on a wooden table, a dull thud at every bounce"),
                 "lora": ("LockstepLoRA", {"model": ("loader", 0), "lora": LORA}),
@@ -191,7 +200,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
 - Read the terms of these weights before you use them. No published weight was run for this workflow.""",
         [
             {
-                "loader": loader("ltx-2.3-22b-dev.safetensors"),
+                "loader": loader(CHECKPOINT),
                 "lora": ("LockstepLoRA", {"model": ("loader", 0), "lora": LORA}),
             },
             {
@@ -575,6 +584,8 @@ def _page(name: str, note: str, columns: list[dict[str, Node]], numbered: dict[s
         "last_link_id": len(links),
         "nodes": nodes,
         "links": links,
+        # found by the loader itself: no widget names it
+        **({"models": _published([GEMMA])} if CHECKPOINT in str(columns) else {}),
         "groups": [],
         "config": {},
         "extra": {},
@@ -592,6 +603,15 @@ def _height(kind: str) -> int:
 def _note(text: str, number: int, pos: list[int], size: list[int]) -> dict:
     return {"id": number, "type": "MarkdownNote", "pos": pos, "size": size, "flags": {}, "order": 0, "mode": 0,
             "inputs": [], "outputs": [], "properties": {}, "widgets_values": [text]}  # fmt: skip
+
+
+def _published(values: list) -> list[dict[str, str]]:
+    """What the page needs to know of the published files among these values."""
+    files = [(value, *PUBLISHED[value]) for value in values if isinstance(value, str) and value in PUBLISHED]
+    return [
+        {"name": name, "url": f"https://huggingface.co/{place}", "directory": folder}
+        for name, folder, place in files
+    ]
 
 
 def _page_node(
@@ -619,7 +639,9 @@ def _page_node(
         for shown, type_ in zip(schema["output_name"], schema["output"], strict=True)
     ]
     ours = kind.startswith("Lockstep")
-    properties = {"cnr_id": "lockstep", "ver": "0.1.0"} if ours else {"cnr_id": "comfy-core"}
+    properties: dict[str, Any] = {"cnr_id": "lockstep", "ver": "0.1.0"} if ours else {"cnr_id": "comfy-core"}
+    if chosen := _published(values):
+        properties["models"] = chosen
     return {
         "id": number,
         "type": kind,
