@@ -458,6 +458,11 @@ class Engine:
         fitted_HWC = fit_image(compress_image(image_HWC, crf), shape.height, shape.width)
         pixels = rearrange(fitted_HWC, "H W C -> 1 C 1 H W") * 2 - 1
         mask = self._latent_mask(mask_HW, shape)
+        if mask is not None and mask.all():
+            raise MediaError(
+                f"the mask frees all that a clip of {shape.width}x{shape.height} shows of the image: free less of it, or leave "
+                "the image out"
+            )
         guide = Guide(self.encode_video(pixels), frame, strength, mask, attention)
         progress(Progress("image", 1, 1))
         return guide

@@ -317,6 +317,8 @@ def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, folder_paths.get_output_directory(), width, height
         )
+        numbered = (Path(folder) / f"{name}_{number:05}_{suffix}" for number in itertools.count(counter))
+        path = next(path for path in numbered if not path.exists())
     except OSError as error:
         raise MediaError(
             f"the output folder cannot take files of filename_prefix {shown(prefix)}: {error.strerror or error}"
@@ -325,8 +327,6 @@ def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -
         raise MediaError(
             f"filename_prefix {shown(prefix)} lies outside the output folder: use a name such as 'lockstep/clip'"
         ) from error
-    numbered = (Path(folder) / f"{name}_{number:05}_{suffix}" for number in itertools.count(counter))
-    path = next(path for path in numbered if not path.exists())
     return path, {"filename": path.name, "subfolder": subfolder, "type": "output"}
 
 

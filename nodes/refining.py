@@ -4,6 +4,7 @@ import math
 
 from ..model.engine import Engine
 from ..model.errors import WorkflowError
+from ..model.sampler.schedule import check_sigmas
 from ..model.shapes import ClipShape
 
 STAGES = ("spatial", "temporal")
@@ -30,7 +31,10 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     if not numbers:
         raise WorkflowError(f"refine {words!r} is not understood: {_HELP}")
     if len(numbers) != 1:
-        return numbers
+        try:
+            return check_sigmas(numbers)
+        except WorkflowError as error:
+            raise WorkflowError(f"refine {words!r}: {error}") from error
     (share,) = numbers
     if not _LEAST_SHARE <= share <= 1:
         raise WorkflowError(f"refine {words!r} lies outside {_LEAST_SHARE} to 1: {_HELP}")

@@ -235,7 +235,9 @@ class LockstepSampler(Node):
             kept = kept_parts(given, shape)
             way = Trajectory(trajectory, report) if trajectory.strip() else None
             guides = [
-                encode_picture(model, picture, shape, counted_fps, report) for picture in script.pictures
+                encode_picture(model, picture, shape, counted_fps, report)
+                for picture in script.pictures
+                if picture.strength > 0  # else it would be noise that the clip sees
             ]
             with history.measured(model, "sample") as meter:
                 latents = model.sample(
@@ -317,8 +319,8 @@ def latents_to_refine(given: dict[str, Stream], shape: ClipShape) -> AVLatents:
             f"refine goes on from picture and sound, latent holds no {' and no '.join(missing)}: connect the av_latent of "
             "Lockstep Latent Upscale or of another Lockstep Sampler"
         )
-    video = given["video"]
-    return AVLatents(video.samples, given["audio"].samples, shape, video.origin.model_id)
+    video, audio = given["video"], fit_sound_to(given["audio"], shape)
+    return AVLatents(video.samples, audio.samples, shape, video.origin.model_id)
 
 
 def encode_picture(
@@ -335,7 +337,7 @@ def kept_parts(given: dict[str, Stream], shape: ClipShape) -> dict[str, Tensor]:
     """Streams of which at least a part stays, as Engine.sample takes them. Raises ShapeError for sound that is too short."""
     parts: dict[str, Tensor] = {}
     for name, stream in given.items():
-        fitted = fit_sound_to(stream, shape) if name == "audio" else stream
-        if fitted.mask is not None:
+        if stream.mask is not None:  # of what is free the length does not matter
+            fitted = fit_sound_to(stream, shape) if name == "audio" else stream
             parts |= {f"given_{name}": fitted.samples, f"{name}_mask": fitted.mask}
     return parts

@@ -8,6 +8,8 @@ from .base import Node, check_prefix
 from .sockets import CATEGORY
 from .types import from_joint_latent
 
+_NO_MASK = "the file keeps no noise mask: a sampler behind Lockstep Load AV Latent makes all of the clip anew"
+
 
 class LockstepSaveAVLatent(Node):
     @classmethod
@@ -26,7 +28,7 @@ class LockstepSaveAVLatent(Node):
                 ),
             ],
             outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -40,4 +42,6 @@ class LockstepSaveAVLatent(Node):
         size = (latents.shape.width, latents.shape.height)
         path, shown = host.new_output_path(filename_prefix, host.LATENT_SUFFIX, *size)
         write_latents(path, latents, host.provenance(cls.hidden.prompt, cls.hidden.extra_pnginfo))
+        if latent.get("noise_mask") is not None:
+            host.warn(cls.hidden.unique_id, (_NO_MASK,))
         return io.NodeOutput(ui={"latents": [shown]})

@@ -111,6 +111,8 @@ def to_picture(
     mask_BHW: a MASK of any size, stretched over the picture; one of zeros, as pictures without alpha have it, is none.
     """
     image_BHWC = _to_rgb("image", image_BHWC).clamp(0, 1)
+    if not image_BHWC.isfinite().all():
+        raise MediaError("image holds values that are no numbers: look at the node that made it")
     if image_BHWC.shape[0] != 1:
         raise MediaError(
             f"image holds {image_BHWC.shape[0]} pictures, one is needed: choose it with ImageFromBatch, "
@@ -266,7 +268,11 @@ def to_extended(
         raise ShapeError(
             "latent holds sound alone: connect an av_latent output or Lockstep Video Encode, and the sound to audio_latent"
         )
-    video = streams["video"]
+    video, audio = streams["video"], streams.get("audio")
+    if _is_blank(video):
+        raise ShapeError(
+            f"{video.name} is an empty latent, from which nothing goes on: sample or encode it first"
+        )
     shape = video.shape
     added = max(seconds, shape.compression.time / shape.fps)
     try:
@@ -278,17 +284,22 @@ def to_extended(
         ) from error
     room = model.empty_latents(longer)
     masks = []
-    for samples, stream in ((room.video, video), (room.audio, streams.get("audio"))):
+    for samples, stream in ((room.video, video), (room.audio, audio)):
         mask = (
             torch.ones_like(samples[:, :1]) if samples.ndim == 5 else torch.ones_like(samples[:, :1, :, :1])
         )
-        if stream is not None:
+        if stream is not None and not _is_blank(stream):
             kept = min(stream.samples.shape[2], samples.shape[2])
             samples[:, :, :kept] = stream.samples[:, :, :kept]
             mask[:, :, :kept] = 0 if stream.mask is None else stream.mask[:, :, :kept]
         masks.append(mask)
     joint = to_latents(room, join, video.origin.counted_fps)[2]
     return joint | {"noise_mask": join((masks[0], masks[1]))}
+
+
+def _is_blank(stream: Stream) -> bool:
+    """Whether these are latents that nobody has made yet, as nodes for empty latents give them."""
+    return stream.mask is None and not stream.samples.any()
 
 
 def from_video_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
@@ -386,6 +397,11 @@ def read_latent(name: str, latent: dict[str, Any], model: Any = None, fps: float
     mask = latent.get("noise_mask")
     masks = list(mask.unbind()) if mask is not None and getattr(mask, "is_nested", False) else [mask, None]
     streams = {}
+    if any(getattr(tensor, "is_nested", False) for tensor in tensors):
+        raise ShapeError(
+            f"{name} holds picture and sound together inside another such latent: put LTXVSeparateAVLatent before "
+            "LTXVConcatAVLatent"
+        )
     for tensor, its_mask in zip(tensors, masks, strict=False):
         kind = "video" if tensor.ndim == 5 else "audio"
         origin = _told_origin(kind, latent) or _assumed_origin(name, tensor, model, fps)
@@ -450,6 +466,8 @@ def _fit_video_mask(mask: Tensor, samples: Tensor, origin: Origin) -> Tensor:
     """Any noise_mask over pixels or latents to one value per latent; a latent is as free as its freest pixel."""
     mask_FHW = _flat_mask(mask)
     time = origin.shape.compression.time
+    if not mask_FHW.numel():
+        raise ShapeError("the latent's noise mask is empty: connect a mask that is not cut to nothing")
     if mask_FHW.shape[0] == (samples.shape[2] - 1) * time + 1:
         # one mask per picture: the first latent stands for one of them, the others for `time` each
         padded = torch.cat([mask_FHW[:1].expand(time - 1, -1, -1), mask_FHW])

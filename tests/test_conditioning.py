@@ -45,6 +45,18 @@ def test_a_guide_at_the_start_takes_the_first_latents_place():
     assert torch.equal(layout.positions, video_positions(SHAPE))
 
 
+def test_a_guide_at_the_start_takes_only_what_a_given_video_leaves_free():
+    video, mask, picture = torch.randn(1, 4, 3, 2, 3), torch.ones(1, 1, 3, 2, 3), latent()
+    mask[:, :, 0, :, :2] = 0
+    layout = lay_out_video(SHAPE, 4, [Guide(picture, 0, 0.75)], video, mask)
+    first, shown = layout.clean[0, :FRAME_TOKENS], video_to_tokens(picture)[0]
+    kept = video_to_tokens(mask)[0, :FRAME_TOKENS, 0] == 0
+    assert kept.tolist() == [True, True, False] * 2
+    assert torch.equal(first[kept], video_to_tokens(video)[0, :FRAME_TOKENS][kept])
+    assert torch.equal(first[~kept], shown[~kept])
+    assert layout.mask[0, :FRAME_TOKENS, 0].tolist() == [0.0, 0.0, 0.25] * 2
+
+
 def test_a_later_guide_is_appended_at_its_frame():
     picture = latent()
     layout = lay_out_video(SHAPE, 4, [Guide(picture, 8, 0.75)])

@@ -14,6 +14,7 @@ from lockstep.model.engine import Engine, SampleSettings, latent_sha256
 from lockstep.model.errors import (
     Cancelled,
     CheckpointError,
+    MediaError,
     MemoryShortError,
     PromptError,
     ShapeError,
@@ -299,6 +300,8 @@ def test_an_image_s_mask_frees_every_latent_that_it_touches(engine):
     shape = engine.shape(seconds=1.0)
     mask = torch.zeros(96, 96)
     mask[:, 33] = 1
+    with pytest.raises(MediaError, match="the mask frees all that a clip of 96x96 shows of the image"):
+        engine.encode_image(torch.rand(96, 16, 3), shape, mask_HW=torch.ones(96, 16))
     guide = engine.encode_image(torch.rand(96, 96, 3), shape, mask_HW=mask)
     assert guide.mask is not None
     assert guide.mask[0, 0, 0].tolist() == [[0, 0, 1, 0, 0, 0]] * 6

@@ -429,6 +429,42 @@ def test_a_part_that_was_free_stays_free_in_an_extended_clip():
     assert streams["video"].mask[0, 0, :, 0, 0].tolist() == [0, 1, 0, 1, 1]
 
 
+def test_of_an_empty_latent_nothing_goes_on():
+    blank = replace(
+        latents(), video=torch.zeros_like(latents().video), audio=torch.zeros_like(latents().audio)
+    )
+    with pytest.raises(ShapeError, match="latent is an empty latent, from which nothing goes on"):
+        extended(parts(blank)[2], 1.0)
+    silent = parts(replace(latents(), audio=blank.audio))[2]
+    assert types.given_streams(extended(silent, 0.6), None, model())["audio"].mask is None
+    assert types.given_streams(extended(silent, 0.6), None, model())["video"].mask is not None
+
+
+def test_the_length_of_a_sound_that_is_made_anyway_does_not_matter(pack):
+    streams = types.given_streams(parts()[2], None, model())
+    short = replace(streams["audio"], samples=streams["audio"].samples[:, :, :5])
+    shape = streams["video"].shape
+    assert pack.sampler.kept_parts({"audio": short}, shape) == {}
+    for refused in (
+        lambda: pack.sampler.kept_parts({"audio": replace(short, mask=torch.zeros(1, 1, 5, 1))}, shape),
+        lambda: pack.sampler.latents_to_refine(streams | {"audio": short}, shape),
+    ):
+        with pytest.raises(ShapeError, match="has 5 latents"):
+            refused()
+
+
+def test_a_joint_latent_inside_another_one_is_refused():
+    video, audio, joint = parts()
+    for inside in (Nested(joint["samples"], audio["samples"]), Nested(video["samples"], joint["samples"])):
+        with pytest.raises(ShapeError, match="put LTXVSeparateAVLatent before LTXVConcatAVLatent"):
+            types.given_streams(joint | {"samples": inside}, None, model())
+
+
+def test_a_mask_that_is_cut_to_nothing_is_refused():
+    with pytest.raises(ShapeError, match="noise mask is empty"):
+        types.given_streams(parts()[0] | {"noise_mask": torch.zeros(0, 4, 4)}, None, model())
+
+
 def test_a_clip_that_cannot_go_on_is_refused():
     with pytest.raises(ShapeError, match="latent holds sound alone: connect an av_latent output"):
         extended(parts()[1], 1.0)
@@ -656,6 +692,8 @@ def test_a_prefix_that_ends_in_a_folder_overwrites_nothing(pack, host, tmp_path)
         path, _ = host.new_output_path("clips/", ".mp4")
         assert path == tmp_path / f"clips_{number:05}_.mp4"
         path.touch()
+    with pytest.raises(MediaError, match="cannot take files of filename_prefix"):
+        host.new_output_path("x" * 300, ".mp4")
     assert pack.base.check_prefix("./") == pack.base.check_prefix("a/..") != True  # noqa: E712
 
 
@@ -890,6 +928,17 @@ def test_refining_starts_at_the_levels_asked_for(words, levels):
 def test_refining_by_other_words_is_refused(words):
     with pytest.raises(WorkflowError, match="use spatial or temporal after Lockstep Latent Upscale"):
         refining_levels(words, Recorder(), None, latents().shape)
+
+
+@pytest.mark.parametrize("words", ["2, 1, 0", "0.9, 0.7", "0.5 0.5 0"])
+def test_refining_by_levels_that_do_not_fall_to_nothing_is_refused(words):
+    with pytest.raises(WorkflowError, match=f"refine '{words}': (sigmas|a schedule)"):
+        refining_levels(words, Recorder(), None, latents().shape)
+
+
+def test_a_picture_without_numbers_is_refused_by_its_input_s_name():
+    with pytest.raises(MediaError, match="image holds values that are no numbers"):
+        types.to_picture(torch.full((1, 3, 5, 3), torch.nan), None, 1.0)
 
 
 def test_a_reference_stands_at_no_frame():

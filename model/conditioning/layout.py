@@ -60,8 +60,10 @@ def lay_out_video(
     appended = [guide for guide in guides if guide.frame != 0]
     for guide in _at_start(guides, shape):
         _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
-        clean[:, :, : guide.latent.shape[2]] = guide.latent
-        mask[:, :, : guide.latent.shape[2]] = _freedom(guide)
+        place = slice(guide.latent.shape[2])
+        made = mask[:, :, place] > 0  # what a given video keeps, it keeps
+        clean[:, :, place] = torch.where(made, guide.latent.float(), clean[:, :, place])
+        mask[:, :, place] = torch.minimum(mask[:, :, place], _freedom(guide))
     cleans, masks, positions = [video_to_tokens(clean)], [video_to_tokens(mask)], [video_positions(shape)]
     for guide in appended:
         cleans.append(video_to_tokens(guide.latent.float()))
