@@ -15,6 +15,7 @@ from ..codec.mel import slaney_filterbank
 from ..text.tokenizer import FIRST_ID
 from . import config, language
 from .readings import asides, kinds, readings
+from .ways import ways
 
 _GENERATOR = (
     (keymap.TEXT_ENCODER, "text_encoder."),
@@ -98,7 +99,7 @@ def metadata(record: dict) -> dict[str, str]:
 def tokenizer_entry() -> str:
     """What the file says of words: beside those of training, how a free prompt is to be understood."""
     words, content = language.vocabulary(), language.content_words()
-    read = readings() | asides()
+    read = ways() | readings() | asides()
     return json.dumps({"words": words, "content": content, "readings": read, "kinds": kinds()})
 
 

@@ -163,6 +163,13 @@ def readings() -> dict[str, str]:
 _AUXILIARIES = "is are was were do does did has have had wo would ca could should"
 _STILL = "static, still, fixed, steady, stationary, motionless, unmoving, immobile, locked, locked off"
 _RESTS = "does not move, not moving, is not moving, rests, is at rest, stays in place, stays put"
+# what negations are made of, and what says of the world only what is always so
+_NOTHING = (
+    "but, at all, instead of, rather than, in the center, in the centre, at the center, at the centre, in the very middle, "
+    "centered, centred, in place, on the spot, in mid air, clockwise, at normal speed, at a normal pace, at a steady pace, "
+    "nothing else moves, golden hour, solid, pure, uniform, flat, lone, single, completely, perfectly, absolutely, totally, "
+    "entirely, repeatedly, continuously, constantly, endlessly, steadily, rhythmically, over and over, again and again"
+)
 
 
 def asides() -> dict[str, str]:
@@ -186,8 +193,12 @@ def asides() -> dict[str, str]:
     moving = ("movement", "motion", "movements")
     phrases += [f"{no} camera {move}" for no in ("no", "without", "without any") for move in moving]
     phrases += [
-        "but",
-        "at all",
+        *(
+            f"{no} {move} the camera"
+            for no in ("don t", "do not")
+            for move in ("move", "pan", "tilt", "zoom")
+        ),
+        *_NOTHING.split(", "),
         "s",
         "re",
         "ll",
@@ -210,5 +221,10 @@ def kinds() -> dict[str, dict[str, str]]:
     }
     forms = (language.FINITE, language.GERUND)
     named["motion"] = {phrase: motion for said in forms for motion in said for phrase in said[motion]}
-    weather = {phrase: name for name, phrases in language.AMBIENCE.items() for phrase in phrases if phrase}
-    return named | {"ambience": weather | {name: name for name in language.AMBIENCE if name != "none"}}
+    for kind, phrases, usual in (
+        ("ambience", language.AMBIENCE, "none"),
+        ("tempo", language.TEMPO, "normal"),
+        ("place", language.PLACE, "center"),
+    ):
+        named[kind] = {phrase: name for name in phrases if name != usual for phrase in (*phrases[name], name)}
+    return named

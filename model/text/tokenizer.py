@@ -6,19 +6,31 @@ Emoji are words that no vocabulary knows; all other signs are punctuation.
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PromptError
-from .phrases import Kinds, Phrase, leave_out_denied, tell_contradictions
+from .phrases import (
+    BEHIND,
+    WALLS,
+    Kinds,
+    Phrase,
+    kind_of,
+    leave_out_camera,
+    leave_out_denied,
+    tell_contradictions,
+)
+from .spelling import meant
 
 UNKNOWN_ID, FIRST_ID = 1, 2  # 0 pads
 _WORD = re.compile("[^\\W_]+|[\u2600-\u27bf\U0001f000-\U0001faff]+")
 _ENDS = re.compile(r"[.,;!?]")
+# "stands perfectly still", "bounces quickly up and down": at most two of them stand within a phrase
+_ADVERB = re.compile("[a-z]+ly|then|very|so|quite|just")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ class WordTokenizer:
 
         Raises PromptError for an empty prompt, or one without any word that the model can show.
         """
-        phrases, doubts = self._understood(unicodedata.normalize("NFKC", prompt).lower())
+        phrases, unread, doubts = self._understood(unicodedata.normalize("NFKC", prompt).lower())
         words = [word for phrase in phrases for word in phrase.words]
         kept = words[: self.longest]
         if required and not any(word in self.content for word in kept):
@@ -92,21 +104,12 @@ class WordTokenizer:
                 what = f"the prompt has no word that this model knows{where}"
             raise PromptError(f"{what}: it knows {self.known()}")
         index = {word: i + FIRST_ID for i, word in enumerate(self.vocabulary)}
-        unknown = tuple(dict.fromkeys(word for word in kept if word not in index))
+        unknown = tuple(dict.fromkeys([*unread, *(word for word in kept if word not in index)]))
         ids = torch.tensor([index.get(word, UNKNOWN_ID) for word in kept], dtype=torch.int64)
         return Tokens(ids, unknown, len(words) - len(kept), doubts)
 
-    def _understood(self, prompt: str) -> tuple[list[Phrase], tuple[str, ...]]:
-        phrases = list(self._read(prompt))
-        if not self.kinds:
-            return phrases, ()
-        phrases, denied = leave_out_denied(phrases, self.kinds, self.content)
-        ends = accumulate(len(phrase.words) for phrase in phrases)
-        seen = [phrase for phrase, end in zip(phrases, ends, strict=True) if end <= self.longest]
-        return phrases, (*denied, *tell_contradictions(seen, self.kinds))
-
-    def _read(self, prompt: str) -> Iterable[Phrase]:
-        """The words with the longest phrase that has a reading, from each place on, read so."""
+    def _understood(self, prompt: str) -> tuple[list[Phrase], list[str], tuple[str, ...]]:
+        """The phrases; of a free prompt also the words that are not read, and what cannot be shown."""
         found = list(_WORD.finditer(prompt))
         words = [match.group() for match in found]
         starts = [match.start() for match in found[1:]] + [len(prompt)]
@@ -114,21 +117,70 @@ class WordTokenizer:
             bool(_ENDS.search(prompt, match.end(), start))
             for match, start in zip(found, starts, strict=False)
         ]
+        if not self.kinds:
+            return list(self._read(words, ends)), [], ()
+        words, slips = self._corrected(words)
+        phrases, of_camera = leave_out_camera(list(self._read(words, ends)), self.kinds)
+        phrases, denied = leave_out_denied(phrases, self.kinds, self.content)
+        unread = [phrase.said for phrase in phrases if self._is_unread(phrase)]
+        phrases = [replace(phrase, words=()) if self._is_unread(phrase) else phrase for phrase in phrases]
+        phrases = self._shortened(phrases)
+        ends_at = accumulate(len(phrase.words) for phrase in phrases)
+        seen = [phrase for phrase, end in zip(phrases, ends_at, strict=True) if end <= self.longest]
+        return phrases, unread, (*denied, *of_camera, *slips, *tell_contradictions(seen, self.kinds))
+
+    def _shortened(self, phrases: list[Phrase]) -> list[Phrase]:
+        """Without the first of the words that mean nothing, as far as there are too many words."""
+        over = sum(len(phrase.words) for phrase in phrases) - self.longest
+        fitting, kept = [], self.content | WALLS | BEHIND
+        for phrase in phrases:
+            spared = over > 0 and len(phrase.words) == 1 and phrase.words[0] not in kept
+            fitting.append(replace(phrase, words=()) if spared else phrase)
+            over -= spared
+        return fitting
+
+    def _corrected(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """The words with slips of the fingers mended, and what to tell of them."""
+        known = {*self.vocabulary, *(word for phrase in self.readings for word in phrase.split())}
+        aims = {word for names in self.kinds.values() for word in names if " " not in word} | WALLS
+        right = {word: aim for word in words if word not in known and (aim := meant(word, aims))}
+        told = [f"says '{word}', read as {aim}" for word, aim in right.items()]
+        return [right.get(word, word) for word in words], told
+
+    def _is_unread(self, phrase: Phrase) -> bool:
+        """Whether a word is unknown, or of those that mean something only beside others: "pitch" is black, and a tone's."""
+        if phrase.words != (phrase.said,):
+            return False
+        loose = "tempo" in self.kinds and phrase.said in self.content and not kind_of(phrase, self.kinds)
+        return loose or phrase.said not in self.vocabulary
+
+    def _read(self, words: Sequence[str], ends: Sequence[bool]) -> Iterator[Phrase]:
+        """The words with the longest phrase that has a reading, from each place on, read so."""
         most = max((phrase.count(" ") + 1 for phrase in self.readings), default=1)
         at = 0
         while at < len(words):
-            for count in range(min(most, len(words) - at), 0, -1):
-                said = " ".join(words[at : at + count])
+            for count in range(min(most + 2 * bool(self.kinds), len(words) - at), 0, -1):
+                said, adverbs = " ".join(words[at : at + count]), []
+                if self.kinds and said not in self.readings:
+                    said, adverbs = _without_adverbs(words[at : at + count])
                 # "gray background, motionless ball": what is read as nothing ends where a sentence's part does
                 apart = any(ends[at : at + count - 1])
                 if said in self.readings and (self.readings[said] or not apart):
-                    yield Phrase(said, tuple(self.readings[said].split()), ends[at + count - 1])
+                    parts = [said, *adverbs]
                     break
             else:
-                count = 1
-                yield Phrase(words[at], (words[at],), ends[at])
+                count, parts = 1, [words[at]]
+            for part in parts:
+                last = part is parts[-1] and ends[at + count - 1]
+                yield Phrase(part, tuple(self.readings.get(part, part).split()), last)
             at += count
 
     def known(self) -> str:
         """The meaningful words as one line."""
         return ", ".join(sorted(self.content))
+
+
+def _without_adverbs(words: Sequence[str]) -> tuple[str, list[str]]:
+    adverbs = [word for word in words[1:-1] if _ADVERB.fullmatch(word)]
+    within = [word for word in words[1:-1] if word not in adverbs]
+    return " ".join([*words[:1], *within, *words[1:][-1:]]), adverbs

@@ -1,0 +1,129 @@
+"""How free prompts say motions, tempos and places beyond single words: verbs with the ways that they go, and other phrases.
+
+Not for training, whose prompts have words strewn in that would make such phrases by chance.
+"""
+
+from itertools import product
+
+from . import language, world
+
+_MOVE = (
+    "move, moves, moving, go, goes, going, travel, travels, travelling, traveling, run, runs, running, float, floats, floating, "
+    "shift, shifts, shifting"
+)
+_SLIDE = "slide, slides, sliding, glide, glides, gliding, roll, rolls, rolling, drift, drifts, drifting"
+_RICOCHET = "bounce, bounces, bouncing, ricochets, ricocheting, ping pongs, ping ponging"
+_SWING = (
+    "swing, swings, swinging, sway, sways, swaying, rock, rocks, rocking, wobbles, wobbling, hangs, hanging"
+)
+_TURN = "orbits, orbiting, revolves, revolving, rotates, rotating, spin, spins, spinning, loops, looping, whirls, whirling"
+_RISE = "bob, bobs, bobbing, spring, springs, springing, hop, hops, hopping, bounce, bounces, bouncing"
+_BECOME = "get, gets, getting, grow, grows, growing, become, becomes, becoming"
+_GROW = (
+    "grow, swell, expand, inflate",
+    "grows, swells, expands, inflates",
+    "growing, swelling, expanding, inflating",
+)
+_SHRINK = ("shrink, contract, deflate", "shrinks, contracts, deflates", "shrinking, contracting, deflating")
+
+_SIDES = (
+    "from left to right, left to right, from right to left, right to left, from the left to the right, from the right to the left, "
+    "from left side to right side, from the left side to the right side, from one side to the other, from side to side, from the left edge to the right edge, "
+    "side to side, from edge to edge, from wall to wall, wall to wall, from one wall to the other, between the walls, "
+    "between two walls, between the two walls"
+)
+_TO_AND_FRO = f"{_SIDES}, left and right, right and left, back and forth, to and fro, backwards and forwards, backward and forward"
+_ONE_WAY = (
+    "left, right, to the left, to the right, leftward, rightward, leftwards, rightwards, sideways, horizontally, across, "
+    "across the screen, across the frame, across the picture, across the floor, along the floor, along the ground"
+)
+_CENTERS = ("the center", "the centre", "the middle", "a center point", "a centre point", "a central point")
+_AROUND = ", ".join(f"{way} {center}" for way, center in product(("around", "round"), _CENTERS))
+_CIRCLES = (
+    "in circles, in a circle, around in circles, around in a circle, in a circular path, in a circular motion, in circular motion, "
+    f"along a circular path, in a loop, in loops, round and round, around and around, {_AROUND}"
+)
+_BIGGER = "bigger and smaller, larger and smaller, bigger then smaller, larger then smaller, smaller and bigger, smaller and larger"
+
+_READ_AS = {
+    "bounces": "bobs, bob, ricochets, ricochet",
+    "bouncing": "bobbing, ricocheting, in a bouncing motion",
+    "falls and rebounds": "falls, fall",
+    "falling and rebounding": "falling, falling and bouncing, dropping and bouncing",
+    "slides from side to side": "crosses the screen from left to right",
+    "sliding from side to side": f"{_SIDES}, left and right, right and left, in a sliding motion",
+    "swinging like a pendulum": "pendulum, like a pendulum, pendulum like, pendulum motion, in a swinging motion",
+    "pulses": "beats like a heart, beats like a heartbeat, swells, swell, shrinks, shrink, grows, grow, expands, contracts",
+    "pulsing": "beating like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting",
+    "grows and shrinks": "scales up and down, zooms in and out, changes its size, changes in size",
+    "growing and shrinking": "scaling up and down, zooming in and out, changing its size, changing in size",
+    "orbits": "circles, twirls, twirl, swirls, swirl",
+    "orbiting": "twirling, swirling",
+    "going round and round": _CIRCLES,
+    "stays still": "stays where it is, holds still, hold still, stays, remains",
+    "staying still": "staying, remaining still, holding still, keeping still, lying still, hanging still",
+    "stands still": "stands, stands in place, stands there, hangs still",
+    "standing still": "standing, standing in place, standing there",
+    "sits still": "sits there",
+    "sitting still": "sitting, sitting in place, sitting there",
+    "does not move": "does not budge, doesn t budge, not budging, never budges",
+    "motionless": "still, without any movement, without any movements, with no movement, with no motion, paused",
+    "fast": (
+        "super fast, superfast, ultra fast, lightning fast, fast moving, fast paced, at full speed, at top speed, "
+        "at great speed, at lightning speed, at breakneck speed, at maximum speed, at a fast speed, frenetically, frantic"
+    ),
+    "quickly": "quick moving, at a quick pace, at a rapid pace, at a rapid speed, in fast motion",
+    "slowly": (
+        "slow moving, slow paced, slow motion, slowmo, slow mo, slo mo, in slowmo, in slow mo, in slo mo, at low speed, "
+        "at half speed, at a slow speed, at a leisurely pace, at a snail s pace, at a crawl"
+    ),
+    "on the left": "left side, left hand side, from the left",
+    "on the right": "right side, right hand side, from the right, right of center, right of centre",
+    "on the left side": "left of center, left of centre",
+    "while it rains": "it rains, it is raining, rain falls, rain is falling, falling rain, rain falling, rain pouring down",
+    "on a rainy day": "rainy",
+    "while the wind blows": "the wind blows, wind blows, wind blowing, wind is blowing, the wind is blowing",
+    "on a windy day": "windy, winds, strong winds, stormy winds",
+    "black": "dark, pitch dark, midnight black",
+    "on black": "in the dark, in darkness, in a dark room, in complete darkness, in total darkness",
+    "navy": "midnight sky, night sky, night blue, dark navy, dark navy blue",
+    "ball": "marble, balloon, bubble, soccer ball, tennis ball",
+    "square": "four sided shape, box shaped, cube shaped",
+    "triangle": "three sided shape",
+    "star": "five point star, 5 point star, 5 pointed star",
+    "background": "bg",
+}
+
+
+# verbs, ways that they go, and the motion that this is: after "it", after "is"
+_WAYS = (
+    (f"{_MOVE}, {_SLIDE}", f"{_TO_AND_FRO}, {_ONE_WAY}", "slides", "sliding"),
+    (
+        _RICOCHET,
+        f"{_TO_AND_FRO}, off the walls, off the side walls, off the left and right walls",
+        "slides",
+        "sliding",
+    ),
+    (_SWING, f"{_TO_AND_FRO}, like a pendulum", "swings", "swinging"),
+    (_MOVE, _CIRCLES, "orbits", "orbiting"),
+    (_TURN, "around, round", "orbits", "orbiting"),
+    (f"{_MOVE}, {_RISE}", "up and down, down and up, vertically", "bounces", "bouncing"),
+    (_BECOME, _BIGGER, "pulses", "pulsing"),
+)
+
+
+def ways() -> dict[str, str]:
+    """By each phrase that training never said: the words of training that it is read as."""
+    read_as = {phrase: words for words, phrases in _READ_AS.items() for phrase in phrases.split(", ")}
+    for verbs, ends, finite, gerund in _WAYS:
+        for verb, end in product(verbs.split(", "), ends.split(", ")):
+            read_as[f"{verb} {end}"] = gerund if verb.endswith("ing") else finite
+    for said, grow, shrink in zip(("pulses", "pulses", "pulsing"), _GROW, _SHRINK, strict=True):
+        for one, other in product(grow.split(", "), shrink.split(", ")):
+            pairs = product((f"{one} {{}} {other}", f"{other} {{}} {one}"), ("and", "then"))
+            read_as |= {pair.format(link): said for pair, link in pairs}
+    # "a dark red ball" is red, "red circles" are no motion, and what is still bouncing bounces
+    for color in (word for name in (*world.COLORS, *world.BACKGROUNDS) for word in language.WORDS[name]):
+        read_as |= {f"dark {color}": color, f"{color} circles": f"{color} circle"}
+    moving = (word for motion, words in language.GERUND.items() if motion != "still" for word in words)
+    return read_as | {f"still {word}": word for word in moving}
