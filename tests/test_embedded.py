@@ -148,7 +148,7 @@ def test_what_training_prompts_encode_to_never_changes():
 def test_the_file_reads_what_training_says_as_training_does():
     rng, free, trained = random.Random(4), reader(), tokenizer()
     assert all(set(words.split()) <= set(language.vocabulary()) for words in free.readings.values())
-    for number, scene in enumerate(scenes(400)):
+    for number, scene in enumerate(scenes(300)):
         prompt = language.describe(scene, rng, held_out=number % 2 == 0, nameless=number % 5 == 0)
         tokens = free.encode(prompt, required=False)
         assert tokens.ids.tolist() == trained.encode(prompt, required=False).ids.tolist(), prompt

@@ -141,6 +141,8 @@ class WordTokenizer:
 
     def _corrected(self, words: list[str]) -> tuple[list[str], list[str]]:
         """The words with slips of the fingers mended, and what to tell of them."""
+        if {*words} <= {*self.vocabulary}:
+            return words, []
         known = {*self.vocabulary, *(word for phrase in self.readings for word in phrase.split())}
         aims = {word for names in self.kinds.values() for word in names if " " not in word} | WALLS
         right = {word: aim for word in words if word not in known and (aim := meant(word, aims))}
