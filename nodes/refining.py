@@ -1,10 +1,10 @@
 """The noise levels of a run that goes on from latents instead of noise, from what the sampler's input `refine` says."""
 
 import math
+from itertools import pairwise
 
 from ..model.engine import Engine
 from ..model.errors import WorkflowError
-from ..model.sampler.schedule import check_sigmas
 from ..model.shapes import ClipShape
 
 STAGES = ("spatial", "temporal")
@@ -31,10 +31,10 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     if not numbers:
         raise WorkflowError(f"refine {words!r} is not understood: {_HELP}")
     if len(numbers) != 1:
-        try:
-            return check_sigmas(numbers)
-        except WorkflowError as error:
-            raise WorkflowError(f"refine {words!r}: {error}") from error
+        falling = all(one > other for one, other in pairwise(numbers))
+        if not falling or numbers[0] > 1 or numbers[-1] != 0:
+            raise WorkflowError(f"refine {words!r} does not fall from 1 or less to 0: {_HELP}")
+        return numbers
     (share,) = numbers
     if not _LEAST_SHARE <= share <= 1:
         raise WorkflowError(f"refine {words!r} lies outside {_LEAST_SHARE} to 1: {_HELP}")
