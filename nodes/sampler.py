@@ -337,7 +337,9 @@ def kept_parts(given: dict[str, Stream], shape: ClipShape) -> dict[str, Tensor]:
     """Streams of which at least a part stays, as Engine.sample takes them. Raises ShapeError for sound that is too short."""
     parts: dict[str, Tensor] = {}
     for name, stream in given.items():
-        if stream.mask is not None:  # of what is free the length does not matter
-            fitted = fit_sound_to(stream, shape) if name == "audio" else stream
-            parts |= {f"given_{name}": fitted.samples, f"{name}_mask": fitted.mask}
+        if stream.mask is None:  # of what is free the length does not matter
+            continue
+        fitted = fit_sound_to(stream, shape) if name == "audio" else stream
+        assert fitted.mask is not None, f"{name=} lost its mask"
+        parts |= {f"given_{name}": fitted.samples, f"{name}_mask": fitted.mask}
     return parts
