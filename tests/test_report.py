@@ -94,6 +94,15 @@ def test_a_cut_is_no_flash_and_a_moving_object_neither():
     assert find_flashes(np.zeros(2)) == ()
 
 
+@pytest.mark.parametrize("turn", [40, 40.5, 41])
+def test_a_turn_is_no_repeated_frame_and_a_frame_held_on_the_way_is(turn):
+    """Around a turn between two frames both show the same."""
+    frames = moving(81)[(turn - (torch.arange(81) - turn).abs()).round().long().clamp(min=0)]
+    assert look_at_pictures(frames, 24.0).duplicate_frames == 0
+    frames[20:22] = frames[19]
+    assert look_at_pictures(frames, 24.0).duplicate_frames == 2
+
+
 def test_frozen_time_is_counted():
     frames = moving()
     frames[10:16] = frames[10]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .motion import in_parts, motion_energy, packed, shrink
+from .motion import in_parts, motion_energy, packed, shrink, unpacked
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 _BLACK = 0.04  # luma that 99 % of a black frame's pixels stay below; the darkest plain background lies above
@@ -93,7 +93,7 @@ class Look:
             not_finite_frames=self._not_finite,
             black_frames=black,
             frozen_seconds=_longest(change < _EQUAL) / fps,
-            duplicate_frames=_duplicates(change, max(1, round(_STUTTER_SECONDS * fps))),
+            duplicate_frames=_duplicates(pixels, change, max(1, round(_STUTTER_SECONDS * fps))),
             flashes=find_flashes(brightness),
             colour_drift=find_colour_drift(pixels),
             motion_score=float(energy[1:].mean() * fps) if frames > 1 else 0.0,
@@ -141,18 +141,27 @@ def _longest(flags: np.ndarray) -> int:
     return longest
 
 
-def _duplicates(change: np.ndarray, longest: int) -> int:
+def _duplicates(pixels: np.ndarray, change: np.ndarray, longest: int) -> int:
     """Frames in runs of at most `longest` that change by under a twentieth of what the clip does on both sides of the run.
 
-    A clip that was shown at a third of its rate has two of every three; a longer rest is a stand-still.
+    A clip that was shown at a third of its rate has two of every three; a longer rest is a stand-still. Behind a repeated
+    frame the clip goes on; at a turn, where two frames may be equal too, it comes back to what was before.
     """
     count = start = 0
     for place in np.flatnonzero(change > 2 * _EQUAL):
         run = change[start:place]
-        if start and 0 < len(run) <= longest and run.max() < 0.05 * min(change[start - 1], change[place]):
-            count += len(run)
+        if start and 0 < len(run) <= longest:
+            least = min(change[start - 1], change[place])
+            if run.max() < 0.05 * least and _apart(pixels, start - 1, place + 1) > 0.5 * least:
+                count += len(run)
         start = place + 1
     return count
+
+
+def _apart(pixels: np.ndarray, *two: int) -> float:
+    """Mean difference in luma of two frames."""
+    before, after = unpacked(pixels[list(two)]) @ LUMA
+    return float(np.abs(after - before).mean())
 
 
 def find_colour_drift(pixels_FHWC: np.ndarray) -> float:
