@@ -22,6 +22,8 @@ _TO_XYZ = np.array(
 )
 SEAM_GRIDS = (8, 16, 32, 64)
 _SEAM_FRAMES = 32  # about as many are looked at
+_SEAM_LINES = 3  # of fewer, one object's edge is most
+_SEAM_STEPS = 0.005, 0.15  # luma: one level of 8 bits is not seen, and chess floors and pixel art are no seams
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +222,17 @@ def seams(frames_FHWC: Tensor) -> tuple[float, int]:
 
 
 def _seam_ratio(gradient: np.ndarray, grid: int) -> float:
-    """Lines lie between columns grid - 1 and grid; beside is two and three pixels away on both sides."""
+    """Lines lie between columns grid - 1 and grid; beside is two and three pixels away on both sides.
+
+    They must stand out against the lines half-way between them, too: those of a finer grid are no grid of their own.
+    """
     lines = np.arange(grid - 1, gradient.shape[1] - 3, grid)
     lines = lines[lines >= 3]
-    if not len(lines) or not len(gradient):
+    if len(lines) < _SEAM_LINES or not len(gradient):
         return 1.0
-    on, beside = gradient[:, lines], sum(gradient[:, lines + d] for d in (-3, -2, 2, 3)) / 4
-    return float(np.median((on + 1e-3) / (beside + 1e-3)))
+    on, between = gradient[:, lines], gradient[:, lines - grid // 2]
+    beside = sum(gradient[:, lines + d] for d in (-3, -2, 2, 3)) / 4
+    least, most = _SEAM_STEPS
+    if np.median(on - beside) < least or (on - beside > most).mean() > 0.25:
+        return 1.0
+    return float(min(np.median((on + 1e-3) / (other + 1e-3)) for other in (beside, between)))
