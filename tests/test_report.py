@@ -111,6 +111,15 @@ def test_frozen_time_is_counted():
     assert look_at_pictures(frames[:1], 12.0).frozen_seconds == 0
 
 
+def test_slow_motion_at_many_frames_a_second_is_no_stand_still():
+    """What moves by a fifth of a pixel in a frame of 24 fps moves by a twelfth of one at 60."""
+    slow, few = moving(900, 96)[:240], moving(360, 96)[:96]
+    assert look_at_pictures(few, 24.0).frozen_seconds < 0.1
+    assert look_at_pictures(slow, 60.0).frozen_seconds < 0.1
+    slow[60:181] = slow[60]
+    assert look_at_pictures(slow, 60.0).frozen_seconds == pytest.approx(2.0, abs=0.05)
+
+
 def test_colours_are_measured_as_the_standard_says():
     # values of the standard's own white, black and primaries
     for rgb, lab in (
@@ -132,7 +141,9 @@ def test_smooth_pictures_have_no_seams():
 @pytest.mark.parametrize("step", [0.01, 0.05])
 @pytest.mark.parametrize("grid", [8, 16, 32, 64])
 def test_weak_seams_are_found_on_their_own_grid(grid, step):
-    tiles = torch.randint(-1, 2, (256 // grid, 256 // grid), generator=torch.Generator().manual_seed(1)).float()
+    tiles = torch.randint(
+        -1, 2, (256 // grid, 256 // grid), generator=torch.Generator().manual_seed(1)
+    ).float()
     steps = tiles.repeat_interleave(grid, 0).repeat_interleave(grid, 1)[..., None]
     frames = moving(4, 256) + torch.linspace(0, 0.2, 256)[:, None] + step * steps
     ratio, found = seams(frames)

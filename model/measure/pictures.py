@@ -14,6 +14,9 @@ from .motion import in_parts, motion_energy, packed, shrink, unpacked
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 _BLACK = 0.04  # luma that 99 % of a black frame's pixels stay below; the darkest plain background lies above
 _EQUAL = 2e-4  # mean change that a codec makes of two equal frames
+_EQUAL_SECONDS = (
+    1 / 24
+)  # frames that far apart are compared: what moves slowly changes little from each frame to the next
 _STUTTER_SECONDS = 0.25
 _FLASH_Z = 6.0
 _LEAST_FLASH = 0.004  # mean luma that counts as one deviation at least: a calm clip has almost none
@@ -23,7 +26,10 @@ _TO_XYZ = np.array(
 SEAM_GRIDS = (8, 16, 32, 64)
 _SEAM_FRAMES = 32  # about as many are looked at
 _SEAM_LINES = 3  # of fewer, one object's edge is most
-_SEAM_STEPS = 0.005, 0.15  # luma: one level of 8 bits is not seen, and chess floors and pixel art are no seams
+_SEAM_STEPS = (
+    0.005,
+    0.15,
+)  # luma: one level of 8 bits is not seen, and chess floors and pixel art are no seams
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,7 @@ class Look:
             fps=fps,
             not_finite_frames=self._not_finite,
             black_frames=black,
-            frozen_seconds=_longest(change < _EQUAL) / fps,
+            frozen_seconds=_longest_rest(pixels, max(1, round(_EQUAL_SECONDS * fps))) / fps,
             duplicate_frames=_duplicates(pixels, change, max(1, round(_STUTTER_SECONDS * fps))),
             flashes=find_flashes(brightness),
             colour_drift=find_colour_drift(pixels),
@@ -135,12 +141,17 @@ def count_black(luma_FHW: np.ndarray) -> int:
     return int((np.percentile(luma_FHW.reshape(len(luma_FHW), -1), 99, axis=1) < _BLACK).sum())
 
 
-def _longest(flags: np.ndarray) -> int:
+def _longest_rest(pixels: np.ndarray, step: int) -> int:
+    """The longest stretch, in frames, in which each frame equals the one `step` later."""
     longest = run = 0
-    for flag in flags:
-        run = run + 1 if flag else 0
-        longest = max(longest, run)
-    return longest
+    known = np.empty((0, *pixels.shape[1:3]), np.float32)
+    for part in in_parts(pixels):
+        known = np.concatenate([known, part @ LUMA])
+        for change in np.abs(known[step:] - known[:-step]).mean((1, 2)):
+            run = run + 1 if change < _EQUAL else 0
+            longest = max(longest, run)
+        known = known[-step:]
+    return longest + step - 1 if longest else 0
 
 
 def _duplicates(pixels: np.ndarray, change: np.ndarray, longest: int) -> int:
