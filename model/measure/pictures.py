@@ -19,6 +19,7 @@ _EQUAL_SECONDS = (
 )  # frames that far apart are compared: what moves slowly changes little from each frame to the next
 _STUTTER_SECONDS = 0.25
 _FLASH_Z = 6.0
+_DARK, _FULL = 0.25, 0.9  # of a clip's usual luma: where a fade begins, and where it is through
 _LEAST_FLASH = 0.004  # mean luma that counts as one deviation at least: a calm clip has almost none
 _TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -103,7 +104,7 @@ class Look:
             frozen_seconds=_longest_rest(pixels, max(1, round(_EQUAL_SECONDS * fps))) / fps,
             duplicate_frames=_duplicates(pixels, change, max(1, round(_STUTTER_SECONDS * fps))),
             flashes=find_flashes(brightness),
-            colour_drift=find_colour_drift(pixels),
+            colour_drift=find_colour_drift(pixels[_unfaded(brightness)]),
             motion_score=float(energy[1:].mean() * fps) if frames > 1 else 0.0,
             seam_ratio=ratio,
             seam_grid=grid,
@@ -177,6 +178,14 @@ def _apart(pixels: np.ndarray, *two: int) -> float:
     return float(np.abs(after - before).mean())
 
 
+def _unfaded(luma: np.ndarray) -> slice:
+    """The frames without a fade from black at the start and one to black at the end, by their mean luma (F,)."""
+    usual = np.quantile(luma, 0.75)
+    full = np.flatnonzero(luma >= _FULL * usual)
+    start = full[0] if luma[0] < _DARK * usual else 0
+    return slice(start, full[-1] + 1 if luma[-1] < _DARK * usual else len(luma))
+
+
 def find_colour_drift(pixels_FHWC: np.ndarray) -> float:
     """How far colours of most of the picture have gone from the first eighth of the frames to the last, in CIELAB (CIE 76).
 
@@ -203,7 +212,8 @@ def to_lab(rgb: np.ndarray) -> np.ndarray:
 def find_flashes(luma: np.ndarray) -> tuple[int, ...]:
     """Frames whose mean luma (F,) leaves the median of the three on either side by more than 6 deviations.
 
-    A lasting change, a cut, is none: only frames that leave both sides in the same direction are, and the first.
+    A lasting change, a cut, is none: only frames that leave both sides in the same direction are, and the first,
+    where those after it are level: a fade from black begins far off, too.
     """
     if len(luma) < 4:
         return ()
@@ -212,10 +222,9 @@ def find_flashes(luma: np.ndarray) -> tuple[int, ...]:
         [np.median(luma[i + 1 : i + 4]) if i + 1 < len(luma) else luma[-1] for i in range(len(luma))]
     )
     from_before, from_after = luma - before, luma - after
-    from_before[0], from_after[-1] = (
-        from_after[0],
-        0.0,
-    )  # the last frame may be a cut: only the first has one side
+    level = np.ptp(luma[1:4]) < 0.25 * abs(from_after[0])
+    from_before[0] = from_after[0] if level else 0.0
+    from_after[-1] = 0.0  # the last frame may be a cut: only the first has one side
     both = np.where(from_before * from_after > 0, np.minimum(np.abs(from_before), np.abs(from_after)), 0.0)
     steps = np.abs(np.diff(luma))
     deviation = max(_LEAST_FLASH, 1.4826 * float(np.median(steps)))
