@@ -103,6 +103,21 @@ def test_a_turn_is_no_repeated_frame_and_a_frame_held_on_the_way_is(turn):
     assert look_at_pictures(frames, 24.0).duplicate_frames == 2
 
 
+@pytest.mark.parametrize("fps", [12.0, 24.0])
+@pytest.mark.parametrize("seconds", [0.25, 0.5, 1.0])
+def test_a_fade_from_and_to_black_is_neither_a_flash_nor_a_drift(fps, seconds):
+    frames = moving(round(4 * fps))
+    fade = (torch.arange(len(frames)) / (seconds * fps)).clamp(max=1).view(-1, 1, 1, 1)
+    for faded in (frames * fade, frames * fade.flip(0), frames * fade * fade.flip(0)):
+        facts = look_at_pictures(faded, fps)
+        assert (facts.flashes, facts.colour_drift < 1) == ((), True)
+    faded = frames * fade
+    faded[..., 0] *= torch.linspace(1, 0.8, len(frames)).view(-1, 1, 1)
+    faded[2 * int(fps)] += 0.2
+    facts = look_at_pictures(faded, fps)
+    assert (facts.flashes, facts.colour_drift > 3) == ((2 * int(fps),), True)
+
+
 def test_frozen_time_is_counted():
     frames = moving()
     frames[10:16] = frames[10]
@@ -261,6 +276,31 @@ def test_what_spoils_both_channels_at_once_counts_once():
     apart[0, 30000] += 0.6
     apart[1, 40000] += 0.6
     assert look_at_sound(apart, RATE_HZ).clicks == 2
+
+
+def pulses(hz: float, every: int) -> torch.Tensor:
+    """A sawtooth, or with every second partial a square, with no more than what 48 kHz can hold."""
+    partials = torch.arange(1, int(20000 / hz), every)[:, None]
+    times = torch.arange(2 * RATE_HZ, dtype=torch.float64) / RATE_HZ
+    return 0.3 * (torch.sin(2 * math.pi * hz * partials * times) / partials).sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize(("hz", "every"), [(55, 1), (60, 2)])
+def test_a_bass_of_sharp_pulses_does_not_click(hz, every):
+    assert look_at_sound(pulses(hz, every), RATE_HZ).clicks == 0
+
+
+def test_a_jump_within_such_a_bass_clicks():
+    wave = pulses(55, 1)
+    wave[0, 30240:] += 0.5
+    assert look_at_sound(wave, RATE_HZ).clicks == 1
+
+
+def test_a_jump_at_every_join_of_windows_clicks():
+    wave = tone()
+    for join in (24000, 48000, 72000):
+        wave[0, join:] += 0.1 * (-1) ** (join // 24000)
+    assert look_at_sound(wave, RATE_HZ).clicks == 3
 
 
 def test_what_is_wrong_with_sound_is_named():

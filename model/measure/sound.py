@@ -13,6 +13,10 @@ from torch import Tensor
 SILENT_DBFS = -60.0
 _WINDOW_SECONDS = 0.05
 _CLIPPED = 0.999
+_PULSE_SECONDS, _PULSES = (
+    0.06,
+    5,
+)  # clicks that follow each other evenly and so closely are a tone: the bass of a sawtooth
 _PIECE, _MARGIN = 1 << 18, 2048  # samples that are oversampled at once, and what is read beyond them
 
 
@@ -83,10 +87,29 @@ def count_clipped(wave_CS: np.ndarray) -> int:
 
 def count_clicks(wave_CS: np.ndarray, sample_rate_hz: int) -> int:
     """Jumps that stand alone in any channel; one that is in several at once counts once."""
-    places = [_find_clicks(channel, sample_rate_hz) for channel in wave_CS]
-    together = np.unique(np.concatenate(places)) if places else np.empty(0)
     apart = 2 * max(1, sample_rate_hz // 1000)
-    return int(1 + (np.diff(together) > apart).sum()) if len(together) else 0
+    places = [
+        _without_pulses(_apart(_find_clicks(channel, sample_rate_hz), apart), sample_rate_hz)
+        for channel in wave_CS
+    ]
+    return len(_apart(np.unique(np.concatenate(places)), apart)) if places else 0
+
+
+def _apart(places: np.ndarray, apart: int) -> np.ndarray:
+    """The first of each group of places."""
+    return places[np.diff(places, prepend=-apart - 1) > apart]
+
+
+def _without_pulses(places: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    """Clicks but for those in a row of five or more at one spacing, within a twentieth."""
+    gaps = np.diff(places)
+    even = (gaps[1:] < _PULSE_SECONDS * sample_rate_hz) & (np.abs(np.diff(gaps)) < 0.05 * gaps[1:])
+    keep, start = np.ones(len(places), bool), 0
+    for end in np.flatnonzero(np.append(~even, True)):
+        if end - start + 2 >= _PULSES:
+            keep[start : end + 2] = False
+        start = end + 1
+    return places[keep]
 
 
 def _find_clicks(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
