@@ -14,9 +14,7 @@ from .motion import in_parts, motion_energy, packed, shrink, unpacked
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 _BLACK = 0.04  # luma that 99 % of a black frame's pixels stay below; the darkest plain background lies above
 _EQUAL = 2e-4  # mean change that a codec makes of two equal frames
-_EQUAL_SECONDS = (
-    1 / 24
-)  # frames that far apart are compared: what moves slowly changes little from each frame to the next
+_EQUAL_SECONDS = 1 / 24  # frames that far apart are compared: at 60 fps slow motion changes little in each
 _STUTTER_SECONDS = 0.25
 _FLASH_Z = 6.0
 _DARK, _FULL = 0.25, 0.9  # of a clip's usual luma: where a fade begins, and where it is through
@@ -27,10 +25,7 @@ _TO_XYZ = np.array(
 SEAM_GRIDS = (8, 16, 32, 64)
 _SEAM_FRAMES = 32  # about as many are looked at
 _SEAM_LINES = 3  # of fewer, one object's edge is most
-_SEAM_STEPS = (
-    0.005,
-    0.15,
-)  # luma: one level of 8 bits is not seen, and chess floors and pixel art are no seams
+_SEAM_STEPS = 0.005, 0.15  # luma: one level of 8 bits is not seen, chess floors and pixel art are no seams
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,7 @@ from torch import Tensor
 SILENT_DBFS = -60.0
 _WINDOW_SECONDS = 0.05
 _CLIPPED = 0.999
-_PULSE_SECONDS, _PULSES = (
-    0.06,
-    5,
-)  # clicks that follow each other evenly and so closely are a tone: the bass of a sawtooth
+_PULSE_SECONDS, _PULSES = 0.06, 5  # that many clicks in a row, evenly and so closely, are a tone: a bass
 _PIECE, _MARGIN = 1 << 18, 2048  # samples that are oversampled at once, and what is read beyond them
 
 
