@@ -269,6 +269,8 @@ REFUSED = {
     "other ranks": (_one(**{"lora_A.weight": torch.ones(3, 32)}), CheckpointError, "rank 3 and 2"),
     "no numbers": (_one(**{"lora_A.weight": torch.full((RANK, 32), torch.nan)}), CheckpointError, "no numbers"),
     "DoRA": (_one(dora_scale=torch.ones(32)), UnsupportedModelError, "DoRA files .* not supported: use a plain LoRA"),
+    "DoRA of peft": (_one(**{"lora_magnitude_vector.weight": torch.ones(32)}), UnsupportedModelError, "DoRA files"),
+    "DoRA of peft, bare": (_one(lora_magnitude_vector=torch.ones(32)), UnsupportedModelError, "DoRA files"),
     "LoKr": ({f"diffusion_model.{TO_Q}.lokr_w1": torch.ones(2, 2)}, UnsupportedModelError, "LoKr"),
 }  # fmt: skip
 
@@ -337,6 +339,13 @@ def test_loras_that_samplers_take_turns_with_are_read_once(models, tmp_path):
     stack.read([one])
     assert [path for path, *_ in stack._files].count(paths[0]) == 1
     assert stack._files[stamp(paths[0])] is not first
+
+
+def test_a_dora_that_only_its_metadata_tells_is_refused(models, tmp_path):
+    told = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
+    save_file(as_diffusers(pairs(layers_of(models))), tmp_path / "a.safetensors", told)
+    with pytest.raises(UnsupportedModelError, match="DoRA files .its metadata says use_dora. are not"):
+        read_lora(tmp_path / "a.safetensors", layers_of(models))
 
 
 def test_alphas_of_single_layers_in_the_metadata_are_refused(models, tmp_path):

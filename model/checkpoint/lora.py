@@ -60,7 +60,7 @@ _ALPHA, _WEIGHT = ".alpha", ".weight"
 _REFERENCE = ("reference_downscale_factor", "reference_temporal_scale_factor")
 _MOST_UNUSED = 8  # files that stay read beside those in use; their tensors are mapped, not held
 _OTHER_KINDS = {
-    "dora_scale": "DoRA",
+    **dict.fromkeys(("dora_scale", "lora_magnitude_vector"), "DoRA"),
     **dict.fromkeys(("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"), "LoKr"),
     **dict.fromkeys(("hada_w1_a", "hada_w2_a"), "LoHa"),
     "lora_mid": "convolution LoRA",
@@ -143,9 +143,13 @@ def _refuse_other_kinds(header: Header) -> None:
     for name in header.tensors:
         kind = next((kind for mark, kind in _OTHER_KINDS.items() if f".{mark}" in name), None)
         if kind:
-            raise UnsupportedModelError(
-                f"{header.path}: {kind} files (such as {name}) are not supported: use a plain LoRA of down and up matrices"
-            )
+            raise _other_kind(header, kind, f"such as {name}")
+
+
+def _other_kind(header: Header, kind: str, seen: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{header.path}: {kind} files ({seen}) are not supported: use a plain LoRA of down and up matrices"
+    )
 
 
 def _spellings(layers: Mapping[Target, tuple[int, int]]) -> dict[str, Target]:
@@ -191,6 +195,8 @@ def _scales_of_metadata(header: Header) -> Mapping[str, Any]:
     scales = (
         {name.rpartition(".")[2]: value for name, value in told.items()} if isinstance(told, dict) else {}
     )
+    if scales.get("use_dora"):
+        raise _other_kind(header, "DoRA", "its metadata says use_dora")
     if scales.get("alpha_pattern"):
         raise UnsupportedModelError(
             f"{header.path}: alphas of its own for some layers (alpha_pattern) are not followed: use a file with one alpha for "
