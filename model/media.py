@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError
+from av.filter import Graph
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from einops import rearrange
 from PIL import Image, ImageOps
@@ -566,10 +567,9 @@ def _pixels(picture: av.VideoFrame, width: int, height: int) -> np.ndarray:
 def _joined(sounds: list[av.AudioFrame], samples: int, start_seconds: float) -> Tensor:
     rate_hz = sounds[0].sample_rate
     channels = min(2, sounds[0].layout.nb_channels)
-    resampler = av.AudioResampler(format="fltp", layout=_LAYOUTS[channels], rate=rate_hz)
     waveform = np.zeros((channels, samples), np.float32)
     place = None
-    for frame in (part for sound in [*sounds, None] for part in resampler.resample(sound)):
+    for frame in _in_channels(sounds, channels):
         stamped = place if frame.time is None else round((frame.time - start_seconds) * rate_hz)
         # Stamps are rounded to the container's clock: only a real gap moves the sound, else seams would click.
         if place is None or abs(stamped - place) > rate_hz // 20:
@@ -580,6 +580,28 @@ def _joined(sounds: list[av.AudioFrame], samples: int, start_seconds: float) -> 
             waveform[:, first:last] = chunk[:, first - place : last - place]
         place += chunk.shape[1]
     return torch.from_numpy(waveform)
+
+
+def _in_channels(sounds: list[av.AudioFrame], channels: int) -> Iterator[av.AudioFrame]:
+    """The sound as float32 in one or two channels; more are mixed by weights of at most 1 together, so that none clips."""
+    first, layout = sounds[0], _LAYOUTS[channels]
+    if first.layout.nb_channels == channels:
+        resampler = av.AudioResampler(format="fltp", layout=layout, rate=first.sample_rate)
+        yield from (part for sound in [*sounds, None] for part in resampler.resample(sound))
+        return
+    # AudioResampler takes options from PyAV 18 on only
+    graph = Graph()
+    source = graph.add_abuffer(
+        sample_rate=first.sample_rate, format=first.format, layout=first.layout, time_base=first.time_base
+    )
+    mix = graph.add("aresample", rematrix_maxval="1.0")
+    form = graph.add("aformat", sample_fmts="fltp", channel_layouts=layout)
+    graph.link_nodes(source, mix, form, graph.add("abuffersink")).configure()
+    for sound in [*sounds, None]:
+        graph.push(sound)
+        with suppress(BlockingIOError, EOFError):  # there is no more yet, or at all
+            while isinstance(part := graph.pull(), av.AudioFrame):
+                yield part
 
 
 def _load_image(path: str | Path) -> Tensor:

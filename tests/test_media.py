@@ -380,6 +380,25 @@ def test_late_sound_is_preceded_by_silence(tmp_path, sound_starts, heard_at):
     assert clip.waveform[0].nonzero().flatten().tolist() == [heard_at]
 
 
+@pytest.mark.parametrize("layout", ["mono", "stereo", "3.0", "quad", "5.1", "7.1"])
+def test_sound_of_any_channels_that_clips_nowhere_does_not_clip_when_it_is_mixed(tmp_path, layout):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        audio = container.add_stream("pcm_f32le", rate=16000, layout=layout)
+        for index in range(4):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
+            loud = np.full((1, 1600 * audio.channels), 0.7, np.float32)
+            frame = av.AudioFrame.from_ndarray(loud, format="flt", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = 16000, 1600 * index, Fraction(1, 16000)
+            container.mux(audio.encode(frame))
+        for stream in (video, audio):
+            container.mux(stream.encode(None))
+    sound = read_clip(tmp_path / "a.mkv").waveform
+    assert sound.shape == (min(2, audio.channels), 6400)
+    torch.testing.assert_close(sound, torch.full_like(sound, 0.7))
+
+
 @pytest.mark.parametrize("content", [b"", b"no clip at all", b"\0\0\0\x18ftypmp42" + bytes(100)])
 def test_a_file_that_is_no_clip_is_refused(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
