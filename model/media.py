@@ -534,15 +534,16 @@ def _shown_pictures(container: InputContainer, shown: np.ndarray) -> Iterator[Te
     last = {int(index): place for place, index in enumerate(shown)}
     decoded = enumerate(container.decode(video=0))
     kept: dict[int, np.ndarray] = {}
-    size, piece = None, []
+    form, piece = None, []
     for place, index in enumerate(map(int, shown)):
         while index not in kept:
             at, picture = next(decoded, (None, None))
             if at is None or picture is None:
                 raise MediaError("gives fewer pictures when it is read again")
-            size = size or (picture.width, picture.height)
+            # asked once: a picture whose side data was read is not freed at once
+            form = form or (picture.width, picture.height, _is_mirrored(picture))
             if at in last:
-                kept[at] = _pixels(picture, *size)
+                kept[at] = _pixels(picture, *form)
         piece.append(kept[index])
         if last[index] == place:
             del kept[index]
@@ -556,12 +557,24 @@ def _upright(picture: av.VideoFrame) -> np.ndarray:
     return np.rot90(np.empty((picture.height, picture.width), np.bool_), picture.rotation // 90)
 
 
-def _pixels(picture: av.VideoFrame, width: int, height: int) -> np.ndarray:
+def _is_mirrored(picture: av.VideoFrame) -> bool:
+    try:
+        told = picture.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # it stands beside a kind that this PyAV does not know
+        told = None
+    if told is None:
+        return False
+    a, b, _, c, d = map(int, np.frombuffer(bytes(told), np.int32)[:5])
+    return a * d < b * c
+
+
+def _pixels(picture: av.VideoFrame, width: int, height: int, mirrored: bool) -> np.ndarray:
     # Files that name no matrix follow the custom: HD is BT.709, anything smaller BT.601.
     usual = Colorspace.ITU709 if picture.height >= 720 else Colorspace.ITU601
     matrix = usual if picture.colorspace == _UNSPECIFIED else None
     rgb = picture.reformat(width, height, "rgb24", src_colorspace=matrix, interpolation=_EXACT)
-    return np.rot90(rgb.to_ndarray(), picture.rotation // 90)  # phones store how they were held
+    pixels = np.flipud(rgb.to_ndarray()) if mirrored else rgb.to_ndarray()  # rotation tells where rows point
+    return np.rot90(pixels, picture.rotation // 90)  # phones store how they were held
 
 
 def _joined(sounds: list[av.AudioFrame], samples: int, start_seconds: float) -> Tensor:

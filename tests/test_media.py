@@ -380,6 +380,30 @@ def test_late_sound_is_preceded_by_silence(tmp_path, sound_starts, heard_at):
     assert clip.waveform[0].nonzero().flatten().tolist() == [heard_at]
 
 
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),
+        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),
+    ],
+)
+def test_a_turned_or_mirrored_clip_is_read_as_it_is_shown(tmp_path, matrix):
+    a, b, c, d = matrix
+    levels = np.uint8([[20, 80], [140, 200], [230, 110]])  # of squares of 16 pixels
+    pictures = torch.from_numpy(levels.repeat(16, 0).repeat(16, 1)).float()[None, ..., None] / 255
+    write_clip(tmp_path / "a.mp4", make_clip(frames_FHWC=pictures.expand(3, -1, -1, 3)))
+    data = (tmp_path / "a.mp4").read_bytes()
+    at = data.index(b"tkhd") + 44  # the first track is the pictures'
+    told = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(data[:at] + told + data[at + 36 :])
+    # a point x, y of the file is shown at a x + c y, b x + d y
+    shown = {(a * x + c * y, b * x + d * y): level for (y, x), level in np.ndenumerate(levels)}
+    frame = read_clip(tmp_path / "a.mp4").frames[0, 8::16, 8::16, 0] * 255
+    in_order = [shown[place] for place in sorted(shown, key=lambda place: place[::-1])]
+    assert frame.shape == (levels.shape if a else levels.shape[::-1])
+    assert frame.flatten().tolist() == pytest.approx(in_order, abs=3)
+
+
 @pytest.mark.parametrize("layout", ["mono", "stereo", "3.0", "quad", "5.1", "7.1"])
 def test_sound_of_any_channels_that_clips_nowhere_does_not_clip_when_it_is_mixed(tmp_path, layout):
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
