@@ -151,17 +151,28 @@ def test_every_format_names_every_layer(models, tmp_path, form, version):
         torch.testing.assert_close(made.scale * made.up @ made.down, up @ down)
 
 
-def test_alpha_in_the_metadata_counts_as_diffusers_keeps_it(models, tmp_path):
+@pytest.mark.parametrize(
+    ("told", "transformer", "connectors"),
+    [
+        ({"transformer.lora_alpha": 8, "transformer.r": 2}, 4, 1),
+        ({"transformer.lora_alpha": 4, "connectors.lora_alpha": 32}, 2, 16),
+        ({"lora_alpha": 8, "connectors.lora_alpha": 32, "text_encoder.lora_alpha": 64}, 4, 16),
+        ({"lora_alpha": 8, "transformer.use_rslora": True, "connectors.use_rslora": False}, 8 / RANK**0.5, 4),
+        ({}, 1, 1),
+    ],
+)
+def test_alpha_in_the_metadata_counts_for_its_component_as_diffusers_keeps_it(
+    models, tmp_path, told, transformer, connectors
+):
     layers = layers_of(models)
-    for told, scale in (
-        ({"lora_alpha": 8, "r": 2}, 4),
-        ({"lora_alpha": 8, "use_rslora": True}, 8 / RANK**0.5),
-        ({}, 1),
-    ):
-        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in told.items()})}
-        save_file(as_diffusers(pairs(layers)), tmp_path / "lora.safetensors", metadata)
-        file = read_lora(tmp_path / "lora.safetensors", layers)
-        assert all(change.scale == pytest.approx(scale) for change in file.changes.values())
+    save_file(
+        as_diffusers(pairs(layers)),
+        tmp_path / "lora.safetensors",
+        {"lora_adapter_metadata": json.dumps(told)},
+    )
+    scales = {"transformer": transformer, "connectors": connectors}
+    for (component, _), change in read_lora(tmp_path / "lora.safetensors", layers).changes.items():
+        assert change.scale == pytest.approx(scales[component])
 
 
 def merged(models: Path, path: Path, *lists) -> Path:
@@ -342,9 +353,9 @@ def test_loras_that_samplers_take_turns_with_are_read_once(models, tmp_path):
 
 
 def test_a_dora_that_only_its_metadata_tells_is_refused(models, tmp_path):
-    told = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
+    told = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True, "connectors.use_dora": False})}
     save_file(as_diffusers(pairs(layers_of(models))), tmp_path / "a.safetensors", told)
-    with pytest.raises(UnsupportedModelError, match="DoRA files .its metadata says use_dora. are not"):
+    with pytest.raises(UnsupportedModelError, match=r"DoRA files .its metadata says use_dora. are not"):
         read_lora(tmp_path / "a.safetensors", layers_of(models))
 
 

@@ -116,7 +116,7 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
             halves.setdefault(name.removesuffix(_ALPHA), {})["alpha"] = name
         else:
             unmatched.append(name)
-    scale_of, changes = _scales_of_metadata(header), {}
+    scales, changes = _scales_of_metadata(header), {}
     try:
         with safe_open(header.path, framework="pt") as file:
             for own_path, names in halves.items():
@@ -129,7 +129,8 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
                         f"{header.path}: {target[1]} is changed twice, by {own_path} and another name"
                     )
                 tensors = {kind: file.get_tensor(name) for kind, name in names.items()}
-                changes[target] = _change(header, own_path, tensors, layers[target], scale_of)
+                told = {**scales.get("", {}), **scales.get(target[0], {})}
+                changes[target] = _change(header, own_path, tensors, layers[target], told)
     except SafetensorError as error:
         raise CheckpointError(f"{header.path}: a tensor of this LoRA cannot be read: {error}") from error
     if not changes:
@@ -181,8 +182,8 @@ def _find(own_path: str, spellings: Mapping[str, Target]) -> Target | None:
     return None
 
 
-def _scales_of_metadata(header: Header) -> Mapping[str, Any]:
-    """What diffusers keeps beside the tensors: alpha for all layers, rank-stabilised or not."""
+def _scales_of_metadata(header: Header) -> Mapping[str, Mapping[str, Any]]:
+    """What diffusers keeps beside the tensors, alpha and whether it is rank-stabilised, by component; "" is all of them."""
     text = header.metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
@@ -192,12 +193,13 @@ def _scales_of_metadata(header: Header) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{header.path}: metadata lora_adapter_metadata is not valid JSON: {error}"
         ) from error
-    scales = (
-        {name.rpartition(".")[2]: value for name, value in told.items()} if isinstance(told, dict) else {}
-    )
-    if scales.get("use_dora"):
+    scales: dict[str, dict[str, Any]] = {}
+    for name, value in told.items() if isinstance(told, dict) else ():
+        component, _, key = name.rpartition(".")
+        scales.setdefault(component, {})[key] = value
+    if any(scale.get("use_dora") for scale in scales.values()):
         raise _other_kind(header, "DoRA", "its metadata says use_dora")
-    if scales.get("alpha_pattern"):
+    if any(scale.get("alpha_pattern") for scale in scales.values()):
         raise UnsupportedModelError(
             f"{header.path}: alphas of its own for some layers (alpha_pattern) are not followed: use a file with one alpha for "
             "all, or with an alpha beside each layer's matrices"
