@@ -2,7 +2,8 @@
 
 ComfyUI: IMAGE (B, H, W, 3) in 0..1, a video being a batch; AUDIO {"waveform": (B, C, S), "sample_rate"}; LATENT
 {"samples"}; CONDITIONING [[(B, L, D), {...}]]. What these cannot say travels beside it: in a CONDITIONING under the key
-"lockstep", in a LATENT under one for each stream, as nodes that join a video's with a sound's keep one value of each key.
+"lockstep", in a LATENT under one for each stream, as nodes that join a video's with a sound's keep one value of each key, and
+at the tensor itself, as nodes that take them apart again give each stream the keys of both.
 B batch, C channels, F frames, H rows, W columns, L text tokens or audio latents, D width, S samples.
 """
 
@@ -226,6 +227,7 @@ def to_latents(
     to leave as they are.
     """
     origin = _origin_of(latents, counted_fps)
+    latents = replace(latents, video=_marked(latents.video, origin), audio=_marked(latents.audio, origin))
     video, audio = {_ORIGINS["video"]: origin}, {_ORIGINS["audio"]: origin}
     joint = {"samples": join((latents.video, latents.audio)), **video, **audio}
     free = torch.ones(1, 1, latents.video.shape[2], 1, 1), torch.ones(1, 1, latents.audio.shape[2], 1)
@@ -237,6 +239,12 @@ def to_latents(
     video |= {"noise_mask": masks[0]} if "video" in kept else {}
     audio |= {"noise_mask": masks[1]} if "audio" in kept else {}
     return {"samples": latents.video, **video}, {"samples": latents.audio, "type": "audio", **audio}, joint
+
+
+def _marked(samples: Tensor, origin: Origin) -> Tensor:
+    marked = samples.detach()  # the same numbers: whoever else holds the given tensor sees no mark
+    setattr(marked, _KEY, origin)
+    return marked
 
 
 def kept_streams(streams: Mapping[str, Stream]) -> frozenset[str]:
@@ -346,7 +354,7 @@ def from_joint_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
 
 def counted_fps_of(latent: dict[str, Any]) -> float | None:
     """The rate of the frames that pictures count in a LATENT's video; None where nobody says it."""
-    origin = _told_origin("video", latent)
+    origin = _told_origin("video", latent, _tensors(latent)[0])
     return origin and origin.counted_fps
 
 
@@ -391,9 +399,7 @@ def read_latent(name: str, latent: dict[str, Any], model: Any = None, fps: float
     model, fps: of streams that come without ours, 0 is the model's own rate. Raises WorkflowError for those where there is
     no model, ShapeError for a batch or other channels.
     """
-    samples = latent["samples"]
-    nested = getattr(samples, "is_nested", False)
-    tensors = list(samples.unbind()) if nested else [samples]
+    tensors = _tensors(latent)
     mask = latent.get("noise_mask")
     masks = list(mask.unbind()) if mask is not None and getattr(mask, "is_nested", False) else [mask, None]
     streams = {}
@@ -404,14 +410,20 @@ def read_latent(name: str, latent: dict[str, Any], model: Any = None, fps: float
         )
     for tensor, its_mask in zip(tensors, masks, strict=False):
         kind = "video" if tensor.ndim == 5 else "audio"
-        origin = _told_origin(kind, latent) or _assumed_origin(name, tensor, model, fps)
+        origin = _told_origin(kind, latent, tensor) or _assumed_origin(name, tensor, model, fps)
         streams[kind] = _read_stream(name, tensor.float().cpu(), its_mask, origin)
     return streams
 
 
-def _told_origin(kind: str, latent: dict[str, Any]) -> Origin | None:
-    """That of the stream, else that of the one it was joined with."""
-    told = (latent.get(key) for key in (_ORIGINS[kind], *_ORIGINS.values()))
+def _tensors(latent: dict[str, Any]) -> list[Tensor]:
+    """A LATENT's one, or its video's and its sound's."""
+    samples = latent["samples"]
+    return list(samples.unbind()) if getattr(samples, "is_nested", False) else [samples]
+
+
+def _told_origin(kind: str, latent: dict[str, Any], samples: Tensor) -> Origin | None:
+    """That of the tensor itself, else of the stream, else of the one it was joined with."""
+    told = (getattr(samples, _KEY, None), *(latent.get(key) for key in (_ORIGINS[kind], *_ORIGINS.values())))
     return next((origin for origin in told if isinstance(origin, Origin)), None)
 
 

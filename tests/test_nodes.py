@@ -266,6 +266,12 @@ def join(video: dict, audio: dict) -> dict:
     return video | audio | {"samples": Nested(video["samples"], audio["samples"])}
 
 
+def separate(joint: dict) -> tuple[dict, dict]:
+    """As ComfyUI's LTXVSeparateAVLatent does."""
+    video, audio = joint["samples"].unbind()
+    return joint | {"samples": video}, joint | {"samples": audio}
+
+
 def of_length(frames: int, fps: float = 12.0, model_id: str = "tiny/1") -> AVLatents:
     shape = replace(latents().shape, frames=frames, fps=fps)
     return replace(model(model_id).empty_latents(shape), shape=shape)
@@ -281,6 +287,27 @@ def test_joined_streams_keep_what_each_of_them_says():
         WorkflowError, match="pictures of a and sound of b: encode the sound with the model of"
     ):
         types.from_joint_latent(joint)
+
+
+def test_streams_of_two_clips_that_were_taken_apart_keep_what_each_of_them_says():
+    (video, _), (_, audio) = separate(parts(of_length(9, 24.0))[2]), separate(parts(of_length(9, 12.0))[2])
+    joint = join(video, audio)
+    assert types.counted_fps_of(joint) == types.from_video_latent(joint).shape.fps == 24.0
+    assert types.from_joint_latent(joint).shape.fps == 24.0
+    again, sound = separate(joint)
+    assert types.from_video_latent(again).shape.fps == 24.0
+    assert types.from_audio_latent(sound).shape.fps == 12.0
+    with pytest.raises(WorkflowError, match="made by other/2"):
+        types.given_streams(join(separate(parts(of_length(9, 12.0, "other/2"))[2])[0], audio), None, model())
+
+
+def test_sound_that_goes_on_into_another_clip_says_the_same_as_before():
+    """As a sampler hands on the tensor of a sound that it was given."""
+    made = of_length(9, 24.0)
+    before = parts(made)[1]
+    parts(replace(of_length(9, 12.0), audio=before["samples"]))
+    assert types.from_audio_latent(before).shape.fps == 24.0
+    assert types.from_audio_latent({"samples": made.audio}, model()).shape.fps != 24.0
 
 
 def test_the_sound_of_a_cut_video_is_cut_to_it():
@@ -349,7 +376,12 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
 @pytest.mark.parametrize(
     ("stream", "change", "error", "sentence"),
     [
-        (0, {"lockstep_video": None}, WorkflowError, "video does not say its model and fps"),
+        (
+            0,
+            {"samples": torch.zeros(1, 8, 3, 4, 6), "lockstep_video": None},
+            WorkflowError,
+            "video does not say its model and fps",
+        ),
         (0, {"samples": torch.zeros(2, 8, 3, 4, 6)}, ShapeError, "video holds 2 clips"),
         (0, {"samples": torch.zeros(1, 4, 3, 4, 6)}, ShapeError, "connect a latent of this model"),
         (0, {"samples": torch.zeros(1, 8, 3)}, ShapeError, "connect a latent of this model"),
