@@ -25,7 +25,7 @@ import torch
 from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError
 from av.filter import Graph
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -49,9 +49,11 @@ _BT709 = 1  # the same number names primaries, transfer and matrix (ITU-T H.273)
 _PIECE_FRAMES = 8  # pictures that are handed on together
 _STALE_SECONDS = 24 * 3600  # nobody writes a clip for so long
 _UNSPECIFIED = 2  # matrix not said (ITU-T H.273)
+_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # of a file (ITU-T H.273) to those of FFmpeg's scaler
 # Without these flags swscale rounds chroma down and repeats it, which shifts plain colours by up to 4/255.
-_FULL_CHROMA = Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | _FULL_CHROMA
+# Numbers of FFmpeg's header: PyAV has names for all of them since 18 only, and ComfyUI takes any from 14.2 on.
+_BICUBIC, _ACCURATE_RND, _FULL_CHROMA = 0x4, 0x40000, 0x2000 | 0x4000
+_EXACT = _BICUBIC | _ACCURATE_RND | _FULL_CHROMA
 
 
 def write_clip(
@@ -571,8 +573,12 @@ def _is_mirrored(picture: av.VideoFrame) -> bool:
 def _pixels(picture: av.VideoFrame, width: int, height: int, mirrored: bool) -> np.ndarray:
     # Files that name no matrix follow the custom: HD is BT.709, anything smaller BT.601.
     usual = Colorspace.ITU709 if picture.height >= 720 else Colorspace.ITU601
-    matrix = usual if picture.colorspace == _UNSPECIFIED else None
-    rgb = picture.reformat(width, height, "rgb24", src_colorspace=matrix, interpolation=_EXACT)
+    matrix = usual if picture.colorspace == _UNSPECIFIED else _MATRICES.get(picture.colorspace)
+    # of RGB it says nothing, but PyAV before 17 obeys a matrix only where the two differ
+    other = Colorspace.ITU601 if matrix == Colorspace.ITU709 else Colorspace.ITU709
+    rgb = picture.reformat(
+        width, height, "rgb24", src_colorspace=matrix, dst_colorspace=other, interpolation=_EXACT
+    )
     pixels = np.flipud(rgb.to_ndarray()) if mirrored else rgb.to_ndarray()  # rotation tells where rows point
     return np.rot90(pixels, picture.rotation // 90)  # phones store how they were held
 

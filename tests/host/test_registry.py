@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,24 @@ def test_installing_the_pack_changes_no_package_of_comfyui():
     pip = ("-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", "-")
     report = json.loads(run("ask pip", python, *pip, "-r", ROOT / "requirements.txt"))
     assert report["install"] == []
+
+
+def test_the_oldest_pyav_that_the_requirements_allow_reads_and_writes_clips(tmp_path: Path):
+    """ComfyUI brings any from there on, and pip leaves it as it is."""
+    oldest = next(
+        line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("av")
+    )
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:", "--target", tmp_path]
+    wanted = f"{oldest.replace('>=', '==')}.0"
+    got = subprocess.run([sys.executable, *install, wanted], capture_output=True, text=True)
+    if got.returncode:
+        pytest.skip(f"no wheel of {wanted} for this Python: {got.stderr.splitlines()[-1]}")
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_media.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
