@@ -131,6 +131,13 @@ def reader() -> WordTokenizer:
     return WordTokenizer.from_json(tokenizer_entry(), config.TEXT_LENGTH)
 
 
+def assert_reads(prompt: str, read_as: str) -> None:
+    """A free prompt is read as one of training's words, and nothing of it is told."""
+    tokens = reader().encode(prompt)
+    assert tokens.ids.tolist() == tokenizer().encode(read_as).ids.tolist()
+    assert (tokens.unknown, tokens.doubts) == ((), ())
+
+
 def test_what_training_prompts_encode_to_never_changes():
     rng, words, digest = random.Random(11), tokenizer(), hashlib.sha256()
     digest.update((" ".join(words.vocabulary) + " ".join(sorted(words.content))).encode())
@@ -176,9 +183,7 @@ def test_the_file_reads_what_training_says_as_training_does():
     ],
 )
 def test_camera_weather_that_is_not_and_contractions_are_read_as_nothing(prompt, read_as):
-    tokens = reader().encode(prompt)
-    assert tokens.ids.tolist() == tokenizer().encode(read_as).ids.tolist()
-    assert (tokens.unknown, tokens.doubts) == ((), ())
+    assert_reads(prompt, read_as)
 
 
 @pytest.mark.parametrize(
@@ -257,9 +262,7 @@ def test_what_cannot_be_shown_together_is_told_and_read_as_it_is(prompt, told):
     ],
 )
 def test_ways_adverbs_and_other_phrases_of_free_prompts_are_read(prompt, read_as):
-    tokens = reader().encode(prompt)
-    assert tokens.ids.tolist() == tokenizer().encode(read_as).ids.tolist()
-    assert (tokens.unknown, tokens.doubts) == ((), ())
+    assert_reads(prompt, read_as)
 
 
 def test_words_that_mean_something_only_beside_others_are_unknown_alone():

@@ -10,6 +10,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from lockstep.model.checkpoint import keymap
+from lockstep.model.checkpoint.published_files import PUBLISHED as FILES
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCHEMA = json.loads((ROOT / "tests/host/object_info.json").read_text(encoding="utf-8"))
 WIDGETS = ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
@@ -26,17 +29,17 @@ WIDTHS = {
 HEIGHTS = {"LockstepTextEncode": 220, "SaveVideo": 440, "SaveAnimatedWEBP": 400, "LoadImage": 330, "LoadVideo": 330,
            "LoadAudio": 140, "MarkdownNote": 360, "SaveAudio": 140, "LockstepVAEDecode": 130, "LockstepAudioDecode": 110, "LockstepClipReport": 300, "LockstepSaveClip": 460, "SaveImage": 300}  # fmt: skip
 
-CHECKPOINT = "ltx-2.3-22b-dev.safetensors"
+CHECKPOINT, UPSCALER, GEMMA = (
+    FILES["2.3"][component].name
+    for component in (keymap.TRANSFORMER, keymap.UPSAMPLER, keymap.LANGUAGE_MODEL)
+)
 LORA = "ltx-2.3-22b-distilled-lora-384.safetensors"
-UPSCALER = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
-GEMMA = "gemma_3_12B_it.safetensors"
+WITHIN = {"text_encoders": "split_files/text_encoders/"}  # of its repository
 # folder of the host's models, and where the file is published: what the page offers to download if it is missing
 PUBLISHED = {
-    CHECKPOINT: ("checkpoints", f"Lightricks/LTX-2.3/resolve/main/{CHECKPOINT}"),
-    LORA: ("loras", f"Lightricks/LTX-2.3/resolve/main/{LORA}"),
-    UPSCALER: ("latent_upscale_models", f"Lightricks/LTX-2.3/resolve/main/{UPSCALER}"),
-    GEMMA: ("text_encoders", f"Comfy-Org/ltx-2/resolve/main/split_files/text_encoders/{GEMMA}"),
-}
+    file.name: (file.folder, f"{file.repository}/resolve/main/{WITHIN.get(file.folder, '')}{file.name}")
+    for file in FILES["2.3"].values()
+} | {LORA: ("loras", f"Lightricks/LTX-2.3/resolve/main/{LORA}")}
 RED_BALL = "a red ball bounces on a gray background"
 Link = tuple[str, int]
 Node = tuple[str, dict[str, Any]]  # type, inputs that differ from the default; a link is (id, slot)

@@ -268,6 +268,22 @@ def test_a_picture_of_strength_0_changes_nothing(server: ComfyUI, graph: dict):
     assert np.array_equal(made(), plain)
 
 
+def test_a_noise_mask_that_a_latent_file_does_not_keep_is_told(server: ComfyUI, graph: dict):
+    inputs = {"model": ["1", 0], "latent": ["3", 2], "seconds": 1.0}
+    graph["8"] = {"class_type": "LockstepExtend", "inputs": inputs}
+
+    def told(saved: list) -> list[str]:
+        inputs = {"latent": saved, "filename_prefix": "latents/longer"}
+        graph["9"] = {"class_type": "LockstepSaveAVLatent", "inputs": inputs}
+        with Listener(server, "saver") as listener:
+            result = server.result(server.queue(with_seed(graph, 24), "saver"), seconds=120)
+        assert result.status == "success"
+        return [text for text in listener.texts if "keeps no noise mask" in text]
+
+    assert len(told(["8", 0])) == 1
+    assert told(["3", 2]) == []
+
+
 def test_a_saved_clip_holds_its_workflow_and_says_that_it_was_made_by_ai(server: ComfyUI):
     graph = twin("save_clip")
     (save,) = nodes_of(graph, "LockstepSaveClip")
