@@ -151,12 +151,20 @@ def video_positions(shape: ClipShape) -> Tensor:
 def frame_positions(shape: ClipShape, frame: int, latent_frames: int = 1) -> Tensor:
     """Bounds of tokens appended at pixel frame `frame`: (1, 3, T, 2) (spec section 2.9).
 
-    A single picture covers [frame, frame + 1) / fps; a longer guide keeps the causal pattern, shifted by `frame`.
-    Raises ShapeError if the frame lies outside the clip.
+    A single picture covers [frame, frame + 1) / fps. Of a longer guide each latent covers as many frames as any but the
+    clip's first, also the guide's own first, which was encoded from one picture: that is how published weights know them.
+    Raises ShapeError if a frame lies outside the clip.
     """
     if not 0 <= frame < shape.frames:
         raise ShapeError(f"guide at frame {frame} lies outside the clip: use 0 to {shape.frames - 1}")
-    start, end = _causal_bounds(torch.arange(latent_frames, dtype=torch.float32), shape.compression.time)
+    time = shape.compression.time
+    last = shape.frames - (latent_frames - 1) * time - 1
+    if frame > last:
+        raise ShapeError(
+            f"a guide of {latent_frames} latent frames at frame {frame} reaches beyond the clip: use up to frame {last}"
+        )
+    start = torch.arange(latent_frames, dtype=torch.float32) * time
+    end = start + (time if latent_frames > 1 else 1)
     rows = _space_bounds(shape.latent_height, shape.compression.space)
     columns = _space_bounds(shape.latent_width, shape.compression.space)
     times = (start + frame) / shape.fps, (end + frame) / shape.fps

@@ -164,15 +164,31 @@ def test_a_picture_at_a_frame_covers_that_frame_alone():
     assert torch.equal(bounds[:, 1:], video_positions(ClipShape(1, 64, 96, 24.0))[:, 1:])
 
 
-def test_a_longer_guide_keeps_the_causal_pattern_from_its_frame_on():
-    bounds = frame_positions(ClipShape(25, 32, 32, 24.0), 8, latent_frames=2)
-    assert_near(bounds[0, 0] * 24, torch.tensor([[8.0, 9.0], [9.0, 17.0]]), 1e-5)  # divided and multiplied
+@pytest.mark.parametrize(
+    ("frame", "frames"), [(8, [[8, 16], [16, 24]]), (13, [[13, 21], [21, 29], [29, 37]])]
+)
+def test_the_latents_of_a_longer_guide_cover_as_many_frames_each(frame, frames):
+    """As diffusers 0.42.1 has them, _prepare_keyframe_coords of LTX2ConditionPipeline: no causal first latent."""
+    bounds = frame_positions(ClipShape(41, 32, 32, 24.0), frame, latent_frames=len(frames))
+    assert torch.equal(bounds[0, 0], torch.tensor(frames).float() / 24)
+    assert bounds[0, 1:].tolist() == [[[0.0, 32.0]] * len(frames)] * 2
 
 
 @pytest.mark.parametrize("frame", [-1, 17, 100])
 def test_a_guide_outside_the_clip_is_refused_with_the_bounds(frame):
     with pytest.raises(ShapeError, match=f"guide at frame {frame} lies outside the clip: use 0 to 16"):
         frame_positions(ClipShape(17, 64, 96, 24.0), frame)
+
+
+def test_a_guide_that_reaches_beyond_the_clip_is_refused_with_its_last_place():
+    shape = ClipShape(17, 64, 96, 24.0)
+    assert (
+        frame_positions(shape, 8, latent_frames=2)[0, 0].max() == 24 / 24
+    )  # its last latent stands for 8 of them
+    with pytest.raises(
+        ShapeError, match=r"2 latent frames at frame 9 reaches beyond the clip: use up to frame 8"
+    ):
+        frame_positions(shape, 9, latent_frames=2)
 
 
 @pytest.mark.parametrize(
