@@ -88,7 +88,7 @@ from .trajectory import Trajectory
 from .transformer.compiled import CompileReport, compile_blocks
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
-from .two_stage import Upscale, carried_audio, first_fps, first_size
+from .two_stage import Upscale, carried_audio, first_fps, first_size, in_known_time
 from .values import (
     AVLatents,
     Clip,
@@ -1266,10 +1266,14 @@ class Engine:
         )
         guides = self._guides(request, grown.shape, progress)
         seed = request.seed + number  # noise of its own
-        made = self.sample(conditioning, grown.shape, guides, settings, seed, progress=progress, start=grown)
-        # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones, unless
-        # they only add frames
-        return made if recipe.sigmas and not temporal else replace(made, audio=grown.audio)
+        # new frames are made to the sound as it is
+        seen = in_known_time(grown, recipe.fast_fps) if temporal else grown
+        kept = seen.audio if temporal else None
+        made = self.sample(
+            conditioning, seen.shape, guides, settings, seed, given_audio=kept, progress=progress, start=seen
+        )
+        # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones
+        return made if recipe.sigmas and not temporal else replace(grown, video=made.video)
 
     def _stage_warnings(self, request: GenerateRequest, recipe: Recipe) -> tuple[str, ...]:
         wanted = request.upscalers and not request.force

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import CheckpointError, ShapeError, WorkflowError
@@ -32,6 +32,9 @@ class Recipe:
     # second stages, both without guidance: after a larger picture, after more frames
     refine_sigmas: Sigmas = DISTILLED_STAGE2
     temporal_sigmas: Sigmas = TEMPORAL_UPSAMPLE
+    fast_fps: float | None = (
+        None  # what more than 30 frames per second count as after more frames; None: themselves
+    )
     schedule_tokens: int | None = 4096  # None: the clip's own count
     sound_first: bool = False  # the sound is sampled by itself, then the pictures to it
     text_length: int = 1024
@@ -154,24 +157,15 @@ RECIPE_NAMES = ("full", "hq", "distilled")  # that people can ask for
 def published_recipe(name: str, version: str) -> Recipe:
     """One of RECIPE_NAMES for a version's files (spec sections 1.7, 2.10 to 2.12)."""
     first = version == "2.0"
-    crf = 33 if version in ("2.0", "2.3") else 18
+    early = version in ("2.0", "2.3")
+    common = Recipe(name=name, image_crf=33 if early else 18, fast_fps=None if early else 60.0)
     if name == "distilled":
         # since 2.5 the few steps forget their start
-        sampler = "euler" if version in ("2.0", "2.3") else "ancestral"
-        return Recipe(
-            name=name,
-            steps=len(DISTILLED) - 1,
-            sigmas=DISTILLED,
-            sampler=sampler,
-            guidance=UNGUIDED,
-            image_crf=crf,
-        )
+        sampler = "euler" if early else "ancestral"
+        return replace(common, steps=len(DISTILLED) - 1, sigmas=DISTILLED, sampler=sampler, guidance=UNGUIDED)
     if name == "hq":
-        return Recipe(
-            name=name, steps=15, sampler="res2s", guidance=HQ_GUIDANCE, schedule_tokens=None, image_crf=crf
-        )
-    guidance = full_guidance(29 if first else 28)
-    return Recipe(name="full", steps=40 if first else 30, guidance=guidance, image_crf=crf)
+        return replace(common, steps=15, sampler="res2s", guidance=HQ_GUIDANCE, schedule_tokens=None)
+    return replace(common, steps=40 if first else 30, guidance=full_guidance(29 if first else 28))
 
 
 def choose_recipe(

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .errors import ShapeError
 from .shapes import ClipShape
+from .values import AVLatents
+
+_ORDINARY_FPS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +81,21 @@ def carried_audio(audio_BzLM: Tensor, shape: ClipShape) -> Tensor:
     if missing > 0:
         audio_BzLM = torch.cat([audio_BzLM, audio_BzLM[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
     return audio_BzLM[:, :, : shape.audio_latents]
+
+
+def in_known_time(latents: AVLatents, fast_fps: float | None) -> AVLatents:
+    """Latents with new frames as a model reads them that knows no rate between 30 and fast_fps; None: it knows all.
+
+    Where the clip is faster than 30 frames per second its pictures stand as at fast_fps, and its sound is drawn into the
+    time that they then last, so that both stay together. Only the pictures that are made of it count.
+    Source: diffusers 0.42.1, LTX2DFRTemporalRefinePipeline.
+    """
+    if fast_fps is None or latents.shape.fps <= _ORDINARY_FPS:
+        return latents
+    shape, given = replace(latents.shape, fps=fast_fps), latents.audio.shape[2]
+    places = torch.arange(shape.audio_latents) * (given / shape.audio_latents)
+    places = places.clamp(max=given - 1)
+    before = places.long()
+    after, share = (before + 1).clamp(max=given - 1), (places - before)[:, None]
+    audio = torch.lerp(latents.audio[:, :, before], latents.audio[:, :, after], share)
+    return replace(latents, audio=audio, shape=shape)

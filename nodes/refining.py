@@ -7,7 +7,7 @@ from ..model.engine import Engine
 from ..model.errors import WorkflowError
 from ..model.shapes import ClipShape
 
-STAGES = ("spatial", "temporal")
+SPATIAL, TEMPORAL = STAGES = ("spatial", "temporal")
 _LEAST_SHARE = 0.01  # below, nearly all levels would be left out
 _HELP = (
     "use spatial or temporal after Lockstep Latent Upscale, one number such as 0.5 for the share that is made anew, "
@@ -23,7 +23,7 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     """
     name = words.strip().lower()
     if name in STAGES:
-        return model.recipe.refine_sigmas if name == "spatial" else model.recipe.temporal_sigmas
+        return model.recipe.refine_sigmas if name == SPATIAL else model.recipe.temporal_sigmas
     try:
         numbers = tuple(float(word) for word in name.replace(",", " ").split())
     except ValueError:

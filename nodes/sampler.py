@@ -8,7 +8,15 @@ from functools import partial
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..model.engine import SAMPLER_NAMES, UNGUIDED, UNHEARD, Engine, Guidance, SampleSettings
+from ..model.engine import (
+    SAMPLER_NAMES,
+    UNGUIDED,
+    UNHEARD,
+    Engine,
+    Guidance,
+    SampleSettings,
+    in_known_time,
+)
 from ..model.errors import CheckpointError, UnsupportedModelError, WorkflowError
 from ..model.shapes import ClipShape
 from ..model.trajectory import Trajectory
@@ -16,7 +24,7 @@ from ..model.values import AVLatents, Guide
 from . import history, host
 from .base import Node, check_choices
 from .clip_inputs import ASPECTS, clip_inputs
-from .refining import STAGES, refining_levels
+from .refining import STAGES, TEMPORAL, refining_levels
 from .sockets import CATEGORY, LockstepModel
 from .types import (
     Picture,
@@ -207,14 +215,14 @@ class LockstepSampler(Node):
         whole = kept_streams(given)
         shape = shape_of(given, partial(model.shape, size_of(aspect, width, height)), seconds, fps)
         counted_fps = given["video"].origin.counted_fps if "video" in given else shape.fps
-        second = refine.strip().lower() in STAGES
+        second, temporal = refine.strip().lower() in STAGES, refine.strip().lower() == TEMPORAL
         own = UNGUIDED if second else model.recipe.guidance
         guidance = guide(model, own, cfg_video, cfg_audio, stg, stg_block)
         # second stages are a few steps of euler
         own_sampler = "euler" if second else None
         chosen = own_sampler if sampler == OWN_SAMPLER else sampler
         settings = SampleSettings(steps or None, guidance, chosen, step_cache=step_cache)
-        start = None
+        start = seen = None
         warnings = ()
         if second:
             warnings = model.recipe.unrefined(getattr(model, "loras", ()))
@@ -223,6 +231,7 @@ class LockstepSampler(Node):
         if refine.strip():
             levels = refining_levels(refine, model, steps or None, shape)
             settings, start = replace(settings, sigmas=levels), latents_to_refine(given, shape)
+            seen = in_known_time(start, model.recipe.fast_fps) if temporal else start
             # pictures of Lockstep Video Encode as they came: kept as they are, there would be nothing to refine
             given = {name: stream for name, stream in given.items() if name != "video" or name not in whole}
             whole -= {"video"}
@@ -233,6 +242,9 @@ class LockstepSampler(Node):
         with reporter as report:
             report.look = preview_of(model, shape)
             kept = kept_parts(given, shape)
+            if temporal and seen is not None:  # new frames are made to the sound as it is
+                kept = {name: part for name, part in kept.items() if "audio" not in name}
+                kept["given_audio"] = seen.audio
             way = Trajectory(trajectory, report) if trajectory.strip() else None
             guides = [
                 encode_picture(model, picture, shape, counted_fps, report)
@@ -242,7 +254,7 @@ class LockstepSampler(Node):
             with history.measured(model, "sample") as meter:
                 latents = model.sample(
                     script.text,
-                    shape,
+                    shape if seen is None else seen.shape,
                     guides,
                     settings,
                     seed,
@@ -251,8 +263,10 @@ class LockstepSampler(Node):
                     video_mask=kept.get("video_mask"),
                     audio_mask=kept.get("audio_mask"),
                     progress=way or report,
-                    start=start,
+                    start=seen,
                 )
+            if temporal and start is not None:
+                latents = replace(start, video=latents.video)
             pictures = host.blocked()
             if way is not None:
                 pictures = model.trajectory(way, shape, trajectory_moment, report)

@@ -18,8 +18,9 @@ import torch
 import lockstep
 from lockstep.model.engine import SampleSettings, latent_sha256
 from lockstep.model.errors import CheckpointError, MediaError, NotFiniteError, ShapeError, WorkflowError
+from lockstep.model.recipes import Recipe
 from lockstep.model.shapes import ClipShape, Compression
-from lockstep.model.values import AVLatents, Conditioning, Context, Lora, Progress
+from lockstep.model.values import AVLatents, Conditioning, Context, Lora, ModelInfo, Progress
 from lockstep.nodes import history, types
 from lockstep.nodes.refining import refining_levels
 from lockstep.nodes.with_loras import add_lora
@@ -954,6 +955,38 @@ def test_loras_add_up_on_a_shared_engine_and_reach_text_and_sampler():
 def test_refining_starts_at_the_levels_asked_for(words, levels):
     model, _ = add_lora(Recorder(), Lora(Path("a")))
     assert refining_levels(words, model, None, latents().shape) == levels
+
+
+@pytest.mark.parametrize("words", ["temporal", "spatial"])
+def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, words):
+    grown, seen = of_length(17, 48.0), {}
+    grown = replace(grown, audio=torch.randn_like(grown.audio))
+
+    def sample(_text, shape, _guides, _settings, _seed, **named):
+        seen.update(named)
+        return replace(model().empty_latents(shape), video=torch.ones_like(grown.video))
+
+    recipe = Recipe(sigmas=(1.0, 0.0), fast_fps=60.0)
+    engine = SimpleNamespace(
+        **vars(model()) | {"sample": sample, "recipe": recipe, "blocks": 12, "compile_cost": None},
+        info=ModelInfo("", "", ""),
+        nondeterministic=(),
+        device=torch.device("cpu"),
+        within_layers=lambda guidance: guidance,
+    )
+    monkeypatch.setattr(host, "join_latents", lambda streams: Nested(*streams))
+    monkeypatch.setattr(host, "is_watched", lambda: False)
+    node = type("Sampler", (pack.sampler.LockstepSampler,), {"hidden": SimpleNamespace(unique_id=None)})
+    own = (types.OWN_ASPECT, 0, 0, 0.0, 0.0, 0, 0.0, 0.0, pack.sampler.OWN_SAMPLER, 7)
+    node.run(engine, types.to_conditioning(script()), *own, latent=parts(grown)[2], refine=words)
+    made = types.from_joint_latent(pack.sampler.io.NodeOutput.call_args.args[2])
+    assert (made.shape, made.video.mean()) == (grown.shape, 1)
+    if words == "temporal":
+        assert (seen["start"].shape.fps, seen["given_video"]) == (60, None)
+        assert torch.equal(seen["given_audio"], seen["start"].audio)
+        assert torch.equal(made.audio, grown.audio)
+    else:
+        assert (seen["start"].shape, seen["given_audio"]) == (grown.shape, None)
 
 
 @pytest.mark.parametrize("words", ["a bit", ",", "0", "1e-9", "1.5", "-0.5", "nan", "0.5 of it"])

@@ -20,8 +20,8 @@ from lockstep.model.residency import MemoryCount, weight_bytes
 from lockstep.model.sampler.guidance import UNGUIDED
 from lockstep.model.sampler.schedule import DISTILLED_STAGE2, TEMPORAL_UPSAMPLE
 from lockstep.model.shapes import ClipShape, Compression
-from lockstep.model.two_stage import Upscale, carried_audio, first_fps, first_size
-from lockstep.model.values import GenerateRequest
+from lockstep.model.two_stage import Upscale, carried_audio, first_fps, first_size, in_known_time
+from lockstep.model.values import AVLatents, GenerateRequest
 
 X2, X15, TIME = Upscale(2.0, False), Upscale(1.5, False), Upscale(2.0, True)
 SECTION = {
@@ -175,6 +175,40 @@ def test_more_frames_leave_the_sound_as_it_is(engine, files):
     made = engine._refine(text, first, path, request, engine.recipe, 1, lambda _: None)
     assert torch.equal(made.audio[:, :, : first.audio.shape[2]], first.audio[:, :, : made.audio.shape[2]])
     assert made.video.shape[2] == 2 * first.video.shape[2] - 1
+
+
+@pytest.mark.parametrize(
+    ("fps", "fast_fps", "read"), [(48, 60, 60), (48, None, 48), (24, 60, 24), (60, 60, 60)]
+)
+def test_new_frames_are_made_to_the_sound_as_it_is_at_a_rate_that_the_model_knows(
+    engine, files, fps, fast_fps, read
+):
+    path, sample, seen = files[0] / "time.safetensors", engine.sample, {}
+    text, shape = engine.encode_text("a red ball"), engine.shape("48x32", 0.75, fps / 2)
+    first = engine.sample(text, shape, settings=SampleSettings(steps=1))
+    engine.sample = lambda _text, shape, *rest, **options: (
+        seen.update(options, shape=shape) or sample(_text, shape, *rest, **options)
+    )
+    try:
+        recipe = replace(engine.recipe, fast_fps=fast_fps)
+        made = engine._refine(text, first, path, REQUEST, recipe, 1, lambda _: None)
+    finally:
+        del engine.sample
+    assert (seen["shape"].fps, made.shape.fps) == (read, fps)
+    assert torch.equal(seen["given_audio"], seen["start"].audio)
+    assert seen["given_audio"].shape[2] == round(made.shape.frames / read * 25)
+
+
+def test_a_sound_is_drawn_into_the_time_of_faster_pictures():
+    """Numbers of diffusers 0.42.1, _audio_window_for_tile: 17 frames of 48 per second read at 60."""
+    shape = ClipShape(17, 32, 32, 48.0)
+    latents = AVLatents(torch.zeros(1, 4, 3, 1, 1), torch.arange(9.0).view(1, 1, 9, 1), shape, "tiny")
+    made = in_known_time(latents, 60.0)
+    assert made.shape == replace(shape, fps=60.0)
+    wanted = torch.tensor([0, 1.285714, 2.571429, 3.857143, 5.142857, 6.428571, 7.714286])
+    torch.testing.assert_close(made.audio.flatten(), wanted)
+    assert made.video is latents.video
+    assert in_known_time(latents, None) is latents
 
 
 def test_stages_follow_one_another(engine, files):
