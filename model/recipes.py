@@ -32,9 +32,7 @@ class Recipe:
     # second stages, both without guidance: after a larger picture, after more frames
     refine_sigmas: Sigmas = DISTILLED_STAGE2
     temporal_sigmas: Sigmas = TEMPORAL_UPSAMPLE
-    fast_fps: float | None = (
-        None  # what more than 30 frames per second count as after more frames; None: themselves
-    )
+    fast_fps: float | None = None  # after more frames, what rates above 30 count as; None: themselves
     schedule_tokens: int | None = 4096  # None: the clip's own count
     sound_first: bool = False  # the sound is sampled by itself, then the pictures to it
     text_length: int = 1024

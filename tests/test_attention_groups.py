@@ -67,7 +67,8 @@ def test_a_transformer_with_groups_is_that_with_the_dense_mask(name):
         Guide(torch.randn(1, 4, 1, 2, 3), None, 1.0, None, 0.4),
     ]
     video, audio = lay_out_video(SHAPE, 4, guides), lay_out_audio(SHAPE, 2, 8)
-    assert video.groups == Groups((18, 6, 6), ((1.0, 1.0, 0.4), (1.0, 1.0, 0.4), (0.4, 0.4, 1.0)))
+    # as diffusers 0.42.1 has it, _build_video_self_attention_mask of LTX2InContextPipeline: keyframe and reference apart
+    assert video.groups == Groups((18, 6, 6), ((1.0, 1.0, 0.4), (1.0, 1.0, 0.0), (0.4, 0.0, 1.0)))
     rope = transformer.rope_tables(video.positions, audio.positions)
     widths = [config.caption_width] * 2 if config.caption_width else [config.video.width, config.audio.width]
     streams = [
@@ -100,6 +101,16 @@ def test_guided_passes_share_with_groups_as_without():
     sharing = make("2.3", (2,), PASSES, guides=guides)
     assert sharing.video.groups is not None
     assert_steps_agree(sharing, make("2.3", (2,), ("cond",), text_memory_bytes=0, guides=guides))
+
+
+def test_guides_see_of_each_other_only_what_is_as_trained():
+    degrees = ((8, 1.0), (9, 1.0), (10, 0.5), (11, 0.25))
+    guides = [Guide(torch.randn(1, 4, 1, 2, 3), frame, 1.0, None, degree) for frame, degree in degrees]
+    groups = lay_out_video(SHAPE, 4, guides).groups
+    assert groups is not None
+    assert groups.strengths[0] == (1, 1, 1, 0.5, 0.25)
+    assert groups.strengths[1:3] == ((1, 1, 1, 0, 0), (1, 1, 1, 0, 0))
+    assert groups.strengths[3:] == ((0.5, 0, 0, 1, 0), (0.25, 0, 0, 0, 1))
 
 
 def test_guides_that_are_seen_as_trained_need_no_groups():

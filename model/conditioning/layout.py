@@ -117,7 +117,7 @@ def _layout(
 
 
 def _groups(tokens: list[int], appended: Sequence[Guide]) -> Groups | None:
-    """Guides with an attention of their own see the clip to that degree, and nothing of each other (spec section 2.7)."""
+    """Guides with an attention of their own see the clip to that degree, and of other guides nothing (spec section 2.7)."""
     degrees = [1.0, *(guide.attention for guide in appended)]
     if all(degree == 1 for degree in degrees):
         return None
@@ -125,8 +125,8 @@ def _groups(tokens: list[int], appended: Sequence[Guide]) -> Groups | None:
     def strength(one: int, other: int) -> float:
         if one == other:
             return 1.0
-        apart = degrees[one] != 1 and degrees[other] != 1
-        return 0.0 if apart else degrees[one] * degrees[other]
+        both = degrees[one] * degrees[other]
+        return both if 0 in (one, other) else float(both == 1)  # the clip is group 0
 
     places = range(len(degrees))
     return Groups(tuple(tokens), tuple(tuple(strength(one, other) for other in places) for one in places))
