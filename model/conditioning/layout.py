@@ -47,7 +47,8 @@ def lay_out_video(
     A reference (a guide of no frame) may be smaller than the clip in both directions by one whole number.
 
     given: (1, C, F, H, W), a video stream that stays as it is. given_mask: (1, 1, F, H, W), where it is made anew, 1 wholly.
-    Raises WorkflowError for two guides in one place or one that reaches beyond the clip, ShapeError for another size.
+    Raises WorkflowError for two guides in one place or one longer than the clip, ShapeError for one that reaches beyond it or
+    has another size.
     """
     grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
     clean, mask = torch.zeros(1, channels, *grid), torch.ones(1, 1, *grid)
