@@ -204,6 +204,13 @@ def kind_of(phrase: Phrase, kinds: Kinds) -> str | None:
     return next((kind for kind, names in kinds.items() if words in names), None)
 
 
+def what_is_shown(kinds: Kinds) -> str:
+    """Colours, shapes, motions and backgrounds by their plainest names, as the end of a sentence; empty without them."""
+    named = ("colour", "shape", "motion", "background")
+    shown = [f"the {kind}s {_names(kinds, kind)}" for kind in named if kinds.get(kind)]
+    return _listed(shown) if shown else ""
+
+
 def _listed(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
 

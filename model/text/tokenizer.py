@@ -23,6 +23,7 @@ from .phrases import (
     leave_out_camera,
     leave_out_denied,
     tell_contradictions,
+    what_is_shown,
 )
 from .spelling import meant
 
@@ -94,9 +95,11 @@ class WordTokenizer:
         words = [word for phrase in phrases for word in phrase.words]
         kept = words[: self.longest]
         if required and not any(word in self.content for word in kept):
-            what = "the prompt is empty"
+            what = "the prompt is empty, this model needs one"
             if doubts:
-                what = f"the prompt {doubts[0]}, nothing else is left"
+                said, _, why = doubts[0].partition(": ")
+                reason = why.partition(",")[0]
+                what = f"nothing is left of the prompt, which {said}" + (f" ({reason})" if reason else "")
             elif phrases:
                 where = (
                     "" if len(kept) == len(words) else f" among the first {len(kept)}, which are all it reads"
@@ -178,8 +181,8 @@ class WordTokenizer:
             at += count
 
     def known(self) -> str:
-        """The meaningful words as one line."""
-        return ", ".join(sorted(self.content))
+        """What a clip can show, as the end of a sentence; of files without kinds all meaningful words."""
+        return what_is_shown(self.kinds) or ", ".join(sorted(self.content))
 
 
 def _without_adverbs(words: Sequence[str]) -> tuple[str, list[str]]:
