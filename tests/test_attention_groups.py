@@ -125,7 +125,7 @@ def test_guides_that_are_seen_as_trained_need_no_groups():
             Guide(torch.zeros(1, 4, 1, 2, 3), None, 1.0, None, 1.5),
             "guide attention 1.5 must lie between 0 and 1",
         ),
-        (Guide(torch.zeros(1, 4, 1, 2, 3), 0, 1.0, None, 0.5), "a guide at frame 0 is part of the clip"),
+        (Guide(torch.zeros(1, 4, 1, 2, 3), 0, 1.0, None, 0.5), "a picture at frame 0 is part of the clip"),
     ],
 )
 def test_attention_that_has_no_meaning_is_refused(guide, told):

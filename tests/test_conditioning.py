@@ -83,7 +83,7 @@ def test_a_reference_may_be_smaller_by_a_whole_number_and_stand_alone():
         lay_out_video(shape, 4, [Guide(torch.randn(1, 4, 1, 3, 3), None, 1.0)])
     with pytest.raises(ShapeError, match=r"needs \(1, 4, 1, 4, 6\)"):  # too large
         lay_out_video(shape, 4, [Guide(torch.randn(1, 4, 1, 9, 13), None, 1.0)])
-    with pytest.raises(WorkflowError, match="two references"):
+    with pytest.raises(WorkflowError, match="two reference pictures, a clip takes one"):
         lay_out_video(SHAPE, 4, [Guide(latent(), None, 1.0), Guide(latent(), None, 1.0)])
 
 
@@ -178,7 +178,7 @@ def test_a_strength_outside_its_range_is_refused(strength):
 
 
 def test_two_guides_in_one_place_are_refused():
-    with pytest.raises(WorkflowError, match="two guides at frame 8: keep one"):
+    with pytest.raises(WorkflowError, match="two pictures at frame 8: give one of them another frame"):
         lay_out_video(SHAPE, 4, [Guide(latent(), 8, 1.0), Guide(latent(), 8, 0.5)])
 
 
@@ -208,7 +208,7 @@ def test_given_streams_of_another_length_are_refused():
 
 
 def test_guides_on_a_given_video_are_refused():
-    with pytest.raises(WorkflowError, match="nothing to guide"):
+    with pytest.raises(WorkflowError, match="the video is kept whole, so no picture can be held"):
         lay_out_video(SHAPE, 4, [Guide(latent(), 0, 1.0)], latent(3))
 
 

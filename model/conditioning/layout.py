@@ -57,7 +57,9 @@ def lay_out_video(
         clean = given.float().clone()
         mask = torch.zeros(1, 1, *grid) if given_mask is None else _checked_mask("video", given_mask, mask)
         if guides and not mask.any():
-            raise WorkflowError("a given video leaves nothing to guide: drop the guides or the video")
+            raise WorkflowError(
+                "the video is kept whole, so no picture can be held: leave out the picture, or free a part by a noise mask"
+            )
     appended = [guide for guide in guides if guide.frame != 0]
     for guide in _at_start(guides, shape):
         _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
@@ -141,7 +143,7 @@ def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
             raise WorkflowError(f"guide attention {guide.attention} must lie between 0 and 1")
         if guide.attention != 1 and guide.frame == 0:
             raise WorkflowError(
-                "a guide at frame 0 is part of the clip, which always sees it: give it attention 1, or another frame"
+                "a picture at frame 0 is part of the clip, which always sees it: give it attention 1, or another frame"
             )
         if guide.latent.shape[2] > shape.latent_frames:
             raise WorkflowError(
@@ -150,9 +152,9 @@ def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
     frames = [guide.frame for guide in guides]
     twice = sorted({frame for frame in frames if frame is not None and frames.count(frame) > 1})
     if twice:
-        raise WorkflowError(f"two guides at frame {twice[0]}: keep one of them")
+        raise WorkflowError(f"two pictures at frame {twice[0]}: give one of them another frame")
     if frames.count(None) > 1:
-        raise WorkflowError("two references: keep one of them")
+        raise WorkflowError("two reference pictures, a clip takes one: leave one of them out")
     return [guide for guide in guides if guide.frame == 0]
 
 
