@@ -555,8 +555,8 @@ def to_pixels(
     """
     images_FHWC = _to_rgb("images", images_FHWC).clamp(0, 1)
     frames, height, width, _ = images_FHWC.shape
+    rate = shape_of(None, None, fps or None).fps
     try:
-        rate = shape_of(None, None, fps or None).fps
         shape = replace(shape_of(f"{width}x{height}", frames / rate, rate), frames=frames)
     except ShapeError as error:
         raise ShapeError(

@@ -814,6 +814,14 @@ def test_pictures_that_the_codec_cannot_hold_are_refused(size, error, sentence):
         types.to_pixels(torch.zeros(size), 0.0, shape_of)
 
 
+def test_nodes_that_change_pictures_are_not_named_where_their_rate_is_refused():
+    def refusing(_size, _seconds, fps) -> ClipShape:
+        raise ShapeError(f"fps {fps:g} is too many: use 24")
+
+    with pytest.raises(ShapeError, match=r"^fps 30 is too many: use 24$"):
+        types.to_pixels(torch.zeros(9, 32, 48, 3), 30.0, refusing)
+
+
 @pytest.mark.parametrize(("channels", "shown"), [(1, 0.25), (3, 0.25), (4, 0.625)])
 def test_pictures_of_every_kind_become_rgb(channels, shown):
     """Half transparent on white: 0.25 * 0.5 + 0.5."""
