@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from .errors import CheckpointError, ShapeError, WorkflowError
@@ -184,8 +185,8 @@ def choose_recipe(
         suits.add("hq")
     if name not in suits and not forced:
         raise WorkflowError(
-            f"recipe {name!r} does not suit {file}: use {' or '.join(sorted(suits))}, or force it"
-            + (", or add the distilled LoRA" if name == "distilled" else "")
+            f"recipe {name!r} does not suit {file}: use --recipe {' or '.join(sorted(suits))}, or add --force"
+            + (", or the distilled LoRA by --lora" if name == "distilled" else "")
         )
     return published_recipe(name, file.version)
 
@@ -252,9 +253,10 @@ def _from_aspect(across: int, down: int, recipe: Recipe, compression: Compressio
     short, step = min(recipe.width, recipe.height), compression.space
     long = round(short * max(across, down) / min(across, down) / step) * step
     if recipe.side_limits and long > recipe.side_limits[1]:
-        most = recipe.side_limits[1] / short
+        most = Fraction(int(recipe.side_limits[1]) // step * step, short)
+        near = sorted((most.numerator, most.denominator), reverse=across >= down)
         raise ShapeError(
-            f"aspect {across}:{down} is longer than this model takes: use up to {most:.3g}:1, such as 16:9"
+            f"aspect {across}:{down} is longer than this model takes: use up to {near[0]}:{near[1]}"
         )
     return (long, short) if across >= down else (short, long)
 

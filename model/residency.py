@@ -111,8 +111,8 @@ def telling_of_memory() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise MemoryShortError(
-            f"out of memory ({first_line(str(error))}): make a smaller or shorter clip, let the memory policy be "
-            f"{POLICIES[-1]!r}, or free memory"
+            f"out of memory ({first_line(str(error))}): make a smaller or shorter clip, use --memory {POLICIES[-1]}, or free "
+            "memory"
         ) from error
 
 
@@ -210,11 +210,11 @@ def make_plan(needs: Sequence[StageNeed], budget: int | None, policy: str | None
     plan = Plan(least, tuple(narrow), budget)
     smaller = "make the clip smaller or shorter"
     if least != POLICIES[-1]:
-        advice = f"let the memory policy be {POLICIES[-1]!r}, or leave it open"
+        advice = f"use --memory {POLICIES[-1]}, or leave --memory out"
     else:
-        advice = smaller if plan.widest.working * 2 > plan.peak else "take weights in float8"
+        advice = smaller if plan.widest.working * 2 > plan.peak else "use --precision float8"
     raise MemoryShortError(
-        f"{plan.widest.name} needs {_gigabytes(plan.peak)} even with policy {least!r}, {_gigabytes(budget or 0)} are free: "
+        f"{plan.widest.name} needs {_gigabytes(plan.peak)} even with --memory {least}, {_gigabytes(budget or 0)} are free: "
         f"{advice}, or free memory"
     )
 

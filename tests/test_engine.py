@@ -427,7 +427,7 @@ def test_memory_that_ends_anywhere_is_one_sentence_that_names_ways_out(monkeypat
 
     monkeypatch.setattr(Engine, "_denoised", fail)
     with pytest.raises(
-        MemoryShortError, match=r"^out of memory \(.+\): make a smaller .* 'stream', or free memory$"
+        MemoryShortError, match=r"^out of memory \(.+\): make a smaller .* --memory stream, or free memory$"
     ):
         engine.generate(RED_BALL)
 
@@ -482,7 +482,8 @@ def test_values_of_another_model_are_refused(engine):
         (replace(RED_BALL, size="512x512"), "use 176"),
         (replace(RED_BALL, size="big"), "use 96x96 or 16:9"),
         (replace(RED_BALL, size="0x96"), "WIDTHxHEIGHT"),
-        (replace(RED_BALL, size="9:1"), "16:9"),
+        (replace(RED_BALL, size="9:1"), "use up to 11:6$"),
+        (replace(RED_BALL, size="1:9"), "use up to 6:11$"),
         (replace(RED_BALL, seconds=90.0), "use 4.2"),
         (replace(RED_BALL, fps=240.0), "use 24"),
     ],

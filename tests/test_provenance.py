@@ -271,7 +271,9 @@ def test_a_changed_file_no_longer_validates(tmp_path, chain):
 
 def test_the_environment_configures_it(chain, monkeypatch):
     monkeypatch.setenv(provenance.CERTIFICATE_VARIABLE, str(chain[0]))
-    with pytest.raises(ProvenanceError, match=f"set {provenance.KEY_VARIABLE},"):
+    with pytest.raises(
+        ProvenanceError, match=f"set {provenance.KEY_VARIABLE}, or .*--certificate and --private-key"
+    ):
         find_signer()
     monkeypatch.setenv(provenance.KEY_VARIABLE, str(chain[1]))
     find_signer()

@@ -159,7 +159,8 @@ MISSING = {
     "text_encoders": r"no text encoder for LTX-2\.5 .*gemma4-12b-with-proj-ltx-2\.5-bf16\.safetensors \(26\.3 GB, "
     r"published at huggingface\.co/Lightricks/LTX-2\.5, which wants its licence accepted on the page and a token for the "
     r"download\) into models/text_encoders",
-    "vae": r"no (diffusion )?video VAE for LTX-2\.5 .*ltx-2\.5-video-vae-bf16\.safetensors \(1\.5 GB, .*models/vae",
+    "vae": r"no (diffusion )?video VAE for LTX-2\.5 .*ltx-2\.5-video-vae-bf16\.safetensors \(1\.5 GB, .*models/vae, or give the "
+    r"command its path by --file",
 }
 
 

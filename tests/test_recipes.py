@@ -52,18 +52,20 @@ def test_the_second_order_recipe_is_for_full_checkpoints_since_2_3():
     for file in (full("2.0"), distilled("2.3")):
         with pytest.raises(
             WorkflowError,
-            match=rf"recipe 'hq' does not suit {file}: use {choose_recipe(file).name}, or force",
+            match=rf"recipe 'hq' does not suit {file}: use --recipe {choose_recipe(file).name}, or add --force",
         ):
             choose_recipe(file, "hq")
         assert choose_recipe(file, "hq", forced=True).sampler == "res2s"
 
 
 def test_a_distilled_recipe_wants_distilled_weights_or_their_lora():
-    with pytest.raises(WorkflowError, match="or add the distilled LoRA"):
+    with pytest.raises(WorkflowError, match="or the distilled LoRA by --lora"):
         choose_recipe(full("2.3"), "distilled")
     for name in ("distilled", None):
         assert choose_recipe(full("2.3"), name, distilled_lora=True).sigmas == DISTILLED
-    with pytest.raises(WorkflowError, match=r"'full' does not suit LTX-2\.3 distilled: use distilled"):
+    with pytest.raises(
+        WorkflowError, match=r"'full' does not suit LTX-2\.3 distilled: use --recipe distilled"
+    ):
         choose_recipe(distilled("2.3"), "full")
     with pytest.raises(WorkflowError, match="unknown recipe 'best': use full, hq, distilled"):
         choose_recipe(full("2.3"), "best", forced=True)

@@ -166,12 +166,12 @@ def test_pictures_are_decoded_in_bands_where_no_policy_fits_without():
 
 
 def test_what_fits_in_no_way_is_said_in_one_sentence():
-    with pytest.raises(MemoryShortError, match=r"stage 0 needs .* even with policy 'stream'"):
+    with pytest.raises(MemoryShortError, match=r"stage 0 needs .* even with --memory stream, "):
         make_plan(needs(1000), 100)
     for working, policy, advice in (
         (900, None, "make the clip smaller or shorter, or free"),
-        (1, None, "take weights in float8, or free"),
-        (1, "resident", "let the memory policy be 'stream', or leave it open"),
+        (1, None, "use --precision float8, or free"),
+        (1, "resident", "use --memory stream, or leave --memory out"),
     ):
         with pytest.raises(MemoryShortError, match=advice):
             make_plan(needs(500, working=working), 100, policy)

@@ -69,13 +69,13 @@ def explain_missing(component: str, headers: Sequence[Header], folders: Paths = 
     published = PUBLISHED.get(version, {}).get(component)
     searched = f" (searched: {', '.join(map(str, folders))})" if folders else ""
     names = ", ".join(header.path.name for header in headers)
-    advice = published.advice() if published else "name a file that holds it"
+    advice = published.advice() if published else "put a file that holds it into the folder of models"
     unfit = [
         f"{shards[0].path.name} does not fit: {_fault(component, shards, headers)}"
         for shards in _candidates(component, headers, folders)
     ]
     return CheckpointError(
-        f"{names}: no {TITLES.get(component, component)} for LTX-{version}{searched}: {advice}, or give its path"
+        f"{names}: no {TITLES.get(component, component)} for LTX-{version}{searched}: {advice}, or give the command its path by --file"
         + (f"; {'; '.join(unfit[:3])}" if unfit else "")
     )
 

@@ -44,7 +44,7 @@ def find_tokenizer(headers: Sequence[Header], given: str | Path | None = None) -
     folders = ", ".join(dict.fromkeys(str(header.path.parent) for header in headers))
     raise CheckpointError(
         f"{headers[0].path.name}: no tokenizer in the file and none beside it in {folders}: put the tokenizer.json of "
-        "its model (published with it, about 33 MB) there, or give its path"
+        "its model (published with it, about 33 MB) there, or give the command its path by --tokenizer"
     )
 
 
