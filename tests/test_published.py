@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tiny_models import VERSIONS
 from lockstep.model import cli
 from lockstep.model.checkpoint import build, keymap
 from lockstep.model.checkpoint.header import Header, read_header
+from lockstep.model.checkpoint.published_files import PUBLISHED
 from lockstep.model.engine import Engine
 from lockstep.model.errors import CheckpointError, MemoryShortError, PromptError, UnsupportedModelError
 from lockstep.model.text.duration_head import frames_for
@@ -173,6 +175,13 @@ def test_a_missing_file_is_named_with_size_folder_and_source(split, tmp_path, ab
     with pytest.raises(CheckpointError, match=MISSING[absent]):
         made(engine)
     assert engine._modules == {}
+
+
+def test_the_readme_lists_every_published_file_with_its_size_and_folder():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for file in {file for files in PUBLISHED.values() for file in files.values()}:
+        name = file.name.removesuffix(".safetensors")
+        assert f"| {name} | {file.gigabytes:g} | {file.folder} |" in readme, file.name
 
 
 def test_a_monolith_without_text_encoder_says_which_one_it_wants(models):
