@@ -199,7 +199,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
 
 - **Strength**: 1 as it was trained, 0 off, below 0 the opposite way. Several LoRAs: one node after the other.
 - Text Encode and Sampler both get the model with the LoRA; the decoders need not.
-- A file with *distilled* in its name brings the distilled model's few steps, without guidance.
+- A file with *distilled* in its name brings the distilled model's few steps, without guidance, from a strength of 0.75 on.
 - Read the terms of these weights before you use them. No published weight was run for this workflow.""",
         [
             {
@@ -339,7 +339,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
     "clip_to_sound": (
         """**Sound for a silent clip.** Choose a clip in Load Video.
 
-- Count and size of its frames must be ones that the model holds: ImageScale and ImageFromBatch see to that. For the embedded model 96x96 and 4k+1 frames, here 25.
+- Count and size of its frames must be ones that the model holds: ImageScale and ImageFromBatch see to that. For the embedded model 96x96 and 4k+1 frames, here 25, at 12 to 24 per second.
 - The pictures go into the new file as they are; the sampler makes the sound alone. **Prompt**: what is seen and heard.""",
         [
             {
@@ -381,7 +381,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
     "sound_to_clip": (
         """**Pictures for a sound.** Choose a sound in Load Audio.
 
-- **Seconds** of Lockstep Audio Encode: 0 is as long as the sound; the embedded model makes 1 to 4 seconds.
+- **Seconds** of Lockstep Audio Encode: 0 is as long as the sound; the embedded model makes 1 to 4.2 seconds.
 - The sampler takes length and fps from the sound, and the size from its own inputs.
 - Create Video gets the sound as it was; for what the model heard of it, connect Lockstep Audio Decode in its place.""",
         [
