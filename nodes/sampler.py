@@ -88,8 +88,9 @@ class LockstepSampler(Node):
                     "sampler",
                     options=list(SAMPLERS),
                     default=OWN_SAMPLER,
-                    tooltip="How a step is made. model default takes the model's own; euler suits all models; res2s calls "
-                    "the model twice a step.",
+                    tooltip="How a step is made. model default takes the model's own; euler suits all models; "
+                    "gradient_estimating_euler also looks at the step before; ancestral adds noise between steps; res2s calls the "
+                    "model twice a step.",
                 ),
                 io.Int.Input(
                     "seed",
