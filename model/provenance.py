@@ -99,7 +99,8 @@ def find_signer(certificate: Path | None = None, key: Path | None = None) -> Sig
             name for name, path in zip((CERTIFICATE_VARIABLE, KEY_VARIABLE), paths, strict=True) if not path
         )
         raise ProvenanceError(
-            f"no certificate with its key is configured: set {missing}, or give the command --certificate and --private-key"
+            f"no certificate with its key is configured: set {missing}, or give the command --certificate and "
+            "--private-key"
         )
     return Signer(Path(str(paths[0])), Path(str(paths[1])))
 

@@ -75,8 +75,8 @@ def explain_missing(component: str, headers: Sequence[Header], folders: Paths = 
         for shards in _candidates(component, headers, folders)
     ]
     return CheckpointError(
-        f"{names}: no {TITLES.get(component, component)} for LTX-{version}{searched}: {advice}, or give the command its path by --file"
-        + (f"; {'; '.join(unfit[:3])}" if unfit else "")
+        f"{names}: no {TITLES.get(component, component)} for LTX-{version}{searched}: {advice}, or give the command "
+        "its path by --file" + (f"; {'; '.join(unfit[:3])}" if unfit else "")
     )
 
 
