@@ -5,12 +5,15 @@ from dataclasses import replace
 from comfy_api.latest import io
 from torch import Tensor
 
+from . import host
 from .base import Node, check_choices
 from .sockets import CATEGORY
-from .types import to_picture, with_picture
+from .types import frees_nothing, to_picture, with_picture
 
 _MOST_FRAMES = 10_000
 USES = ("frame", "reference")
+_NO_ALPHA = (64, 64)  # of the host's empty mask for a picture that has none
+_EMPTY = "mask has nothing white: the whole picture is held"
 
 
 class LockstepImageEncode(Node):
@@ -73,6 +76,7 @@ class LockstepImageEncode(Node):
                     "with_image", display_name="conditioning", tooltip="The prompts with this picture added."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -92,4 +96,6 @@ class LockstepImageEncode(Node):
     ) -> io.NodeOutput:
         place = frame if use_as == "frame" else None
         picture = replace(to_picture(image, place, strength, mask), attention=attention)
+        if mask is not None and frees_nothing(mask) and mask.shape[-2:] != _NO_ALPHA:
+            host.warn(cls.hidden.unique_id, (_EMPTY,))
         return io.NodeOutput(with_picture(conditioning, picture))

@@ -7,6 +7,7 @@ at the tensor itself, as nodes that take them apart again give each stream the k
 B batch, C channels, F frames, H rows, W columns, L text tokens or audio latents, D width, S samples.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,7 @@ _WAYS_OUT = {
     "keyframe_idxs": "hold the picture with Lockstep Image Encode instead",
 }
 OWN_ASPECT, CUSTOM_ASPECT = "model default", "custom"
+_SAME_ASPECT = 0.02  # within which two are one: sizes are rounded to pixels, or to a few of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def to_picture(
 ) -> Picture:
     """One IMAGE; grey becomes RGB, transparent parts lie on white. Raises MediaError for a batch or other layout.
 
-    mask_BHW: a MASK of any size, stretched over the picture; one of zeros, as pictures without alpha have it, is none.
+    mask_BHW: a MASK of any size at the picture's aspect; one without white, as pictures without alpha have it, is none.
     """
     image_BHWC = _to_rgb("image", image_BHWC).clamp(0, 1)
     if not image_BHWC.isfinite().all():
@@ -139,8 +141,13 @@ def _to_rgb(name: str, images_BHWC: Tensor) -> Tensor:
     return images_BHWC.expand(-1, -1, -1, 3)
 
 
+def frees_nothing(mask_BHW: Tensor) -> bool:
+    """Whether a MASK is white nowhere, so that the whole picture is held."""
+    return not (mask_BHW > 0.5).any()
+
+
 def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
-    if mask_BHW is None or not mask_BHW.any():
+    if mask_BHW is None or frees_nothing(mask_BHW):
         return None
     if mask_BHW.ndim != 3 or mask_BHW.shape[0] != 1:
         raise MediaError(
@@ -149,7 +156,18 @@ def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
     if mask_BHW.min() > 0.5:
         raise MediaError("mask frees the whole image, so nothing is held: invert it or leave it unconnected")
     rows, columns = image_HWC.shape[:2]
+    _check_aspect(*mask_BHW.shape[1:], rows, columns)
     return functional.interpolate(mask_BHW[None].float().cpu(), size=(rows, columns), mode="bilinear")[0, 0]
+
+
+def _check_aspect(mask_rows: int, mask_columns: int, rows: int, columns: int) -> None:
+    off_by = abs(math.log(mask_columns * rows / (mask_rows * columns)))
+    rounding = sum(1 / side for side in (mask_rows, mask_columns, rows, columns))
+    if off_by > max(_SAME_ASPECT, rounding):
+        raise MediaError(
+            f"mask is {mask_columns}x{mask_rows} and image {columns}x{rows}, which is another aspect: connect the mask after the "
+            "same scaling and cropping as the image"
+        )
 
 
 def frame_of(picture: Picture, shape: ClipShape, counted_fps: float | None = None) -> int | None:

@@ -53,7 +53,16 @@ def pack() -> SimpleNamespace:
         for name in HOST_MODULES:
             patch.setitem(sys.modules, name, MagicMock())
         sys.modules["comfy_api.latest"].io.ComfyNode = type("ComfyNode", (), {})
-        names = ("base", "host", "latent_upscale", "load_av_latent", "loader", "lora", "sampler")
+        names = (
+            "base",
+            "host",
+            "image_encode",
+            "latent_upscale",
+            "load_av_latent",
+            "loader",
+            "lora",
+            "sampler",
+        )
         return SimpleNamespace(**{name: import_module(f"lockstep.nodes.{name}") for name in names})
 
 
@@ -159,6 +168,48 @@ def test_a_mask_is_stretched_over_its_picture():
 
 def test_the_mask_of_a_picture_without_alpha_is_none():
     assert types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, torch.zeros(1, 64, 64)).mask is None
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "fits"),
+    [
+        ((256, 256), (256, 512), False),  # the image was cropped, its mask was not
+        ((48, 64), (64, 64), False),
+        ((171, 256), (512, 768), True),  # 170.67 rows
+        ((171, 256), (4, 6), True),
+        ((832, 480), (1920, 1080), False),
+        ((832, 480), (1664, 944), True),  # of multiples of 16
+        ((1, 1), (1, 2), True),  # of so few pixels nothing can be said
+    ],
+)
+def test_a_mask_of_another_aspect_than_its_picture_is_refused(image, mask, fits):
+    drawn = torch.zeros(1, *mask)
+    drawn[:, :1, :1] = 1
+    if fits:
+        assert types.to_picture(torch.rand(1, *image, 3), 0, 1.0, drawn).mask.shape == image
+        return
+    sizes = f"mask is {mask[1]}x{mask[0]} and image {image[1]}x{image[0]}"
+    with pytest.raises(MediaError, match=f"{sizes}.*connect the mask after the same scaling and cropping"):
+        types.to_picture(torch.rand(1, *image, 3), 0, 1.0, drawn)
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        (None, False),
+        (torch.zeros(1, 64, 64), False),  # as the host gives it where a picture has no alpha
+        (torch.zeros(1, 4, 8), True),
+        (torch.full((1, 8, 8), 0.5), True),
+        (torch.tensor([[[0.0, 1.0]]]), False),
+    ],
+)
+def test_a_mask_without_white_is_told(pack, host, monkeypatch, mask, told):
+    warnings: list[str] = []
+    monkeypatch.setattr(host, "warn", lambda _node, said: warnings.extend(said))
+    encoder = pack.image_encode.LockstepImageEncode
+    node = type("Encode", (encoder,), {"hidden": SimpleNamespace(unique_id="5")})
+    node.run(types.to_conditioning(script()), torch.rand(1, 4, 8, 3), 0, 1.0, mask)
+    assert warnings == ["mask has nothing white: the whole picture is held"] * told
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 4, 8), torch.ones(2, 4, 8), torch.ones(4, 8)])
@@ -1186,6 +1237,21 @@ def test_a_workflow_s_values_are_within_the_inputs_ranges(path):
             assert not choices or value in choices or name == "model", name  # the user's own file
             if kind in ("INT", "FLOAT"):
                 assert options["min"] <= value <= options["max"], name
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_s_mask_lies_on_its_picture(path):
+    """A picture that is cropped on its way from the mask's own node would lose its place below it."""
+    twin = json.loads((ROOT / "tests/host/api" / path.name).read_text(encoding="utf-8"))
+    for node in twin.values():
+        if node["class_type"] != "LockstepImageEncode" or "mask" not in node["inputs"]:
+            continue
+        number = node["inputs"]["image"][0]
+        while number != node["inputs"]["mask"][0]:
+            between = twin[number]["inputs"]
+            assert between["crop"] == "disabled"
+            assert 0 in (between["width"], between["height"])
+            number = between["image"][0]
 
 
 def to_api(workflow: dict) -> dict:

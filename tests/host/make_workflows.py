@@ -275,6 +275,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
         """**Between ComfyUI's own image nodes.**
 
 - Before: Load Image → Upscale Image (here it makes it smaller) → Lockstep Image Encode. The **MASK** of a picture with transparent parts lets the model fill them; one of a picture without does nothing.
+- **Height** 0 and **crop** *disabled* keep the picture's aspect, so that the mask stays in its place. One that you crop needs a mask that is cropped likewise: Convert Mask to Image → Upscale Image → Convert Image to Mask.
 - After: the frames are an ordinary batch of images. Here they are enlarged four times and saved as an animated WEBP, with the sound beside it.""",
         [
             {
@@ -289,8 +290,8 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
                         "image": ("image", 0),
                         "upscale_method": "area",
                         "width": 256,
-                        "height": 256,
-                        "crop": "center",
+                        "height": 0,  # as the aspect has it
+                        "crop": "disabled",
                     },
                 ),
                 "first": image_encode("text", "smaller", 0, 0.9, mask=("image", 1)),
