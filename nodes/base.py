@@ -11,8 +11,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..model.errors import WorkflowError
-
-_SHOWN = 60  # characters of a value that a sentence repeats
+from . import host
+from .words import shown, text_of
 
 
 def _is_conditioning(value: Any) -> bool:
@@ -34,12 +34,25 @@ _IS_OF_TYPE = {
     "IMAGE": lambda value: isinstance(value, Tensor),
     "MASK": lambda value: isinstance(value, Tensor),
 }
+_GIVEN_BY = {
+    "LOCKSTEP_MODEL": "the model output of Lockstep Loader",
+    "CONDITIONING": "the conditioning output of Lockstep Text Encode",
+    "LATENT": "a latent, such as av_latent of Lockstep Sampler",
+    "AUDIO": "the audio output of Lockstep Audio Decode or of Load Audio",
+    "IMAGE": "the images output of Lockstep VAE Decode or the IMAGE of Load Image",
+    "MASK": "the MASK of Load Image",
+}
 
 
 class Node(io.ComfyNode):
     """A node of ours, whose `run` gets what the host gives to `execute`, once every input holds a value that it can take."""
 
     run: ClassVar[Callable[..., io.NodeOutput]]
+
+    @classmethod
+    def validate_inputs(cls, input_types: dict[str, Any] | None = None) -> bool | str:
+        """What the host asks before the run; it leaves the types at links to nodes that name `input_types`, as all of ours do."""
+        return check_links(cls.SCHEMA.inputs, input_types) if input_types else True
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -61,6 +74,24 @@ def check_known(names: Sequence[str], inputs: Mapping[str, Any]) -> None:
             raise WorkflowError(
                 f"this version of the node has no input {shown(name)}: take it out of the graph, use {near[0]} or update the pack"
             )
+
+
+def check_links(sockets: Sequence[io.Input], given: Mapping[str, Any]) -> bool | str:
+    """What validate_inputs returns for types at links (input, type): refused are those that the host itself would refuse."""
+    for socket in sockets:
+        name, needed = socket.id, socket.get_io_type()
+        if name in given and not host.fits(given[name], needed):
+            kind = given[name] if isinstance(given[name], str) else "COMBO"  # older nodes list the choices
+            way = f"type a value into the node or connect an output of type {needed}"
+            if needed in _GIVEN_BY:
+                way = f"connect {_GIVEN_BY[needed]}"
+            return f"{name} is linked to {kind}, {needed} is needed: {way}"
+    return True
+
+
+def first_wrong(*said: bool | str) -> bool | str:
+    """What validate_inputs returns for several answers: the first that is a sentence, else True."""
+    return next((answer for answer in said if answer is not True), True)
 
 
 def check_inputs(sockets: Sequence[io.Input], inputs: dict[str, Any]) -> None:
@@ -88,19 +119,6 @@ def _check_number(socket: Any, value: Any) -> None:
         raise WorkflowError(
             f"{socket.id} holds {shown(value)}: {needed} from {socket.min} to {socket.max} is needed"
         )
-
-
-def text_of(name: str, value: Any) -> str:
-    """The value of an input that holds words or a choice. Raises WorkflowError for anything else, None included."""
-    if not isinstance(value, str):
-        raise WorkflowError(f"{name} holds {shown(value)}: text or a choice of its list is needed")
-    return value
-
-
-def shown(value: Any) -> str:
-    """How a sentence repeats a value: anyone can give anything, as long as they like."""
-    text = "nothing" if value is None else " ".join(repr(value).split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def check_choices(*choices: tuple[str, Any, Sequence[str]]) -> bool | str:

@@ -24,6 +24,7 @@ from comfy.nested_tensor import NestedTensor
 from comfy_api import feature_flags
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.progress import get_progress_state
+from comfy_execution.validation import validate_node_input
 from PIL import Image
 from protocol import BinaryEventTypes
 from server import PromptServer
@@ -34,8 +35,8 @@ from ..model.engine import Engine, model_files
 from ..model.errors import CheckpointError, LockstepError, MediaError, MemoryShortError, NotFiniteError
 from ..model.residency import BlockStream, out_of_memory, stack_need
 from ..model.values import Progress
-from .base import shown, text_of
 from .types import to_still
+from .words import shown, text_of
 
 _logger = logging.getLogger("lockstep")
 
@@ -60,6 +61,7 @@ _engines: WeakValueDictionary[tuple, Engine] = WeakValueDictionary()
 _lock = threading.Lock()
 
 join_latents = NestedTensor  # ComfyUI's latent of several streams
+fits = validate_node_input  # whether an output of a type may be linked to an input of one, both as the host names them
 
 
 # Models

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from . import host
-from .base import Node, check_choices
+from .base import Node, check_choices, first_wrong
 from .sockets import CATEGORY
 from .types import frees_nothing, to_picture, with_picture
 
@@ -80,8 +80,8 @@ class LockstepImageEncode(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, use_as: str | None = None) -> bool | str:
-        return check_choices(("use_as", use_as, USES))
+    def validate_inputs(cls, input_types: dict | None = None, use_as: str | None = None) -> bool | str:
+        return first_wrong(super().validate_inputs(input_types), check_choices(("use_as", use_as, USES)))
 
     @classmethod
     def run(

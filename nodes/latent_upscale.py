@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
-from .base import Node
+from .base import Node, first_wrong
 from .sockets import CATEGORY, LockstepModel
 from .types import counted_fps_of, from_joint_latent, kept_streams, read_latent, to_latents
 
@@ -44,8 +44,10 @@ class LockstepLatentUpscale(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, upscaler: str | None = None) -> bool | str:
-        return host.check_file("upscaler", host.UPSCALERS, upscaler)
+    def validate_inputs(cls, input_types: dict | None = None, upscaler: str | None = None) -> bool | str:
+        return first_wrong(
+            super().validate_inputs(input_types), host.check_file("upscaler", host.UPSCALERS, upscaler)
+        )
 
     @classmethod
     def fingerprint_inputs(cls, model: Engine | None, latent: dict | None, upscaler: str | None) -> str:

@@ -5,9 +5,10 @@ from comfy_api.latest import io
 from ..model.errors import LockstepError
 from ..model.latents.file import read_latents
 from . import host
-from .base import Node, text_of
+from .base import Node
 from .sockets import CATEGORY
 from .types import to_latents
+from .words import text_of
 
 
 class LockstepLoadAVLatent(Node):
@@ -37,13 +38,13 @@ class LockstepLoadAVLatent(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None = None) -> bool | str:
+    def validate_inputs(cls, input_types: dict | None = None, file: str | None = None) -> bool | str:
         try:
             if file is not None:
                 host.latent_path(text_of("file", file))
         except LockstepError as error:
             return str(error)
-        return True
+        return super().validate_inputs(input_types)
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> tuple:

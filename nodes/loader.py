@@ -5,8 +5,9 @@ from comfy_api.latest import io
 from ..model.engine import ATTENTION_NAMES, PRECISIONS, check_attention
 from ..model.errors import LockstepError
 from . import host
-from .base import Node, check_choices, text_of
+from .base import Node, check_choices
 from .sockets import CATEGORY, LockstepModel
+from .words import text_of
 
 
 class LockstepLoader(Node):
@@ -79,6 +80,7 @@ class LockstepLoader(Node):
     @classmethod
     def validate_inputs(
         cls,
+        input_types: dict | None = None,
         model: str | None = None,
         device: str | None = None,
         precision: str | None = None,
@@ -101,7 +103,7 @@ class LockstepLoader(Node):
                 check_attention(attention, host.device_of(device), bool(compile))
         except LockstepError as error:
             return str(error)
-        return True
+        return super().validate_inputs(input_types)
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None, **_choices: str | None) -> str:

@@ -22,7 +22,7 @@ from ..model.shapes import ClipShape
 from ..model.trajectory import Trajectory
 from ..model.values import AVLatents, Guide
 from . import history, host
-from .base import Node, check_choices
+from .base import Node, check_choices, first_wrong
 from .clip_inputs import ASPECTS, clip_inputs
 from .refining import STAGES, TEMPORAL, refining_levels
 from .sockets import CATEGORY, LockstepModel
@@ -184,8 +184,11 @@ class LockstepSampler(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, aspect: str | None = None, sampler: str | None = None) -> bool | str:
-        return check_choices(("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLERS))
+    def validate_inputs(
+        cls, input_types: dict | None = None, aspect: str | None = None, sampler: str | None = None
+    ) -> bool | str:
+        choices = ("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLERS)
+        return first_wrong(super().validate_inputs(input_types), check_choices(*choices))
 
     @classmethod
     def run(

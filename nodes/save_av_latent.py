@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..model.latents.file import write_latents
 from . import host
-from .base import Node, check_prefix
+from .base import Node, check_prefix, first_wrong
 from .sockets import CATEGORY
 from .types import from_joint_latent
 
@@ -33,8 +33,10 @@ class LockstepSaveAVLatent(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
-        return check_prefix(filename_prefix)
+    def validate_inputs(
+        cls, input_types: dict | None = None, filename_prefix: str | None = None
+    ) -> bool | str:
+        return first_wrong(super().validate_inputs(input_types), check_prefix(filename_prefix))
 
     @classmethod
     def run(cls, latent: dict, filename_prefix: str) -> io.NodeOutput:

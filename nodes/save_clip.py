@@ -8,7 +8,7 @@ from ..model.measure.doubts import find_doubts
 from ..model.media import write_clip
 from ..model.provenance import MADE, SOURCE_TYPES, Disclosure, find_signer
 from . import host
-from .base import Node, check_choices, check_prefix
+from .base import Node, check_choices, check_prefix, first_wrong
 from .clip_inputs import finished_inputs, pieces_of
 from .sockets import CATEGORY
 from .types import to_clip, to_encodable
@@ -56,9 +56,14 @@ class LockstepSaveClip(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, disclosure: str | None = None, filename_prefix: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls,
+        input_types: dict | None = None,
+        disclosure: str | None = None,
+        filename_prefix: str | None = None,
+    ) -> bool | str:
         known = check_choices(("disclosure", disclosure, DISCLOSURES))
-        return check_prefix(filename_prefix) if known is True else known
+        return first_wrong(super().validate_inputs(input_types), known, check_prefix(filename_prefix))
 
     @classmethod
     def run(

@@ -43,10 +43,10 @@ class LockstepTextEncode(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None = None) -> bool | str:
+    def validate_inputs(cls, input_types: dict | None = None, prompt: str | None = None) -> bool | str:
         if prompt is not None and not prompt.strip():
             return 'prompt is empty: say what is to be seen, such as "a red ball bounces"'
-        return True
+        return super().validate_inputs(input_types)
 
     @classmethod
     def run(cls, model: Engine, prompt: str, negative: str) -> io.NodeOutput:

@@ -42,7 +42,7 @@ HOST_MODULES = (
         "comfy_execution",
         "comfy_execution.graph_utils",
     ),
-    *("comfy_execution.progress", "folder_paths", "protocol", "server"),
+    *("comfy_execution.progress", "comfy_execution.validation", "folder_paths", "protocol", "server"),
 )
 
 
@@ -55,6 +55,7 @@ def pack() -> SimpleNamespace:
         sys.modules["comfy_api.latest"].io.ComfyNode = type("ComfyNode", (), {})
         names = (
             "base",
+            "extension",
             "host",
             "image_encode",
             "latent_upscale",
@@ -717,6 +718,50 @@ def test_linked_choices_are_checked_as_constants_are(pack):
     assert Choosing.execute(aspect="4:3", free="any") == {"aspect": "4:3", "free": "any"}
     with pytest.raises(WorkflowError, match="unknown aspect '5:1': use 1:1 or 4:3"):
         Choosing.execute(aspect="5:1", free="any")
+
+
+@pytest.mark.parametrize(
+    ("asked", "linked", "said"),
+    [
+        (
+            "LOCKSTEP_MODEL",
+            "MODEL",
+            "x is linked to MODEL, LOCKSTEP_MODEL is needed: connect the model output of",
+        ),
+        (
+            "CONDITIONING",
+            "LATENT",
+            "CONDITIONING is needed: connect the conditioning output of Lockstep Text",
+        ),
+        ("INT", "MODEL", "INT is needed: type a value into the node or connect an output of type INT"),
+        ("INT", ["a", "b"], "x is linked to COMBO, INT is needed"),
+        ("INT", "INT,FLOAT", True),
+        ("INT", "*", True),
+    ],
+)
+def test_a_link_of_another_type_is_refused_with_the_node_that_gives_it(
+    pack, monkeypatch, asked, linked, said
+):
+    def of_the_host(received: object, needed: str) -> bool:
+        return received == "*" or (isinstance(received, str) and needed in received.split(","))
+
+    monkeypatch.setattr(pack.host, "fits", of_the_host)
+    node = type("Node", (pack.base.Node,), {"SCHEMA": SimpleNamespace(inputs=[socket(asked)])})
+    answer = node.validate_inputs({"x": linked, "of another node": "MODEL"})
+    assert answer is True if said is True else said in answer
+    assert node.validate_inputs({}) is node.validate_inputs() is True
+
+
+def test_every_node_looks_at_its_links_itself(pack, monkeypatch):
+    """The host looks for the argument's name, and leaves the types of all links to a node that has it."""
+    monkeypatch.setattr(pack.host, "fits", lambda *_: False)
+    extension = vars(pack.extension).values()
+    nodes = [kind for kind in extension if isinstance(kind, type) and issubclass(kind, pack.base.Node)]
+    assert sorted(node.__name__ for node in nodes) == OURS
+    for node in nodes:
+        assert "input_types" in inspect.getfullargspec(node.validate_inputs).args
+        other = type("Other", (node,), {"SCHEMA": SimpleNamespace(inputs=[socket("LATENT")])})
+        assert other.validate_inputs(input_types={"x": "IMAGE"}).startswith("x is linked to IMAGE, LATENT is")
 
 
 def test_constants_of_another_type_are_refused_before_the_run(pack, host):
