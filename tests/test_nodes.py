@@ -1271,6 +1271,19 @@ def test_a_workflow_says_what_its_twin_says(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_that_needs_a_file_of_the_user_s_says_so_first(path):
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    first_line = note.split("\n")[0]
+    # the picture of Load Image comes with ComfyUI
+    loaders = {"LoadVideo": "Load Video", "LoadAudio": "Load Audio", "LockstepLoadAVLatent": "Load AV Latent"}
+    for node in nodes:
+        if node["type"] in loaders:
+            assert loaders[node["type"]] in first_line
+            assert " first" in first_line
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_s_values_are_within_the_inputs_ranges(path):
     twin = json.loads((ROOT / "tests/host/api" / path.name).read_text(encoding="utf-8"))
     for node in twin.values():

@@ -338,7 +338,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
         ],
     ),
     "clip_to_sound": (
-        """**Sound for a silent clip.** Choose a clip in Load Video.
+        """**Choose a video of your own in Load Video first**, of 25 frames or more: this workflow makes a sound to it.
 
 - Count and size of its frames must be ones that the model holds: ImageScale and ImageFromBatch see to that. For the embedded model 96x96 and 4k+1 frames, here 25, at 12 to 24 per second.
 - The pictures go into the new file as they are; the sampler makes the sound alone. **Prompt**: what is seen and heard.""",
@@ -380,7 +380,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
         ],
     ),
     "sound_to_clip": (
-        """**Pictures for a sound.** Choose a sound in Load Audio.
+        """**Choose a sound of your own in Load Audio first**: this workflow makes pictures to its first two seconds.
 
 - **Seconds** of Lockstep Audio Encode: 0 is as long as the sound; the embedded model makes 1 to 4.2 seconds.
 - The sampler takes length and fps from the sound, and the size from its own inputs.
@@ -503,7 +503,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
         ],
     ),
     "file_to_clip": (
-        """**Decodes saved latents**, without sampling again. Run *latents_to_file* first, press R, and choose the file.
+        """**Run *latents_to_file* first, press R and choose its file in Lockstep Load AV Latent**: this workflow decodes it, without sampling again.
 
 Only the model that made them can decode them.""",
         [
