@@ -155,12 +155,13 @@ def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
         )
     if mask_BHW.min() > 0.5:
         raise MediaError("mask frees the whole image, so nothing is held: invert it or leave it unconnected")
+    _check_aspect(mask_BHW[0], image_HWC)
     rows, columns = image_HWC.shape[:2]
-    _check_aspect(*mask_BHW.shape[1:], rows, columns)
     return functional.interpolate(mask_BHW[None].float().cpu(), size=(rows, columns), mode="bilinear")[0, 0]
 
 
-def _check_aspect(mask_rows: int, mask_columns: int, rows: int, columns: int) -> None:
+def _check_aspect(mask_HW: Tensor, image_HWC: Tensor) -> None:
+    (mask_rows, mask_columns), (rows, columns) = mask_HW.shape, image_HWC.shape[:2]
     off_by = abs(math.log(mask_columns * rows / (mask_rows * columns)))
     rounding = sum(1 / side for side in (mask_rows, mask_columns, rows, columns))
     if off_by > max(_SAME_ASPECT, rounding):
