@@ -110,6 +110,16 @@ def open_engine(
         return engine
 
 
+def check_model(choice: str) -> None:
+    """Raises as open_engine does for a model choice that cannot be opened; the same files are looked into once."""
+    _check_files(choice, file_signature(choice))
+
+
+@lru_cache(maxsize=8)  # of good ones: the host checks a whole graph on the thread that serves its pages
+def _check_files(choice: str, _signature: tuple) -> None:
+    open_engine(choice, "cpu")
+
+
 def file_signature(choice: str) -> tuple[tuple[Path, int, int], ...]:
     """Path, time and size of a model's file and of those that hold its parts: others under the same names are another model,
     and so is one whose missing part has been put where it is looked for."""

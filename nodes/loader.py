@@ -98,7 +98,7 @@ class LockstepLoader(Node):
             return known
         try:
             if model is not None:
-                host.open_engine(text_of("model", model), "cpu")  # reads the header alone
+                host.check_model(text_of("model", model))  # reads headers alone
             if attention is not None and device is not None:
                 check_attention(attention, host.device_of(device), bool(compile))
         except LockstepError as error:

@@ -146,6 +146,12 @@ def test_every_published_name_comes_back_from_its_component(path):
     assert routing.unexpected == routing.optional == ()
 
 
+def test_the_names_of_a_file_are_sorted_once():
+    names = golden_keys("ltx-2.5.duration-head-file")
+    assert keymap.route(names) is keymap.route(list(names))
+    assert keymap.route([*names, "surprise.weight"]).unexpected == ("surprise.weight",)
+
+
 def test_the_vocoder_prefix_is_stripped_once():
     assert keymap.split("vocoder.vocoder.conv_pre.weight") == ("vocoder", "vocoder.conv_pre.weight")
 

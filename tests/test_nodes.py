@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import lockstep
+from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import SampleSettings, latent_sha256
 from lockstep.model.errors import CheckpointError, MediaError, NotFiniteError, ShapeError, WorkflowError
 from lockstep.model.recipes import Recipe
@@ -781,6 +782,23 @@ def test_names_that_no_file_can_have_are_refused_in_a_short_sentence(pack, host,
         assert said.startswith("no ")
         assert len(said) < 250
     assert "holds a character that names no file" in pack.base.check_prefix("a\0b")
+
+
+def test_a_model_is_opened_once_for_all_checks_of_graphs_until_its_file_changes(
+    pack, host, monkeypatch, tmp_path
+):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(WEIGHTS.read_bytes())
+    host.folder_paths.get_full_path.return_value = str(path)
+    opened = MagicMock(side_effect=host.Engine)
+    monkeypatch.setattr(host, "Engine", opened)
+    check = pack.loader.LockstepLoader.validate_inputs
+    assert [check(model="model.safetensors") for _ in range(3)] == [True] * 3
+    assert opened.call_count == 1
+    path.write_bytes(path.read_bytes()[:-1])
+    assert ["fetch it again" in check(model="model.safetensors") for _ in range(2)] == [True] * 2
+    path.write_bytes(WEIGHTS.read_bytes())
+    assert check(model="model.safetensors") is True
 
 
 def test_an_input_of_a_newer_version_is_named(pack):

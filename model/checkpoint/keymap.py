@@ -8,6 +8,7 @@ they are. Source: spec sections 3.1 and 3.2.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 TRANSFORMER, CONNECTORS = "transformer", "connectors"
 VIDEO_VAE, VIDEO_VAE_DIFFUSION = "video_vae", "video_vae_diffusion"
@@ -102,7 +103,11 @@ class Routing:
 
 def route(published: Iterable[str]) -> Routing:
     """Sorts one file's published names by component; whose a bare decoder is shows in its neighbours."""
-    published = list(published)
+    return _sorted(tuple(published))
+
+
+@lru_cache(maxsize=8)  # opening a model asks many times, and a server checks a graph while it serves pages
+def _sorted(published: tuple[str, ...]) -> Routing:
     diffusion = any(split(name)[1].startswith("decoder.det_stages.") for name in published)
     bare_audio = any(name.startswith(_AUDIO_VAE_LEVELS) for name in published)
     components: dict[str, dict[str, str]] = {}
