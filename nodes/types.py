@@ -2,8 +2,8 @@
 
 ComfyUI: IMAGE (B, H, W, 3) in 0..1, a video being a batch; AUDIO {"waveform": (B, C, S), "sample_rate"}; LATENT
 {"samples"}; CONDITIONING [[(B, L, D), {...}]]. What these cannot say travels beside it: in a CONDITIONING under the key
-"lockstep", in a LATENT under one for each stream, as nodes that join a video's with a sound's keep one value of each key, and
-at the tensor itself, as nodes that take them apart again give each stream the keys of both.
+"lockstep", in a LATENT under one for each stream of each clip, as nodes that join a video's with a sound's keep one value of
+each key, the video's in front, and at the tensor itself, as nodes that take them apart again give each stream the keys of both.
 B batch, C channels, F frames, H rows, W columns, L text tokens or audio latents, D width, S samples.
 """
 
@@ -25,7 +25,10 @@ from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape, nearest_frames
 from ..model.values import AVLatents, Clip, Conditioning
 
 _KEY = "lockstep"
-_ORIGINS = {"video": "lockstep_video", "audio": "lockstep_audio"}
+_ORIGINS = {
+    "video": "lockstep_video",
+    "audio": "lockstep_audio",
+}  # how keys begin; a number of the clip follows
 _OURS = (_KEY, "pooled_output")
 # what the host's nodes write into a conditioning where they ask nothing of a sampler: all of the strength, the whole run
 _ASKING_NOTHING = {"strength": 1, "start_percent": 0, "end_percent": 1, "set_area_to_bounds": False}
@@ -247,7 +250,7 @@ def to_latents(
     """
     origin = _origin_of(latents, counted_fps)
     latents = replace(latents, video=_marked(latents.video, origin), audio=_marked(latents.audio, origin))
-    video, audio = {_ORIGINS["video"]: origin}, {_ORIGINS["audio"]: origin}
+    video, audio = ({f"{key} {hash(origin):x}": origin} for key in _ORIGINS.values())
     joint = {"samples": join((latents.video, latents.audio)), **video, **audio}
     free = torch.ones(1, 1, latents.video.shape[2], 1, 1), torch.ones(1, 1, latents.audio.shape[2], 1)
     masks = [
@@ -442,8 +445,12 @@ def _tensors(latent: dict[str, Any]) -> list[Tensor]:
 
 def _told_origin(kind: str, latent: dict[str, Any], samples: Tensor) -> Origin | None:
     """That of the tensor itself, else of the stream, else of the one it was joined with."""
-    told = (getattr(samples, _KEY, None), *(latent.get(key) for key in (_ORIGINS[kind], *_ORIGINS.values())))
-    return next((origin for origin in told if isinstance(origin, Origin)), None)
+    told = [(key, origin) for key, origin in latent.items() if isinstance(origin, Origin)]
+    if kind == "audio":
+        told.reverse()  # joined, a video's keys come first and a sound's last
+    told.sort(key=lambda entry: not entry[0].startswith(_ORIGINS[kind]))
+    origins = (getattr(samples, _KEY, None), *(origin for _, origin in told))
+    return next((origin for origin in origins if isinstance(origin, Origin)), None)
 
 
 def _assumed_origin(name: str, samples: Tensor, model: Any, fps: float) -> Origin:

@@ -355,6 +355,24 @@ def test_streams_of_two_clips_that_were_taken_apart_keep_what_each_of_them_says(
         types.given_streams(join(separate(parts(of_length(9, 12.0, "other/2"))[2])[0], audio), None, model())
 
 
+def test_a_stream_that_was_changed_between_two_clips_keeps_the_facts_of_its_own():
+    """As behind a node that makes new samples of those that it is given, and copies what lies beside them."""
+
+    def changed(stream: dict) -> dict:
+        return stream | {"samples": stream["samples"] * 1}
+
+    (video, _), (_, audio) = separate(parts(of_length(9, 24.0))[2]), separate(parts(of_length(9, 12.0))[2])
+    for joint in (
+        join(changed(video), audio),
+        join(video, changed(audio)),
+        join(*map(changed, (video, audio))),
+    ):
+        assert types.counted_fps_of(joint) == types.from_video_latent(joint).shape.fps == 24.0
+        again, sound = separate(joint)
+        assert types.from_video_latent(changed(again)).shape.fps == 24.0
+        assert types.from_audio_latent(changed(sound)).shape.fps == 12.0
+
+
 def test_sound_that_goes_on_into_another_clip_says_the_same_as_before():
     """As a sampler hands on the tensor of a sound that it was given."""
     made = of_length(9, 24.0)
@@ -430,12 +448,6 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
 @pytest.mark.parametrize(
     ("stream", "change", "error", "sentence"),
     [
-        (
-            0,
-            {"samples": torch.zeros(1, 8, 3, 4, 6), "lockstep_video": None},
-            WorkflowError,
-            "video does not say its model and fps",
-        ),
         (0, {"samples": torch.zeros(2, 8, 3, 4, 6)}, ShapeError, "video holds 2 clips"),
         (0, {"samples": torch.zeros(1, 4, 3, 4, 6)}, ShapeError, "connect a latent of this model"),
         (0, {"samples": torch.zeros(1, 8, 3)}, ShapeError, "connect a latent of this model"),
@@ -458,6 +470,11 @@ def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
     convert = (types.from_video_latent, types.from_audio_latent)[stream]
     with pytest.raises(error, match=sentence):
         convert(parts()[stream] | change)
+
+
+def test_a_latent_that_does_not_say_its_model_is_refused_where_none_is_given():
+    with pytest.raises(WorkflowError, match="video does not say its model and fps"):
+        types.from_video_latent({"samples": torch.zeros(1, 8, 3, 4, 6)})
 
 
 def test_streams_of_yours_stay_yours_behind_a_sampler():
