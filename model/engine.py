@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -65,6 +65,7 @@ from .media import compress_image, fit_image, fit_sound
 from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
 from .residency import (
     BANDS,
+    Placement,
     Plan,
     Residence,
     StageNeed,
@@ -125,8 +126,6 @@ PRECISIONS = {
     "float16": torch.float16,
     "float8": torch.bfloat16,
 }
-# brings a module to the device before every use; the bytes that its stage holds there beside weights, 0 if not known
-Placement = Callable[[nn.Module, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1298,7 +1297,11 @@ class Engine:
                     f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}"
                 )
             # of a file that was replaced only the new one is kept
-            self._upscalers = {old: kept for old, kept in self._upscalers.items() if old[0] != path}
+            for old in [known for known in self._upscalers if known[0] == path]:
+                _, module = self._upscalers.pop(old)
+                if module is not None and self._place:
+                    self._place.forget(module)
+                self._residence.forget(f"{keymap.UPSAMPLER} {old}")
             self._upscalers[file] = (header, None)
         return self._upscalers[file]
 

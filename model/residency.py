@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -281,6 +281,17 @@ def _storage_key(tensor: Tensor) -> int:
 # Where weights are
 
 
+class Placement(Protocol):
+    """A host's memory manager, which owns where modules are."""
+
+    def __call__(self, module: nn.Module, beside: int, /) -> None:
+        """Brings a module to the device, before every use; beside: bytes that its stage holds there beside weights, 0 if
+        not known."""
+
+    def forget(self, module: nn.Module) -> None:
+        """Keeps a module no longer that nobody will use again."""
+
+
 class HostWeights:
     """A module's weights on the host, from which it is brought to a device and let go again without a copy back."""
 
@@ -534,6 +545,10 @@ class Residence:
         weights = HostWeights(module)
         weights.bring(self._device)
         self._here[component] = weights
+
+    def forget(self, component: str) -> None:
+        """Keeps a component no longer that nobody will use again: its memory is free with its last user."""
+        self._here.pop(component, None)
 
     def leave(self, except_for: Collection[str] = ()) -> None:
         """Frees what components hold on the device; their weights stay on the host."""

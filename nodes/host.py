@@ -202,6 +202,11 @@ class _Placement:
         if any(weight.device.type != self._device.type for weight in module.parameters()):
             patcher.partially_load(self._device, _EVERYTHING)  # --novram left them behind
 
+    def forget(self, module: nn.Module) -> None:
+        self._patchers.pop(
+            module, None
+        )  # the host knows it weakly: both are gone with the module's last user
+
     def _patcher(self, module: nn.Module, beside: int) -> comfy.model_patcher.ModelPatcher:
         need, known = stack_need(type(module).__name__, module), self._patchers.get(module)
         streams = need.block > 0 and (self._offload == "stream" or self._is_too_large(need.weights + beside))

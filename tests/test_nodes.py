@@ -3,9 +3,11 @@
 tests/host/object_info.json is what a real ComfyUI says of the nodes; tests/host proves that it still does.
 """
 
+import gc
 import inspect
 import json
 import sys
+import weakref
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -903,6 +905,23 @@ def test_what_cannot_be_shown_yet_does_not_end_the_run(host):
     report.look = MagicMock(side_effect=KeyError("a bug"))
     with pytest.raises(KeyError):
         report(tick)
+
+
+def test_a_module_that_the_engine_forgets_is_held_by_nobody(host, monkeypatch):
+    def patcher(module: torch.nn.Module, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(model=module)
+
+    monkeypatch.setattr(host.comfy.model_patcher, "ModelPatcher", patcher)
+    monkeypatch.setattr(host, "_Streamed", type("Streamed", (), {}))
+    monkeypatch.setattr(host, "memory", SimpleNamespace(load_models_gpu=lambda *_, **__: None))
+    module, placement = torch.nn.Linear(2, 2), host._Placement(torch.device("cpu"), "auto")
+    alive = weakref.ref(module)
+    placement(module, 0)
+    placement.forget(module)
+    placement.forget(module)  # one that never came is none of its business
+    del module
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_a_run_is_about_to_need_is_told_before_it(host, monkeypatch):

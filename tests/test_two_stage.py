@@ -1,6 +1,8 @@
 """Two stages: measures of what upscalers make, the noise they start from, whose sound is kept, LoRAs of second stages."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -97,6 +99,37 @@ def test_of_an_upscaler_that_was_replaced_the_new_file_alone_is_kept(engine, fil
         path.write_bytes((files[0] / f"{name}.safetensors").read_bytes())
         assert engine.upscaler(path) == upscale
     assert len(engine._upscalers) == before + 1
+
+
+class Holding:
+    """A host that holds modules as long as it is not told to forget them."""
+
+    def __init__(self):
+        self.held: list[torch.nn.Module] = []
+
+    def __call__(self, module: torch.nn.Module, _beside: int) -> None:
+        if module not in self.held:
+            self.held.append(module)
+
+    def forget(self, module: torch.nn.Module) -> None:
+        self.held.remove(module)
+
+
+@pytest.mark.parametrize("host", [Holding(), None], ids=["hosted", "alone"])
+def test_nobody_holds_an_upscaler_whose_file_was_replaced(files, tmp_path, host):
+    folder, gemma = files
+    engine = Engine(folder / "ltx-2.3-22b-dev.safetensors", "cpu", host, files=[gemma])
+    latents, path, weights = (
+        engine.empty_latents(engine.shape("32x64", 0.375)),
+        tmp_path / "a.safetensors",
+        [],
+    )
+    for name in ("x2", "time"):
+        path.write_bytes((folder / f"{name}.safetensors").read_bytes())
+        engine.upscale(latents, path)
+        weights.append(weakref.ref(next(engine._upscaler_module(path).parameters())))
+    gc.collect()
+    assert [weight() is None for weight in weights] == [True, False]
 
 
 def test_a_second_stage_starts_between_its_latents_and_the_noise_of_the_seed():
