@@ -43,9 +43,5 @@ class NotFiniteError(LockstepError):
     """Values that are no numbers any more, whatever brought them about."""
 
 
-class Cancelled(LockstepError):
-    """Raised by a progress callback to stop a run between two steps."""
-
-
 class MemoryShortError(LockstepError):
     """A stage that does not fit into the device's memory even in its smallest form."""

@@ -409,11 +409,6 @@ class BlockStream:
         return cls(blocks, device, HostWeights(module, skip=inside), embedders)
 
     @property
-    def blocks_here(self) -> int:
-        """Blocks whose weights are on the device now."""
-        return 1 + len(self._here)
-
-    @property
     def bytes(self) -> int:
         """Weights on the device now."""
         rest = 0 if self._rest is None else self._rest.bytes

@@ -20,12 +20,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import VERSIONS
 
 from lockstep.model.checkpoint import keymap
-from lockstep.model.checkpoint.build import build, build_on_meta, load_state
+from lockstep.model.checkpoint.build import build, build_on_meta
 from lockstep.model.checkpoint.families import FAMILIES, component_config, describe, detect
 from lockstep.model.checkpoint.header import DTYPE_BITS, Header, TensorInfo, read_header
-from lockstep.model.checkpoint.published_configs import VERSIONS, published_config
+from lockstep.model.checkpoint.published_configs import published_config
 from lockstep.model.checkpoint.structure import component_shapes, say_once, structure_version
 from lockstep.model.errors import CheckpointError, UnsupportedModelError
 from lockstep.model.text.encoder import WordEncoder, WordEncoderConfig
@@ -617,12 +618,12 @@ def test_a_large_component_of_another_dtype_is_converted_tensor_by_tensor(tmp_pa
     }
     state = tiny_state() | state
     header = save_tiny(tmp_path / "tiny.safetensors", state)
-    made = load_state(header, "upsampler", torch.bfloat16)
+    made = build("upsampler", header, torch.bfloat16).state_dict()
     assert all(torch.equal(made[name], tensor.bfloat16()) for name, tensor in state.items())
 
 
 def test_tensors_are_views_of_the_mapped_file(tmp_path):
-    state = load_state(save_tiny(tmp_path / "tiny.safetensors", tiny_state()), "upsampler")
+    state = build("upsampler", save_tiny(tmp_path / "tiny.safetensors", tiny_state())).state_dict()
     starts = sorted(tensor.data_ptr() for tensor in state.values())
     sizes = sum(tensor.nbytes for tensor in state.values())
     assert starts[-1] - starts[0] < sizes  # one region, in the file's order

@@ -21,7 +21,7 @@ from lockstep.model.checkpoint.published_configs import published_config
 from lockstep.model.codec.diffusion_config import DiffusionVAEConfig
 from lockstep.model.codec.diffusion_decoder import DiffusionVAE
 from lockstep.model.codec.streaming import encode_stream
-from lockstep.model.errors import Cancelled, CheckpointError, ShapeError, UnsupportedModelError
+from lockstep.model.errors import CheckpointError, ShapeError, UnsupportedModelError
 from lockstep.model.shapes import Compression
 
 GOLDEN_FILE = Path(__file__).parent / "golden" / "noisy_decoders.safetensors"
@@ -178,9 +178,9 @@ def test_decoding_ticks_after_every_block_and_stops_when_told(vae):
     assert ticks == [(i, 7) for i in range(1, 8)]
 
     def stop(_done, _total):
-        raise Cancelled("enough")
+        raise KeyboardInterrupt("enough")
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(KeyboardInterrupt):
         vae.decode(latent, generator(), stop)
 
 

@@ -517,7 +517,7 @@ def _run(folder, steps: int, total: int = 12) -> dict[str, torch.Tensor]:
     # the schedule is that of the whole run, wherever this part of it ends
     run._set_rate = lambda: _rate(run, total)
     run.train(loss_of_step)
-    return run.averaged()
+    return averaged_state(folder)
 
 
 def _rate(run: Run, total: int) -> None:

@@ -15,10 +15,9 @@ from lockstep.model.measure.doubts import find_doubts
 from lockstep.model.measure.motion import shrink, unpacked
 from lockstep.model.measure.pictures import (
     Look,
+    PictureFacts,
     find_colour_drift,
     find_flashes,
-    look_at_pictures,
-    seams,
     to_lab,
 )
 from lockstep.model.measure.report import draw_report, report_clip
@@ -55,6 +54,17 @@ def test_a_good_clip_is_found_nothing_wrong_with():
 
 
 # Pictures
+
+
+def looked_at(frames: torch.Tensor, fps: float = 12.0) -> PictureFacts:
+    look = Look(len(frames), fps)
+    look.push(frames)
+    return look.facts()
+
+
+def seams(frames: torch.Tensor) -> tuple[float, int]:
+    facts = looked_at(frames)
+    return facts.seam_ratio, facts.seam_grid
 
 
 def spoil(change) -> Clip:
@@ -98,9 +108,9 @@ def test_a_cut_is_no_flash_and_a_moving_object_neither():
 def test_a_turn_is_no_repeated_frame_and_a_frame_held_on_the_way_is(turn):
     """Around a turn between two frames both show the same."""
     frames = moving(81)[(turn - (torch.arange(81) - turn).abs()).round().long().clamp(min=0)]
-    assert look_at_pictures(frames, 24.0).duplicate_frames == 0
+    assert looked_at(frames, 24.0).duplicate_frames == 0
     frames[20:22] = frames[19]
-    assert look_at_pictures(frames, 24.0).duplicate_frames == 2
+    assert looked_at(frames, 24.0).duplicate_frames == 2
 
 
 @pytest.mark.parametrize("fps", [12.0, 24.0])
@@ -109,30 +119,30 @@ def test_a_fade_from_and_to_black_is_neither_a_flash_nor_a_drift(fps, seconds):
     frames = moving(round(4 * fps))
     fade = (torch.arange(len(frames)) / (seconds * fps)).clamp(max=1).view(-1, 1, 1, 1)
     for faded in (frames * fade, frames * fade.flip(0), frames * fade * fade.flip(0)):
-        facts = look_at_pictures(faded, fps)
+        facts = looked_at(faded, fps)
         assert (facts.flashes, facts.colour_drift < 1) == ((), True)
     faded = frames * fade
     faded[..., 0] *= torch.linspace(1, 0.8, len(frames)).view(-1, 1, 1)
     faded[2 * int(fps)] += 0.2
-    facts = look_at_pictures(faded, fps)
+    facts = looked_at(faded, fps)
     assert (facts.flashes, facts.colour_drift > 3) == ((2 * int(fps),), True)
 
 
 def test_frozen_time_is_counted():
     frames = moving()
     frames[10:16] = frames[10]
-    facts = look_at_pictures(frames, 12.0)
+    facts = looked_at(frames, 12.0)
     assert facts.frozen_seconds == pytest.approx(5 / 12)
-    assert look_at_pictures(frames[:1], 12.0).frozen_seconds == 0
+    assert looked_at(frames[:1], 12.0).frozen_seconds == 0
 
 
 def test_slow_motion_at_many_frames_a_second_is_no_stand_still():
     """What moves by a fifth of a pixel in a frame of 24 fps moves by a twelfth of one at 60."""
     slow, few = moving(900, 96)[:240], moving(360, 96)[:96]
-    assert look_at_pictures(few, 24.0).frozen_seconds < 0.1
-    assert look_at_pictures(slow, 60.0).frozen_seconds < 0.1
+    assert looked_at(few, 24.0).frozen_seconds < 0.1
+    assert looked_at(slow, 60.0).frozen_seconds < 0.1
     slow[60:181] = slow[60]
-    assert look_at_pictures(slow, 60.0).frozen_seconds == pytest.approx(2.0, abs=0.05)
+    assert looked_at(slow, 60.0).frozen_seconds == pytest.approx(2.0, abs=0.05)
 
 
 def test_colours_are_measured_as_the_standard_says():
@@ -192,7 +202,7 @@ def test_what_lies_on_a_grid_by_itself_has_no_seams(frames):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 2, 20000, 3), (5, 3, 2, 3)])
 def test_pictures_of_any_size_are_looked_at(shape):
-    assert look_at_pictures(torch.rand(shape), 12.0).frames == shape[0]
+    assert looked_at(torch.rand(shape), 12.0).frames == shape[0]
 
 
 @pytest.mark.parametrize(("count", "at_once"), [(5, 1), (100, 7)])
@@ -202,7 +212,7 @@ def test_pictures_looked_at_in_pieces_tell_the_same(count, at_once):
     look = Look(count, 12.0)
     for piece in frames.split(at_once):
         look.push(piece)
-    assert look.facts() == look_at_pictures(frames, 12.0)
+    assert look.facts() == looked_at(frames, 12.0)
 
 
 def test_the_report_of_a_long_clip_needs_little_memory():

@@ -10,12 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bench.calibrate_sync import heard, measure
+from bench.calibrate_sync import heard, measure, sync_of
 
 from lockstep.model.embedded import sound, world
 from lockstep.model.measure.motion import find_jumps, follow, motion_energy, name_motion, shrink
 from lockstep.model.measure.onsets import find_onsets
-from lockstep.model.measure.sync import match_events, measure_sync
+from lockstep.model.measure.sync import match_events
+from lockstep.model.values import Clip
 
 RATE_HZ = 16000
 # motion, tempo, ambience, frames, fps, rows and columns
@@ -83,14 +84,14 @@ def test_hums_and_stills_have_no_event_to_judge(tmp_path, motion, ambience):
 
 def test_silence_missing_sound_and_values_that_are_no_numbers_are_survived():
     frames = world.render(scene_of("bounces", "normal", "none"), 36, 64, 64, 12.0)
-    assert measure_sync(frames, 12.0, None, 0).reason == "the clip has no sound"
-    assert measure_sync(frames, 12.0, torch.zeros(1, 0), RATE_HZ).reason == "the clip has no sound"
-    assert measure_sync(frames, 12.0, torch.zeros(2, 48000), RATE_HZ).reason == "the sound is silent"
+    assert sync_of(Clip(frames, None, 12.0, 0)).reason == "the clip has no sound"
+    assert sync_of(Clip(frames, torch.zeros(1, 0), 12.0, RATE_HZ)).reason == "the clip has no sound"
+    assert sync_of(Clip(frames, torch.zeros(2, 48000), 12.0, RATE_HZ)).reason == "the sound is silent"
     spoiled, wave = frames.clone(), torch.full((1, 48000), torch.nan)
     spoiled[5] = torch.inf
-    assert measure_sync(spoiled, 12.0, wave, RATE_HZ).offset_ms is None
+    assert sync_of(Clip(spoiled, wave, 12.0, RATE_HZ)).offset_ms is None
     for count in (1, 2, 3):
-        assert measure_sync(frames[:count], 12.0, torch.rand(1, 900), RATE_HZ).offset_ms is None
+        assert sync_of(Clip(frames[:count], torch.rand(1, 900), 12.0, RATE_HZ)).offset_ms is None
 
 
 def test_a_rhythm_that_repeats_within_the_range_is_called_open(tmp_path):
@@ -138,7 +139,7 @@ def test_jumps_before_a_moving_background_and_music_are_told():
     for event in events:
         start = event * 640 + 1456  # 91 ms later
         wave[start : start + 800] += 0.6 * rng.normal(0, 1, 800) * np.exp(-np.arange(800) / 160)
-    told = measure_sync(torch.from_numpy(pixels), fps, torch.from_numpy(wave[None]).clamp(-1, 1), RATE_HZ)
+    told = sync_of(Clip(torch.from_numpy(pixels), torch.from_numpy(wave[None]).clamp(-1, 1), fps, RATE_HZ))
     assert told.offset_ms == pytest.approx(91, abs=10)
 
 

@@ -114,17 +114,6 @@ def _is_finite(tensor: Tensor) -> Tensor:
     return torch.isfinite(extremes.min) & torch.isfinite(extremes.max)
 
 
-def load_state(files: Files, component: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Tensors of one component by their names inside it, mapped where their dtype stays, packed ones unpacked.
-
-    Raises CheckpointError if the files hold none.
-    """
-    headers = as_headers(files)
-    family = detect(headers)
-    places = _places(component, headers, family)
-    return _load(places, packed_layers(component, places), {}, family, component, dtype)
-
-
 def _places(component: str, headers: Sequence[Header], family: Family) -> Mapping[str, Place]:
     places = index(headers, family.route).get(component)
     if not places:

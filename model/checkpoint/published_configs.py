@@ -259,11 +259,9 @@ _DURATION_HEAD: Section = {
     "mlp_hidden": 256,
 }
 
-VERSIONS: tuple[str, ...] = tuple(_TRANSFORMERS)
-
 
 def published_config(version: str) -> dict[str, Section]:
-    """The whole nested config of a version's files; version: one of VERSIONS.
+    """The whole nested config of a version's files; version: "2.0", "2.3" or "2.5".
 
     A latent upsampler's file has its own flat config; it stands here under "upsampler". The diffusion decoder's
     file has a `vae` section of its own; it stands here under "video_vae_diffusion".

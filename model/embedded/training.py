@@ -132,10 +132,6 @@ class Run(Generic[Model]):
             if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
                 self._save()
 
-    def averaged(self) -> dict[str, Tensor]:
-        """The model's whole state with EMA weights in place of the raw ones."""
-        return self.model.state_dict() | {k: v.clone() for k, v in self.ema.items()}
-
     def _average_gradients(self) -> None:
         """The mean over all processes of a torchrun, so that each takes the same step."""
         if self.processes == 1:

@@ -43,7 +43,6 @@ class Plan:
     block: Cells
     slab: Cells
     blocks_at_once: int
-    bytes_at_once: int
 
 
 def plan_blocks(grid: Cells, kernel: Cells, heads: int, token_bytes: int, memory_bytes: int) -> Plan:
@@ -62,8 +61,7 @@ def plan_blocks(grid: Cells, kernel: Cells, heads: int, token_bytes: int, memory
             )
         longest = block.index(max(block))
         block = _cells(cells // 2 if axis == longest else cells for axis, cells in enumerate(block))
-    at_once = memory_bytes // needed
-    return Plan(block, _slab(block, grid, kernel), at_once, at_once * needed)
+    return Plan(block, _slab(block, grid, kernel), memory_bytes // needed)
 
 
 def _block_bytes(block: Cells, grid: Cells, kernel: Cells, heads: int, token_bytes: int) -> int:

@@ -88,7 +88,7 @@ class Look:
         pixels, fps, frames = self.pixels, self._fps, self._frames
         energy = motion_energy(pixels)
         black, change, brightness = _look_at_luma(pixels)
-        ratio, grid = self.seams()
+        ratio, grid = self._seams()
         return PictureFacts(
             frames=frames,
             width=self._size[1],
@@ -105,17 +105,13 @@ class Look:
             seam_grid=grid,
         )
 
-    def seams(self) -> tuple[float, int]:
-        """As the function seams."""
+    def _seams(self) -> tuple[float, int]:
+        """The largest ratio of gradients across the lines of a grid to gradients beside them, and the grid's width in pixels.
+
+        Seams run along the whole picture and at every line: the median of all places counts, which an object's own edge is not.
+        """
         maps = [total / min(self._frames, _SEAM_FRAMES) for total in (self._across, self._down)]
         return max((max(_seam_ratio(total, grid) for total in maps), grid) for grid in SEAM_GRIDS)
-
-
-def look_at_pictures(frames_FHWC: Tensor, fps: float) -> PictureFacts:
-    """All facts of the frames (F, H, W, 3), 0..1; values that are no numbers are counted as black."""
-    look = Look(len(frames_FHWC), fps)
-    look.push(frames_FHWC)
-    return look.facts()
 
 
 def _look_at_luma(pixels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
@@ -224,16 +220,6 @@ def find_flashes(luma: np.ndarray) -> tuple[int, ...]:
     steps = np.abs(np.diff(luma))
     deviation = max(_LEAST_FLASH, 1.4826 * float(np.median(steps)))
     return tuple(int(i) for i in np.flatnonzero(both > _FLASH_Z * deviation))
-
-
-def seams(frames_FHWC: Tensor) -> tuple[float, int]:
-    """The largest ratio of gradients across the lines of a grid to gradients beside them, and the grid's width in pixels.
-
-    Seams run along the whole picture and at every line: the median of all places counts, which an object's own edge is not.
-    """
-    look = Look(len(frames_FHWC), 1.0)
-    look.push(frames_FHWC)
-    return look.seams()
 
 
 def _seam_ratio(gradient: np.ndarray, grid: int) -> float:

@@ -43,19 +43,14 @@ class Sync:
         return said | {name: [round(t, 4) for t in said[name]] for name in ("events", "onsets")}
 
 
-def measure_sync(frames_FHWC: Tensor, fps: float, waveform_CS: Tensor | None, sample_rate_hz: int) -> Sync:
-    """The offset of a clip's sound against its picture, with confidence.
-
-    frames: (F, H, W, 3), 0..1; waveform: (channels, S), -1..1, or None. Values that are no numbers count as 0.
-    """
-    pixels = np.nan_to_num(motion.shrink(frames_FHWC), posinf=0, neginf=0)
-    return measure_small_sync(pixels, fps, waveform_CS, sample_rate_hz)
-
-
 def measure_small_sync(
     pixels: np.ndarray, fps: float, waveform_CS: Tensor | None, sample_rate_hz: int
 ) -> Sync:
-    """The same of pictures as motion.shrink gives them, all of them numbers, or packed."""
+    """The offset of a clip's sound against its picture, with confidence.
+
+    pixels: as motion.shrink gives them, all of them numbers, or packed; waveform: (channels, S), -1..1, or None. Of the
+    sound, values that are no numbers count as 0.
+    """
     if waveform_CS is None or waveform_CS.shape[-1] == 0:
         return _nothing("the clip has no sound")
     sound_CS = np.nan_to_num(waveform_CS.float().cpu().numpy(), posinf=0, neginf=0)

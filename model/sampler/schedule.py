@@ -13,15 +13,7 @@ Sigmas = tuple[float, ...]
 
 DISTILLED: Sigmas = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 DISTILLED_STAGE2: Sigmas = DISTILLED[5:]  # after the spatial upsampler
-DISTILLED_TEMPORAL: Sigmas = DISTILLED[4:]  # frame-rate doubling with the distilled model
 TEMPORAL_UPSAMPLE: Sigmas = (0.625, 0.4, 0.0)  # after the temporal upsampler
-
-FIXED_SCHEDULES: dict[str, Sigmas] = {
-    "distilled": DISTILLED,
-    "distilled_stage2": DISTILLED_STAGE2,
-    "distilled_temporal": DISTILLED_TEMPORAL,
-    "temporal_upsample": TEMPORAL_UPSAMPLE,
-}
 
 DEFAULT_TOKENS = 4096
 _BASE_TOKENS, _BASE_SHIFT, _MAX_SHIFT = 1024, 0.95, 2.05

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from lockstep.model.embedded import sound, world
-from lockstep.model.measure.sync import Sync, measure_sync
+from lockstep.model.measure.pictures import Look
+from lockstep.model.measure.sync import Sync, measure_small_sync
 from lockstep.model.media import read_clip, write_clip
 from lockstep.model.values import Clip
 
@@ -54,9 +55,15 @@ def through_a_file(clip: Clip, folder: Path) -> Clip:
     return read_clip(folder / "clip.mp4")
 
 
+def sync_of(clip: Clip) -> Sync:
+    """As the clip report has it."""
+    look = Look(len(clip.frames), clip.fps)
+    look.push(clip.frames)
+    return measure_small_sync(look.pixels, clip.fps, clip.waveform, clip.sample_rate_hz)
+
+
 def measure(scene, frames, fps, size, wave, folder: Path) -> Sync:
-    clip = through_a_file(Clip(world.render(scene, frames, *size, fps), wave, fps, RATE_HZ), folder)
-    return measure_sync(clip.frames, clip.fps, clip.waveform, clip.sample_rate_hz)
+    return sync_of(through_a_file(Clip(world.render(scene, frames, *size, fps), wave, fps, RATE_HZ), folder))
 
 
 def _is_exact(offset_ms: float, truth: float | None) -> bool:
