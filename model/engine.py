@@ -1,68 +1,49 @@
 """The engine: one model's components, each loaded once and kept, and one method per stage of the path.
 
 text -> conditioning -> (transformer) sampler -> latents -> decode. The engine is the only thing that changes; all that
-goes in and comes out is frozen. B batch (1), C channels, F frames, H rows, W columns, L audio latents, M mel bins.
+goes in and comes out is frozen. What needs none of its state stands beside it: `components` (what files hold),
+`requests` (what is asked of a clip), `run` (one run of the sampler), `signals` (pictures and sound at the codecs).
+B batch (1), C channels, F frames, H rows, W columns, L audio latents, M mel bins.
 """
 
-import hashlib
 import logging
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
+from . import components, requests, signals
 from .checkpoint import keymap
-from .checkpoint.build import build, check_numbers, reading_config
-from .checkpoint.config_values import check_values
+from .checkpoint.build import build
 from .checkpoint.description import ModelDescription
-from .checkpoint.families import component_config, describe
-from .checkpoint.header import Header, Stamp, read_header, stamp
-from .checkpoint.index import headers_of, index
+from .checkpoint.families import component_config
+from .checkpoint.header import Header, Stamp, stamp
 from .checkpoint.lora import LoraStack
-from .checkpoint.quantised import packed_layers
-from .checkpoint.resolver import complete, explain_missing, model_version, resolve
-from .checkpoint.tokenizer_source import find_tokenizer
-from .codec.audio_vae import AudioVAE, AudioVAEConfig
+from .codec.audio_vae import AudioVAE
 from .codec.diffusion_config import DiffusionVAEConfig
 from .codec.diffusion_decoder import DiffusionVAE
-from .codec.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig
-from .codec.mel import LogMel
-from .codec.streaming import WINDOW_BYTES, decode_stream, encode_stream
-from .codec.video_vae import VideoVAE, VideoVAEConfig
+from .codec.latent_upsampler import LatentUpsampler
+from .codec.streaming import WINDOW_BYTES, encode_stream
+from .codec.video_vae import VideoVAE
 from .codec.vocoder import Generator
-from .codec.windows import decode_audio_stream, encode_audio_stream, vocode_stream
 from .conditioning.layout import Layout, lay_out_audio, lay_out_video
-from .denoiser import JointDenoiser, starting_state
 from .embedded import WEIGHTS
-from .errors import (
-    CheckpointError,
-    LockstepError,
-    MediaError,
-    MemoryShortError,
-    NotFiniteError,
-    ShapeError,
-    UnsupportedModelError,
-    WorkflowError,
-)
+from .errors import NotFiniteError, UnsupportedModelError, WorkflowError
 from .forecast import Forecast
 from .latents.colors import LatentColors, fit_colors, probe_picture
-from .latents.noise import seeded_generator
-from .latents.patchify import tokens_to_audio, tokens_to_video
+from .latents.patchify import tokens_to_audio
 from .layers.attention_backends import ATTENTION, attention_by, check_attention
 from .layers.inference import full_float32
-from .layers.scaled_linear import pack_linears
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
-from .media import compress_image, fit_image, fit_sound
-from .recipes import Fingerprint, Recipe, choose_recipe, clip_shape, fingerprint
+from .recipes import Fingerprint, Recipe, clip_shape
 from .residency import (
     BANDS,
     Placement,
@@ -70,26 +51,36 @@ from .residency import (
     Residence,
     StageNeed,
     Window,
-    first_line,
     free_bytes,
     out_of_memory,
     stepping_down,
     telling_of_memory,
 )
+from .run import (
+    Given,
+    Run,
+    SampleSettings,
+    clip_video,
+    doubts_of_repeating,
+    latent_sha256,
+    noise_levels,
+    refuse_contradictions,
+    settle,
+    trusted_cache,
+    with_reuse,
+)
 from .sampler.guidance import UNGUIDED, Guidance
-from .sampler.loop import denoise, model_levels
-from .sampler.schedule import shifted_schedule
 from .sampler.step import SAMPLERS
 from .shapes import AudioRate, ClipShape, Compression
-from .step_probe import Heard, check_threshold, probe, probe_shape
+from .step_probe import Heard, probe
 from .text.duration_head import DurationHead, frames_for
 from .text.gemma import GemmaTokenizer
-from .text.tokenizer import FIRST_ID, Tokens, WordTokenizer
+from .text.tokenizer import Tokens, WordTokenizer
 from .trajectory import Trajectory
 from .transformer.compiled import CompileReport, compile_blocks
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
-from .two_stage import Upscale, carried_audio, first_fps, first_size, in_known_time
+from .two_stage import Upscale, carried_audio, in_known_time
 from .values import (
     AVLatents,
     Clip,
@@ -109,14 +100,11 @@ from .values import (
 
 _logger = logging.getLogger("lockstep")
 _plan_logger = logging.getLogger("lockstep.memory")
-_DIGESTED_BYTES = 1_000_000_000
-_FULL_STRENGTH = 0.75  # of a distilled LoRA, from which it is taken to be used as such
-_LOUDEST = 0.891  # -1 dBFS, of sound that would clip
 _MOST_PROBES = 64  # prompts and settings whose step cache is remembered
-UNHEARD = "the negative prompt has no effect without text guidance: give a cfg above 1"
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
-SAMPLER_NAMES = tuple(SAMPLERS)
-ATTENTION_NAMES = ATTENTION
+# for those who see of the model its engine alone
+SAMPLER_NAMES, ATTENTION_NAMES, UNHEARD = tuple(SAMPLERS), ATTENTION, requests.UNHEARD
+model_files = components.model_files
 # "auto": float32 for small models, bfloat16 for large ones; the vocoder and the audio codec are always float32.
 # "float8": bfloat16, and the transformer's blocks packed as they are loaded
 PRECISIONS = {
@@ -128,33 +116,8 @@ PRECISIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SampleSettings:
-    """How to sample; None takes the checkpoint's own recipe."""
-
-    steps: int | None = None
-    guidance: Guidance | None = None
-    sampler: str | None = None
-    sigmas: Sequence[float] | None = None  # in place of steps
-    loras: Sequence[Lora] = ()
-    # approximate: blocks are left out where what the first one adds changes by at most this share; 0 is off
-    step_cache: float = 0.0
-
-
 def _nothing(_progress: Progress) -> None:
     """The progress callback of those who gave none."""
-
-
-def model_files(model: str | Path, folders: Sequence[str | Path] = ()) -> tuple[Stamp, ...]:
-    """The files that an engine of this model would read now, each as it is: path, time of change and size.
-
-    folders: as Engine's. Of a model that cannot be opened its own file alone: opening says what is wrong.
-    """
-    try:
-        paths = [header.path for header in resolve(Path(model), folders=folders)]
-    except LockstepError:
-        paths = [Path(model)]
-    return tuple(stamp(path) for path in dict.fromkeys((Path(model), *paths)))
 
 
 class Engine:
@@ -189,19 +152,16 @@ class Engine:
         if precision not in PRECISIONS:
             raise UnsupportedModelError(f"unknown precision {precision!r}: use {', '.join(PRECISIONS)}")
         path = WEIGHTS if str(model) == "embedded" else Path(model)
-        self.headers = resolve(path, files, folders)
-        self.header: Header = next(header for header in self.headers if header.path == path)
-        self._folders, self._given_tokenizer = folders, tokenizer
-        self._places = index(self.headers)
+        self._files = components.ModelFiles.open(path, files, folders)
+        self.header, self.headers = self._files.header, self._files.headers
+        self._given_tokenizer = tokenizer
         self.device = device if isinstance(device, torch.device) else _pick_device(device)
         check_attention(attention, self.device, compiled)
         self._attention = attention
         self._place = place
         self._precision, self._packs = PRECISIONS[precision], precision == "float8"
-        self._description = describe(self.header)
-        self._whole = describe(self.headers)
         self._modules: dict[str, nn.Module] = {}
-        self._loras = LoraStack(self._places)
+        self._loras = LoraStack(self._files.places)
         self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
         self._sampling: dict[tuple, StageNeed] = {}  # of the last clip's shape and guidance
@@ -214,37 +174,29 @@ class Engine:
 
     # -- what the checkpoint is ------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def info(self) -> ModelInfo:
         """Name, version and SHA-256 of the checkpoint's file.
 
         Of a file above 1 GB only the header is digested, which the value says: it names every tensor and its place, and
         reading tens of gigabytes a second time would take as long as making a clip.
         """
-        whole = self.header.path.stat().st_size <= _DIGESTED_BYTES
-        digest, left = hashlib.sha256(), None if whole else self.header.data_start
-        with open(self.header.path, "rb") as file:
-            while block := file.read(1 << 24 if left is None else min(left, 1 << 24)):
-                digest.update(block)
-                left = None if left is None else left - len(block)
-        version = self._description.model_version or self._description.version
-        return ModelInfo(self._description.name, version, ("" if whole else "header:") + digest.hexdigest())
+        return self._files.info
 
     @cached_property
     def model_id(self) -> str:
         """Which latents and contexts belong to this model: those of the same structure and statistics."""
-        return f"{self._description.name}/{self.header.path.stat().st_size}"
+        return f"{self._files.description.name}/{self.header.path.stat().st_size}"
 
     @property
     def description(self) -> ModelDescription:
         """Components, sizes and what is missing, of all files together."""
-        return self._whole
+        return self._files.whole
 
-    @cached_property
+    @property
     def fingerprint(self) -> Fingerprint:
         """What decides over the recipe: version, and whether the checkpoint is a distilled one."""
-        version, title = model_version(self.headers), self.header.metadata.get("modelspec.title", "")
-        return fingerprint(version, self.header.path.name, self.header.config, title)
+        return self._files.fingerprint
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -259,21 +211,7 @@ class Engine:
         loras: one with "distilled" in its name and about its full strength makes a full checkpoint a distilled one; a
         weaker one only where the recipe is asked for by name. force: take it all the same.
         """
-        own = self.header.metadata.get("recipe")
-        if own is not None:
-            if name is not None and not force:
-                raise WorkflowError(
-                    f"{self._description.name} has a recipe of its own: leave {name!r} out, or force it"
-                )
-            recipe = Recipe.from_metadata(own)
-            return recipe if name is None else choose_recipe(self.fingerprint, name, forced=True)
-        least = _FULL_STRENGTH if name is None else 0.0
-        distilled = any(
-            "distilled" in lora.path.name.lower()
-            for lora in loras
-            if lora.strength and lora.strength >= least
-        )
-        return choose_recipe(self.fingerprint, name, distilled, force)
+        return self._files.choose_recipe(name, loras, force)
 
     def within_layers(self, guidance: Guidance) -> Guidance:
         """A recipe's guidance, without STG where its block lies beyond the layers of this model, which the log says.
@@ -288,11 +226,11 @@ class Engine:
 
     @property
     def compression(self) -> Compression:
-        return self._video_config.compression
+        return self._files.video_config.compression
 
     @property
     def audio_rate(self) -> AudioRate:
-        return self._audio_config.rate
+        return self._files.audio_config.rate
 
     @property
     def sample_rate_hz(self) -> int:
@@ -305,16 +243,8 @@ class Engine:
 
         Without any, latents are the same bit by bit wherever weights lie and whatever else has been run.
         """
-        dtype, reasons = self._dtype(keymap.TRANSFORMER), []
-        if self._compiled:
-            reasons.append("compiled: torch.compile chooses kernels anew in each process")
-        chosen = self._attention == "auto" and (self.device.type == "cuda" or dtype != torch.float32)
-        if chosen:
-            name = f"{self.device.type}, {str(dtype).removeprefix('torch.')}"
-            reasons.append(f"{name}: attention kernels are chosen by their speed at the first use")
-        if self.device.type == "cuda":
-            reasons.append("cuda: another board, driver or version of torch may round otherwise")
-        return tuple(reasons)
+        dtype = self._dtype(keymap.TRANSFORMER)
+        return doubts_of_repeating(self.device, dtype, self._compiled, self._attention)
 
     @property
     def compile_cost(self) -> CompileCost | None:
@@ -329,40 +259,14 @@ class Engine:
     @cached_property
     def tokenizer(self) -> WordTokenizer | GemmaTokenizer:
         """Raises CheckpointError where there is no text encoder, or none of its tokenizer's files."""
-        longest = self.recipe.text_length
-        if keymap.TEXT_ENCODER in self._places:
-            if self._given_tokenizer is not None:
-                raise CheckpointError(
-                    f"{self._description.name} has a tokenizer of its own: leave {self._given_tokenizer} out"
-                )
-            text = self.header.metadata.get("tokenizer")
-            if text is None:
-                raise CheckpointError(
-                    f"{self.header.path}: a text encoder without the metadata entry 'tokenizer'"
-                )
-            tokenizer = WordTokenizer.from_json(text, longest)
-            rows = self._places[keymap.TEXT_ENCODER]["embedding.weight"].info.shape[0]
-            if len(tokenizer.vocabulary) + FIRST_ID > rows:
-                raise CheckpointError(
-                    f"{self.header.path}: its tokenizer has {len(tokenizer.vocabulary)} words, its text encoder "
-                    f"{rows - FIRST_ID}: the file is damaged, fetch it again"
-                )
-            return tokenizer
-        self.require(keymap.LANGUAGE_MODEL)
-        source = find_tokenizer(headers_of(self._places[keymap.LANGUAGE_MODEL]), self._given_tokenizer)
-        if source.sentencepiece:
-            return GemmaTokenizer.from_sentencepiece(source.content, longest)
-        return GemmaTokenizer.from_json(source.text(), longest)
+        return self._files.tokenizer(self._given_tokenizer, self.recipe.text_length)
 
     def require(self, *components: str) -> None:
         """Raises CheckpointError for the first of these components that no file holds: its file, size, folder, source.
 
         UnsupportedModelError for one whose weights are packed in a way that is not read.
         """
-        for component in components:
-            if not complete(component, self._places.get(component, ())):
-                raise explain_missing(component, self.headers, self._folders)
-            packed_layers(component, self._places[component])
+        self._files.require(*components)
 
     def shape(
         self, size: str | None = None, seconds: float | None = None, fps: float | None = None
@@ -372,15 +276,10 @@ class Engine:
 
     def empty_latents(self, shape: ClipShape) -> AVLatents:
         """Latents of a clip of this size, all zeros."""
-        audio = self._audio_config
+        video, audio = self._files.video_config, self._files.audio_config
+        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         return AVLatents(
-            torch.zeros(
-                1,
-                self._video_config.latent_channels,
-                shape.latent_frames,
-                shape.latent_height,
-                shape.latent_width,
-            ),
+            torch.zeros(1, video.latent_channels, *grid),
             torch.zeros(1, audio.latent_channels, shape.audio_latents, audio.latent_bins),
             shape,
             self.model_id,
@@ -402,7 +301,7 @@ class Engine:
         """
         positive = self.tokenizer.encode(prompt)
         other = self.tokenizer.encode(negative, required=False)
-        with self._lock, torch.inference_mode(), self._numbers(self._text_component, keymap.CONNECTORS):
+        with self._lock, torch.inference_mode(), self._numbers(self._files.text, keymap.CONNECTORS):
             # all states first, so that a language model which has to make room comes once
             states = []
             for tokens in (positive, other):
@@ -412,9 +311,9 @@ class Engine:
             with self._brought(keymap.CONNECTORS):
                 contexts = [self.connect(*state) for state in states]
             for context in contexts:
-                _check_finite("the prompt's contexts", context.video, context.audio)
+                signals.check_finite("the prompt's contexts", context.video, context.audio)
         progress(Progress("text", 2, 2))
-        warnings = (*_warn("prompt", positive), *_warn("negative prompt", other))
+        warnings = (*positive.warnings("prompt"), *other.warnings("negative prompt"))
         return Conditioning(contexts[0], contexts[1], self.model_id, warnings, bool(negative.strip()))
 
     def connect(self, states_BLDZ: Tensor, mask_BL: Tensor) -> Context:
@@ -448,30 +347,17 @@ class Engine:
         attention: how much clip and picture see of each other where it stands beside the clip or is appended to it.
         Raises MediaError for a picture of another layout or with values that are no numbers.
         """
-        if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not torch.isfinite(image_HWC).all():
-            raise MediaError(
-                f"an image must be (rows, columns, 3) finite values, got {tuple(image_HWC.shape)}"
-            )
         if crf is None:  # references were never compressed
             crf = self.recipe.image_crf if frame is not None else 0
-        fitted_HWC = fit_image(compress_image(image_HWC, crf), shape.height, shape.width)
-        pixels = rearrange(fitted_HWC, "H W C -> 1 C 1 H W") * 2 - 1
-        mask = self._latent_mask(mask_HW, shape)
-        if mask is not None and mask.all():
-            raise MediaError(
-                f"the mask frees all that a clip of {shape.width}x{shape.height} shows of the image: free less of it, or leave "
-                "the image out"
-            )
+        pixels = signals.picture_pixels(image_HWC, shape, crf)
+        mask = None if mask_HW is None else signals.latent_mask(mask_HW, shape, self.compression.space)
         guide = Guide(self.encode_video(pixels), frame, strength, mask, attention)
         progress(Progress("image", 1, 1))
         return guide
 
     def encode_video(self, pixels_BCFHW: Tensor, progress: ProgressCallback = _nothing) -> Tensor:
         """Pixels (1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w), float32 on the CPU; progress counts frames."""
-
-        def tick(done: int, total: int) -> None:
-            progress(Progress("video", done, total))
-
+        tick = signals.counting("video", progress)
         with self._lock, torch.inference_mode():
             return encode_stream(self._video_encoder, pixels_BCFHW, tick=tick).float().cpu()
 
@@ -479,22 +365,16 @@ class Engine:
         self, waveform_CS: Tensor, rate_hz: int, shape: ClipShape, progress: ProgressCallback = _nothing
     ) -> Tensor:
         """Any sound (channels, S) to the audio latents (1, C, L, M) of a clip: cut, or followed by silence."""
-        config = self._audio_config
-        wanted_hz, channels = config.mel.sample_rate_hz, config.channels_in
-        samples = shape.samples(wanted_hz)
-        sound_CS = fit_sound(waveform_CS, rate_hz, wanted_hz, channels)[:, :samples]
-        padded_CS = torch.nn.functional.pad(sound_CS, (0, samples - sound_CS.shape[1]))
+        sound_CS = signals.clip_sound(waveform_CS, rate_hz, shape, self._files.audio_config)
         # the codec begins one latent more than the clip holds
-        latents = self.encode_audio(padded_CS)[:, :, : shape.audio_latents]
+        latents = self.encode_audio(sound_CS)[:, :, : shape.audio_latents]
         progress(Progress("audio", 1, 1))
         return latents
 
     def encode_audio(self, waveform_CS: Tensor) -> Tensor:
         """Sound (channels, S) at the model's sample rate to normalised latents (1, C, L, M), float32 on the CPU."""
         with self._lock, torch.inference_mode(), full_float32(self.device):
-            vae = self._audio_vae
-            mel = LogMel(vae.config.mel)(waveform_CS[None].float())
-            return encode_audio_stream(vae, mel.to(next(vae.parameters()))).float().cpu()
+            return signals.encode_waveform(self._audio_vae, waveform_CS).float().cpu()
 
     def sample(
         self,
@@ -529,179 +409,80 @@ class Engine:
                 "encode it again"
             )
         settings = settings or SampleSettings()
-        recipe = self.choose_recipe(loras=settings.loras)
-        guidance = settings.guidance or self.within_layers(recipe.guidance)
-        beyond = [block for block in guidance.stg_blocks if not 0 <= block < self.blocks]
-        if beyond:
-            raise WorkflowError(
-                f"STG at block {beyond[0]}: this model has {self.blocks} layers, use 0 to {self.blocks - 1}"
-            )
-        sigmas = settings.sigmas or self.sigmas(settings.steps, shape, recipe)
         if start is not None:
             self._check_owner(start)
-            if settings.sigmas is None or start.shape != shape:
-                raise WorkflowError(
-                    "latents to go on from need sigmas of their own, and a shape that is theirs"
-                )
-        inside = shape  # what the transformer sees
-        if sound_alone:
-            if guides or start is not None or given_video is not None:
-                raise WorkflowError("a sound alone has no pictures to guide: leave pictures and latents out")
-            inside = shape.sound_alone()
-            guidance = guidance.apart
-        check_threshold(settings.step_cache)
-        if settings.step_cache and start is not None:
-            raise WorkflowError(
-                "the step cache is for clips made from noise: leave it off to go on from latents"
-            )
-        sampler = settings.sampler or recipe.sampler
-        settings = replace(settings, guidance=guidance, sampler=sampler, sigmas=tuple(sigmas))
-        sound_first = recipe.sound_first and not sound_alone and start is None
-        if given_audio is None:
-            sound_first &= given_video is None
-        else:  # a sound that goes on is finished first, unless it or the pictures are whole
-            masks = [audio_mask] if given_video is None else [audio_mask, video_mask]
-            sound_first &= all(mask is not None and bool(mask.any()) for mask in masks)
+        given = Given(given_video, video_mask, given_audio, audio_mask)
+        pictured = bool(guides) or given_video is not None
+        refuse_contradictions(settings, shape, start, sound_alone, pictured)
+        recipe = self.choose_recipe(loras=settings.loras)
+        guidance = settings.guidance or self.within_layers(recipe.guidance)
+        settled = settle(settings, recipe, guidance.apart if sound_alone else guidance, shape, self.blocks)
+        run = Run(conditioning, shape, settled, seed, progress, sound_alone)
+        sound_first = recipe.sound_first and not sound_alone and start is None and given.lets_sound_begin
         with self._lock:
-            self._tell_host(shape, guidance, settings.step_cache, settings.loras, progress)
+            self._tell_host(shape, settled.guidance, settled.step_cache, settled.loras, progress)
             if sound_first:
-                begun = (given_audio, audio_mask)
-                given_audio = self._sound(conditioning, shape, settings, seed, progress, *begun)
-                audio_mask = None
-            layouts = self._layouts(inside, guides, given_video, video_mask, given_audio, audio_mask)
-            latents = None if start is None else (start.video, carried_audio(start.audio, inside))
-            report = self._probed(conditioning, shape, settings, sound_alone, sound_first, progress)
-            cache = None
-            if report is not None and report.streams:
-                cache = StepCache(settings.step_cache, report.streams)
-            made = self._denoised(
-                conditioning, shape, settings, seed, layouts, progress, cache, sound_alone, latents
-            )
-        if report is None or cache is None:
-            return replace(made, step_cache=report)
-        _logger.info("step cache %g: of %d steps reused %s", report.threshold, cache.steps, cache.reused)
-        return replace(made, step_cache=replace(report, steps=cache.steps, reused=dict(cache.reused)))
+                given = replace(given, audio=self._sound(run, given), audio_mask=None)
+            layouts = self._layouts(run.inside, guides, given)
+            latents = None if start is None else (start.video, carried_audio(start.audio, run.inside))
+            report = self._probed(run, sound_first)
+            cache = trusted_cache(report)
+            made = self._denoised(run, layouts, cache, latents)
+        return with_reuse(made, report, cache)
 
-    def _layouts(
-        self,
-        shape: ClipShape,
-        guides: Sequence[Guide] = (),
-        given_video: Tensor | None = None,
-        video_mask: Tensor | None = None,
-        given_audio: Tensor | None = None,
-        audio_mask: Tensor | None = None,
-    ) -> tuple[Layout, Layout]:
+    def _layouts(self, shape: ClipShape, guides: Sequence[Guide], given: Given) -> tuple[Layout, Layout]:
         # from the configs: the codecs need not be on the device while the transformer is
-        channels = self._video_config.latent_channels
-        z, bins = self._audio_config.latent_channels, self._audio_config.latent_bins
+        video, audio = self._files.video_config, self._files.audio_config
+        z, bins = audio.latent_channels, audio.latent_bins
         return (
-            lay_out_video(shape, channels, guides, given_video, video_mask),
-            lay_out_audio(shape, z, bins, given_audio, audio_mask),
+            lay_out_video(shape, video.latent_channels, guides, given.video, given.video_mask),
+            lay_out_audio(shape, z, bins, given.audio, given.audio_mask),
         )
 
     def _denoised(
         self,
-        conditioning: Conditioning,
-        shape: ClipShape,
-        settings: SampleSettings,
-        seed: int,
+        run: Run,
         layouts: tuple[Layout, Layout],
-        progress: ProgressCallback,
         cache: StepCache | None = None,
-        sound_alone: bool = False,
         start: tuple[Tensor, Tensor] | None = None,
     ) -> AVLatents:
-        """One run from settings that leave nothing open; layouts: of the shape, or of its sound alone."""
-        guidance, sigmas, sampler = settings.guidance, settings.sigmas, settings.sampler
-        assert guidance and sigmas and sampler, f"open {settings=}"  # noqa: PT018
-        (video, audio), z = layouts, self._audio_config.latent_channels
-        inside = shape.sound_alone() if sound_alone else shape
-        state = starting_state(inside, video, audio, z, seed, sigmas[0], self.device, start)
+        """layouts: of the run's shape inside. start: latents of video and audio to go on from."""
+        z = self._files.audio_config.latent_channels
+        state = run.state(layouts, z, self.device, start)
         transformer = self._transformer
-        self._loras.put_on(keymap.TRANSFORMER, transformer, settings.loras)
-        denoiser = JointDenoiser(
-            transformer,
-            video,
-            audio,
-            conditioning,
-            guidance.stg_blocks,
-            guidance.passes,
-            apart=sound_alone,
-            cache=cache,
-        )
+        self._loras.put_on(keymap.TRANSFORMER, transformer, run.settings.loras)
+        denoiser = run.denoiser(transformer, layouts, cache)
         with (
             self._brought(keymap.TRANSFORMER),
             self._numbers(keymap.TRANSFORMER),
             attention_by(self._attention),
         ):
-            # all levels first: what embeds them need not be on the device while blocks run
-            denoiser.tabulate(model_levels(sigmas, sampler))
-            done = denoise(state, sigmas, denoiser, sampler, guidance, seed, progress)
-        video_tokens, audio_tokens = (stream.tokens_BTC.cpu() for stream in done.streams)
-        if sound_alone:
-            return replace(self.empty_latents(shape), audio=tokens_to_audio(audio_tokens, z))
-        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
-        return AVLatents(
-            tokens_to_video(video_tokens[:, : video.own_tokens], *grid),
-            tokens_to_audio(audio_tokens, z),
-            shape,
-            self.model_id,
-        )
+            tokens = run.denoised(state, denoiser)
+        video, audio = (stream.cpu() for stream in tokens)
+        empty = self.empty_latents(run.shape)
+        made = replace(empty, audio=tokens_to_audio(audio, z))
+        return made if run.sound_alone else replace(made, video=clip_video(video, run.shape))
 
-    def _sound(
-        self,
-        conditioning: Conditioning,
-        shape: ClipShape,
-        settings: SampleSettings,
-        seed: int,
-        progress: ProgressCallback,
-        begun: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """The audio latents (1, C, L, M) that pictures of this shape are then made to, as sound_alone makes them.
+    def _sound(self, run: Run, given: Given) -> Tensor:
+        """The audio latents (1, C, L, M) that the run's pictures are then made to, as sound_alone makes them.
 
-        begun, mask: a sound of which a part stays, and where it is made.
+        given: of whose sound a part may stay.
         """
-        assert settings.guidance
+        alone = run.of_sound()
+        layouts = self._layouts(alone.inside, (), replace(given, video=None, video_mask=None))
+        return self._denoised(alone, layouts).audio
 
-        def tick(at: Progress) -> None:
-            progress(replace(at, stage="sound", preview=None))
-
-        settings = replace(settings, guidance=settings.guidance.apart)
-        layouts = self._layouts(shape.sound_alone(), given_audio=begun, audio_mask=mask)
-        return self._denoised(conditioning, shape, settings, seed, layouts, tick, sound_alone=True).audio
-
-    def _probed(
-        self,
-        conditioning: Conditioning,
-        shape: ClipShape,
-        settings: SampleSettings,
-        sound_alone: bool,
-        sound_first: bool,
-        progress: ProgressCallback,
-    ) -> StepCacheReport | None:
+    def _probed(self, run: Run, sound_first: bool) -> StepCacheReport | None:
         """Whether the step cache may be trusted, None if it is off; a short clip tells it, once for the same words."""
-        if not settings.step_cache:
+        if not run.settings.step_cache:
             return None
-        small = probe_shape(shape)
-        contexts = (conditioning.positive, conditioning.negative)
-        words = _sha256(*(tensor for context in contexts for tensor in (context.video, context.audio)))
-        loras = tuple((stamp(lora.path), lora.strength) for lora in settings.loras)
-        key = (words, small, replace(settings, loras=()), loras, sound_alone, sound_first)
+        small = run.probe()
+        key = small.probe_key(sound_first)
         if key not in self._probes:
-
-            def tick(at: Progress) -> None:
-                progress(replace(at, stage="probe", preview=None))
-
-            sound = self._sound(conditioning, small, settings, 0, tick) if sound_first else None
-            layouts = self._layouts(small.sound_alone() if sound_alone else small, given_audio=sound)
-
-            def run(cache: StepCache | None) -> AVLatents:
-                return self._denoised(
-                    conditioning, small, settings, 0, layouts, tick, cache, sound_alone=sound_alone
-                )
-
-            self._probes[key] = probe(settings.step_cache, run, self.hear)
+            given = Given(audio=self._sound(small, Given())) if sound_first else Given()
+            layouts = self._layouts(small.inside, (), given)
+            attempt = partial(self._denoised, small, layouts)
+            self._probes[key] = probe(run.settings.step_cache, attempt, self.hear)
             while len(self._probes) > _MOST_PROBES:
                 del self._probes[next(iter(self._probes))]
         return self._probes[key]
@@ -709,9 +490,7 @@ class Engine:
     def hear(self, latents: AVLatents) -> Heard:
         """The sound of latents, as two of them are compared."""
         with self._lock, torch.inference_mode(), full_float32(self.device):
-            vae = self._audio_vae
-            mels = decode_audio_stream(vae, latents.audio.to(next(vae.parameters())))
-            log_mel = torch.cat([mel.float().cpu() for mel in mels], dim=2)
+            log_mel = signals.decoded_mel(self._audio_vae, latents.audio, _nothing).cpu()
         return Heard(log_mel, self.decode_audio(latents), self.sample_rate_hz)
 
     def read_loras(self, loras: Sequence[Lora]) -> tuple[str, ...]:
@@ -724,15 +503,7 @@ class Engine:
 
     def upscaler(self, path: str | Path) -> Upscale:
         """What a latent upscaler's file does, from its header. Raises CheckpointError for one of another latent space."""
-        header, _ = self._open_upscaler(Path(path))
-        with reading_config(keymap.UPSAMPLER, header):
-            config = LatentUpsamplerConfig.from_published(component_config(header, keymap.UPSAMPLER))
-        if config.channels != self._video_config.latent_channels:
-            raise CheckpointError(
-                f"{path}: this upscaler works on {config.channels} channels, the latents of {self._description.name} "
-                f"have {self._video_config.latent_channels}"
-            )
-        return Upscale(config.scale, config.temporal)
+        return components.upscale_of(self._open_upscaler(Path(path))[0], self._files)
 
     def upscale(
         self, latents: AVLatents, path: str | Path, progress: ProgressCallback = _nothing
@@ -751,7 +522,7 @@ class Engine:
             grown = module(raw.to(next(module.parameters()))).float()
             # the upscaler may have sent them off the device
             video = statistics.normalize(grown.to(statistics.get_buffer("std-of-means").device), 1).cpu()
-            _check_finite("upscaled latents", video)
+            signals.check_finite("upscaled latents", video)
         progress(Progress("upscale", 1, 1))
         return AVLatents(video, carried_audio(latents.audio, shape), shape, self.model_id)
 
@@ -760,7 +531,7 @@ class Engine:
 
         Source: spec section 2.18.
         """
-        if keymap.DURATION_HEAD not in self._places:
+        if keymap.DURATION_HEAD not in self._files.places:
             return None
         fps = fps or self.recipe.fps
         with self._lock, torch.inference_mode():
@@ -779,14 +550,14 @@ class Engine:
         frames, depend on it. The engine is held until the last piece is taken or the iterator is closed.
         """
         self._check_owner(latents)
-        with self._lock:
+        with self._lock, self._numbers(self._files.video):
             vae = self._video_vae
             if isinstance(vae, DiffusionVAE):
-                yield from self._decoded_whole(vae, latents.video, progress)
+                yield signals.decoded_whole(vae, latents.video, progress)
                 return
             chosen = BANDS if self._residence.bands else Window(WINDOW_BYTES)
             yield from stepping_down(
-                lambda window: self._decoded(vae, latents.video, window, progress),
+                lambda window: signals.decoded(vae, latents.video, window, progress),
                 Window(window_bytes) if window_bytes else chosen,
             )
 
@@ -799,54 +570,6 @@ class Engine:
             done += len(piece)
         return frames_FHWC
 
-    def _frame_of(self, latents: AVLatents, frame: int, progress: ProgressCallback) -> Tensor:
-        """One frame (H, W, 3) of a clip; what comes behind it is not decoded."""
-        pieces: Any = self.video_frames(latents, progress)
-        with closing(pieces):
-            for piece in pieces:
-                if frame < len(piece):
-                    return piece[frame]
-                frame -= len(piece)
-        raise AssertionError(f"{frame=} behind the last one")
-
-    def _decoded(
-        self, vae: VideoVAE, latent_BCFHW: Tensor, window: Window, progress: ProgressCallback
-    ) -> Iterator[Tensor]:
-        def tick(done: int, total: int) -> None:
-            progress(Progress("video", done, total))
-
-        latent_BCFHW = latent_BCFHW.to(next(vae.parameters()))
-        for pixels in decode_stream(vae, latent_BCFHW, window.bytes, tick, band_bytes=window.band_bytes):
-            yield self._shown(pixels)
-
-    def _decoded_whole(
-        self, vae: DiffusionVAE, latent_BCFHW: Tensor, progress: ProgressCallback
-    ) -> Iterator[Tensor]:
-        """In one piece, its progress counts blocks. Raises MemoryShortError: there is no smaller window to try."""
-
-        def tick(done: int, total: int) -> None:
-            progress(Progress("video", done, total))
-
-        try:
-            with torch.inference_mode():
-                # a seed of its own: the same latents always give the same pictures
-                pixels = vae.decode(latent_BCFHW.to(next(vae.parameters())), seeded_generator(0), tick)
-                frames_FHWC = self._shown(pixels)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise MemoryShortError(
-                f"the diffusion decoder does not fit into the free memory ({first_line(str(error))}): take the "
-                "convolutional video VAE of this version, which decodes in windows, or make a smaller or shorter clip"
-            ) from error
-        yield frames_FHWC
-
-    def _shown(self, pixels_BCFHW: Tensor) -> Tensor:
-        """Decoded pictures as frames (F, H, W, 3) in 0..1 on the CPU."""
-        with self._numbers(self._video_component):
-            _check_finite("decoded pictures", pixels_BCFHW)
-        return ((rearrange(pixels_BCFHW[0], "C F H W -> F H W C").float() + 1) / 2).clamp(0, 1).cpu()
-
     def decode_audio(self, latents: AVLatents, progress: ProgressCallback = _nothing) -> Tensor:
         """Latents to sound (channels, S), float32 -1..1 on the CPU, exactly as long as the pictures; progress counts mel
         frames, once for the codec and once for the vocoder.
@@ -857,27 +580,17 @@ class Engine:
         self._check_owner(latents)
         with self._lock, torch.inference_mode(), full_float32(self.device):
             vae = self._audio_vae
-            frames = vae.config.mel_frames(latents.audio.shape[2])
-            mels: list[Tensor] = []
-            for mel in decode_audio_stream(vae, latents.audio.to(next(vae.parameters()))):
-                mels.append(mel)
-                progress(Progress("audio", sum(piece.shape[2] for piece in mels), 2 * frames))
-            mel, vocoder = torch.cat(mels, dim=2).float(), self._vocoder
-            pieces: list[Tensor] = []
-            for samples in vocode_stream(vocoder, mel):
-                pieces.append(samples[0].float().cpu())
-                seconds = sum(piece.shape[1] for piece in pieces) / vocoder.sample_rate_hz
-                made = round(seconds * vae.config.mel.sample_rate_hz / vae.config.mel.hop_samples)
-                progress(Progress("audio", min(frames + made, 2 * frames - 1), 2 * frames))
-        progress(Progress("audio", 2 * frames, 2 * frames))
-        waveform = torch.cat(pieces, dim=1)
+            mel = signals.decoded_mel(vae, latents.audio, progress)
+            vocoder = self._vocoder
+            waveform = signals.vocoded(vocoder, mel, vae.config.mel, progress)
         with self._numbers(keymap.AUDIO_VAE, keymap.VOCODER):
-            _check_finite("decoded sound", waveform)
-        return _fit_length(waveform, latents.shape.samples(vocoder.sample_rate_hz), vocoder.sample_rate_hz)
+            signals.check_finite("decoded sound", waveform)
+        samples = latents.shape.samples(vocoder.sample_rate_hz)
+        return signals.fit_length(waveform, samples, vocoder.sample_rate_hz)
 
     @property
     def _decodes_previews(self) -> bool:
-        return self._parameters < _SMALL_PARAMETERS and self._residence.policy == "resident"
+        return self.description.parameters < _SMALL_PARAMETERS and self._residence.policy == "resident"
 
     def prepare_preview(self) -> None:
         """Before sampling, while the video codec may still be on the device: what previews of a large model need."""
@@ -896,8 +609,7 @@ class Engine:
         A large model's are as many as the clip's, of one pixel a latent: the colours that its own codec, asked once about a
         known picture, gives to such latents.
         """
-        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
-        video = tokens_to_video(tokens_BTC[:, : shape.video_tokens].cpu(), *grid)
+        video = clip_video(tokens_BTC.cpu(), shape)
         if not self._decodes_previews:
             return self._latent_colors.frames(video, shape.compression.time)
         frames = self.decode_video(AVLatents(video, torch.empty(0), shape, self.model_id))
@@ -921,13 +633,12 @@ class Engine:
                 f"trajectory_moment {moment:g} is no moment of the clip: use 0 (first) to 1 (last)"
             )
         frame = round(moment * (shape.frames - 1))
-        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         pictures = torch.empty(len(trajectory.estimates), shape.height, shape.width, 3)
         for place, tokens_BTC in enumerate(trajectory.estimates.values()):
-            video = tokens_to_video(tokens_BTC[:, : shape.video_tokens], *grid)
             tick = Progress("trajectory", place, len(pictures))
-            latents = AVLatents(video, torch.empty(0), shape, self.model_id)
-            pictures[place] = self._frame_of(latents, frame, lambda _block, tick=tick: progress(tick))
+            latents = AVLatents(clip_video(tokens_BTC, shape), torch.empty(0), shape, self.model_id)
+            pieces = self.video_frames(latents, lambda _block, tick=tick: progress(tick))
+            pictures[place] = signals.frame_of(pieces, frame)
             progress(replace(tick, step=place + 1))
         return pictures
 
@@ -947,45 +658,32 @@ class Engine:
         that no clip is too long for the memory; the sound is made before them, and the clip that comes back holds the
         shape of the frames alone. A sound alone is not written.
         """
-        if request.sound_alone and (request.upscalers or request.trajectory):
-            raise WorkflowError("a sound alone has no pictures: leave upscalers and trajectory out")
-        given = (request.image, request.last_image, request.reference)
-        if request.sound_alone and any(picture is not None for picture in given):
-            raise WorkflowError("a sound alone has no pictures to guide: leave given pictures out")
-        check_threshold(request.step_cache)
+        requests.check(request)
         clock = StageMeter(self.device, energy)
         # what cannot be done is told before gigabytes are read
         recipe = self.choose_recipe(request.recipe, request.loras, request.force)
         shape = self._first_shape(request)
         self.tokenizer.encode(request.prompt)
         steps = Trajectory(request.trajectory, progress) if request.trajectory else None
-        warnings = (
-            *self.read_loras((*request.loras, *request.refine_loras)),
-            *self._stage_warnings(request, recipe),
-            *self._unheard(request, recipe, shape),
-            *self._unsuited(request, recipe, shape),
-        )
-        self._say_plan(shape, request, recipe)
+        misfits = self.read_loras((*request.loras, *request.refine_loras))
+        guidance = requests.first_guidance(request, self.within_layers(recipe.guidance))
+        settings = requests.first_settings(request, recipe, guidance, shape)
+        warnings = (*misfits, *requests.warnings(request, recipe, guidance))
+        self._say_plan(shape, request, guidance)
         with clock.stage("load"):
             self.load()
         with clock.stage("text"):
             conditioning = self.encode_text(request.prompt, request.negative, progress, request.loras)
             if request.seconds is None and (seconds := self.suggest_seconds(conditioning, shape.fps)):
                 shape = self._first_shape(replace(request, seconds=seconds))
-                self._say_plan(shape, request, recipe)
+                settings = requests.first_settings(request, recipe, guidance, shape)
+                self._say_plan(shape, request, guidance)
         with clock.stage("image"):
             guides = self._guides(request, shape, progress)
         with clock.stage("sample"):
-            settings = self._settings(request, recipe, shape)
-            ticks = steps or progress
+            ticks, alone = steps or progress, request.sound_alone
             latents = self.sample(
-                conditioning,
-                shape,
-                guides,
-                settings,
-                request.seed,
-                progress=ticks,
-                sound_alone=request.sound_alone,
+                conditioning, shape, guides, settings, request.seed, progress=ticks, sound_alone=alone
             )
         report, pictures = latents.step_cache, None
         if steps is not None:
@@ -994,19 +692,14 @@ class Engine:
         for number, path in enumerate(request.upscalers, start=1):
             with clock.stage("refine"):
                 latents = self._refine(conditioning, latents, path, request, recipe, number, progress)
-        shape = latents.shape
         with clock.stage("video"):
-            if request.sound_alone:
-                frames = torch.empty(0, shape.height, shape.width, 3)
-            elif writer is None:
+            frames = signals.unseen_frames(latents.shape, alone)
+            if writer is None and not alone:
                 frames = self.decode_video(latents, progress)
-            else:
-                frames = torch.empty(shape.frames, shape.height, shape.width, 3, device="meta")
         with clock.stage("audio"):
             waveform = self.decode_audio(latents, progress)
-        clip = Clip(frames, waveform, shape.fps, self._vocoder.sample_rate_hz)
         result = GenerateResult(
-            clip,
+            Clip(frames, waveform, latents.shape.fps, self.sample_rate_hz),
             latent_sha256(latents),
             clock.seconds,
             (*warnings, *conditioning.warnings, *(() if report is None else report.warnings)),
@@ -1018,7 +711,7 @@ class Engine:
             report,
             self.compile_cost,
         )
-        if writer is None or request.sound_alone:
+        if writer is None or alone:
             return result
         pieces: Any = self.video_frames(latents, progress)
         with clock.stage("video"), closing(pieces):
@@ -1030,9 +723,9 @@ class Engine:
 
         Raises CheckpointError before that if one is nowhere.
         """
-        self.require(*self._needed)
+        self.require(*self._files.needed)
         if self._residence.policy == "resident":
-            for component in self._needed:
+            for component in self._files.needed:
                 self._module(component)
 
     def plan(
@@ -1070,7 +763,7 @@ class Engine:
     @cached_property
     def _forecast(self) -> Forecast:
         """Of the components that are there."""
-        held = [component for component in self._needed if component in self._places]
+        held = [component for component in self._files.needed if component in self._files.places]
         return Forecast(self.headers, held, self._dtype, self.recipe.text_length, self._packs)
 
     def _tell_host(
@@ -1108,41 +801,20 @@ class Engine:
         with self._lock:
             fresh = component not in self._modules
             if fresh:
-                self.require(component)
-                started = time.perf_counter()
-                module = self._modules[component] = build(component, self.headers, self._dtype(component))
-                if self._packs and component == keymap.TRANSFORMER:
-                    pack_linears(module.get_submodule("transformer_blocks"))
-                seconds = time.perf_counter() - started
-                names = ", ".join(header.path.name for header in headers_of(self._places[component]))
-                size = sum(weight.nbytes for weight in module.state_dict().values()) / 1e6
-                told = (component, names, size, seconds, size / seconds)
-                _logger.info("loaded %s of %s: %.1f MB in %.2f s, %.0f MB/s", *told)
+                made = self._files.load(component, self._dtype(component), self._packs)
+                self._modules[component] = made
                 if self._compiled and component == keymap.TRANSFORMER:
-                    self._compile_report = compile_blocks(cast(AVTransformer, module), out_of_memory)
+                    self._compile_report = compile_blocks(cast(AVTransformer, made), out_of_memory)
+            module = self._modules[component]
             if self._place:
-                self._place(self._modules[component], self._beside if component == keymap.TRANSFORMER else 0)
+                self._place(module, self._beside if component == keymap.TRANSFORMER else 0)
             else:
-                self._residence.use(component, self._modules[component])
+                self._residence.use(component, module)
                 if fresh and self.device.type == "cuda":
-                    # cheap where it is now
-                    headers = headers_of(self._places[component])
-                    check_numbers(self._modules[component], component, headers)
-            return self._modules[component]
+                    self._files.check_numbers(component, module)  # cheap where it is now
+            return module
 
-    @property
-    def _video_component(self) -> str:
-        """Of two decoders that of the file that counts first; the diffusion decoder, as 2.5 is published, of one file."""
-        both = [name for name in (keymap.VIDEO_VAE_DIFFUSION, keymap.VIDEO_VAE) if name in self._places]
-        order = {header.path: number for number, header in enumerate(self.headers)}
-        first = {name: min(order[h.path] for h in headers_of(self._places[name])) for name in both}
-        return min(both, key=first.__getitem__, default=keymap.VIDEO_VAE)
-
-    @property
-    def _text_component(self) -> str:
-        return keymap.TEXT_ENCODER if keymap.TEXT_ENCODER in self._places else keymap.LANGUAGE_MODEL
-
-    def _say_plan(self, shape: ClipShape, request: GenerateRequest, recipe: Recipe) -> None:
+    def _say_plan(self, shape: ClipShape, request: GenerateRequest, guidance: Guidance) -> None:
         """The plan of a request before its run; on a CPU, whose memory is seldom short, only if a policy was given."""
         if self.device.type == "cpu" and self._residence.given is None:
             return
@@ -1150,37 +822,8 @@ class Engine:
         for path in request.upscalers:
             upscales.append((path, shape))
             shape = self.upscaler(path).grown(shape)
-        guidance = self._settings(request, recipe, shape).guidance
         loras = (*request.loras, *request.refine_loras)
         _plan_logger.info("%s", self.plan(shape, guidance, request.step_cache, loras, upscales).sentence())
-
-    @property
-    def _needed(self) -> tuple[str, ...]:
-        """The components that a clip goes through."""
-        text = (self._text_component, keymap.CONNECTORS)
-        return *text, keymap.TRANSFORMER, self._video_component, keymap.AUDIO_VAE, keymap.VOCODER
-
-    @cached_property
-    def _video_config(self) -> VideoVAEConfig | DiffusionVAEConfig:
-        self.require(self._video_component)
-        section = component_config(self.headers, self._video_component)
-        diffusion = self._video_component == keymap.VIDEO_VAE_DIFFUSION
-        with reading_config(self._video_component, self.headers):
-            config = (DiffusionVAEConfig if diffusion else VideoVAEConfig).from_published(section)
-        check_values(config, self._video_component)
-        return config
-
-    @cached_property
-    def _audio_config(self) -> AudioVAEConfig:
-        self.require(keymap.AUDIO_VAE)
-        with reading_config(keymap.AUDIO_VAE, self.headers):
-            config = AudioVAEConfig.from_published(component_config(self.headers, keymap.AUDIO_VAE))
-        check_values(config, keymap.AUDIO_VAE)
-        return config
-
-    @property
-    def _parameters(self) -> int:
-        return self._whole.parameters
 
     # the same, with the type that the name promises
     @property
@@ -1189,12 +832,12 @@ class Engine:
 
     @property
     def _video_vae(self) -> VideoVAE | DiffusionVAE:
-        return cast(VideoVAE | DiffusionVAE, self._module(self._video_component))
+        return cast(VideoVAE | DiffusionVAE, self._module(self._files.video))
 
     @property
     def _video_encoder(self) -> VideoVAE | DiffusionVAE:
         """A decoder that came alone leaves encoding to the convolutional VAE beside it."""
-        config = self._video_config
+        config = self._files.video_config
         alone = isinstance(config, DiffusionVAEConfig) and config.encoder is None
         return cast(VideoVAE, self._module(keymap.VIDEO_VAE)) if alone else self._video_vae
 
@@ -1211,40 +854,22 @@ class Engine:
         # the vocoder's phases do not survive 16 bits (spec section 1.5)
         if component in (keymap.VOCODER, keymap.AUDIO_VAE):
             return torch.float32
-        return self._precision or (torch.float32 if self._parameters < _SMALL_PARAMETERS else torch.bfloat16)
+        small = self.description.parameters < _SMALL_PARAMETERS
+        return self._precision or (torch.float32 if small else torch.bfloat16)
 
     def _states(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Hidden states and mask of one text, as connect takes them."""
-        encoder = self._module(self._text_component)
-        # an empty prompt keeps one masked place, so that registers fill everything
-        ids = tokens.ids if len(tokens.ids) else torch.zeros(1, dtype=torch.int64)
-        mask = torch.ones(1, len(ids)) if len(tokens.ids) else torch.zeros(1, 1)
-        return encoder(ids[None].to(self.device), mask.to(self.device)), mask
-
-    def _latent_mask(self, mask_HW: Tensor | None, shape: ClipShape) -> Tensor | None:
-        if mask_HW is None:
-            return None
-        pixels_HW1 = fit_image(mask_HW.float()[..., None], shape.height, shape.width)
-        space = self.compression.space
-        free = reduce(pixels_HW1, "(h p) (w q) 1 -> 1 1 1 h w", "max", p=space, q=space)
-        return (free > 0.5).float()
+        ids, mask = tokens.masked()
+        encoder = self._module(self._files.text)
+        return encoder(ids.to(self.device), mask.to(self.device)), mask
 
     def sigmas(self, steps: int | None, shape: ClipShape, recipe: Recipe | None = None) -> tuple[float, ...]:
         """The noise levels of a clip made from noise, the last 0; steps None takes the recipe's, recipe None the own one."""
-        recipe = recipe or self.recipe
-        if recipe.sigmas and steps in (None, len(recipe.sigmas) - 1):
-            return recipe.sigmas
-        return shifted_schedule(steps or recipe.steps, recipe.schedule_tokens or shape.video_tokens)
+        return noise_levels(recipe or self.recipe, steps, shape)
 
     def _first_shape(self, request: GenerateRequest) -> ClipShape:
-        """The clip of the first stage. Raises ShapeError if it, or what the upscalers make of it, cannot be."""
         upscales = [self.upscaler(path) for path in request.upscalers]
-        size = first_size(request.size, upscales, self.compression.space)
-        shape = self.shape(size, request.seconds, first_fps(request.fps, upscales))
-        grown = shape
-        for upscale in upscales:
-            grown = upscale.grown(grown)
-        return shape
+        return requests.first_shape(request, upscales, self.recipe, self.compression, self.audio_rate)
 
     def _refine(
         self,
@@ -1260,9 +885,8 @@ class Engine:
         grown = self.upscale(latents, path, progress)
         temporal = self.upscaler(path).temporal
         levels = recipe.temporal_sigmas if temporal else recipe.refine_sigmas
-        settings = SampleSettings(
-            guidance=UNGUIDED, sampler="euler", sigmas=levels, loras=(*request.loras, *request.refine_loras)
-        )
+        loras = (*request.loras, *request.refine_loras)
+        settings = SampleSettings(guidance=UNGUIDED, sampler="euler", sigmas=levels, loras=loras)
         guides = self._guides(request, grown.shape, progress)
         seed = request.seed + number  # noise of its own
         # new frames are made to the sound as it is
@@ -1274,28 +898,10 @@ class Engine:
         # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones
         return made if recipe.sigmas and not temporal else replace(grown, video=made.video)
 
-    def _stage_warnings(self, request: GenerateRequest, recipe: Recipe) -> tuple[str, ...]:
-        wanted = request.upscalers and not request.force
-        return recipe.unrefined((*request.loras, *request.refine_loras)) if wanted else ()
-
-    def _unheard(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> tuple[str, ...]:
-        guidance = self._settings(request, recipe, shape).guidance
-        if not request.negative.strip() or (guidance and "uncond" in guidance.passes):
-            return ()
-        return (UNHEARD,)
-
-    def _unsuited(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> tuple[str, ...]:
-        guidance = self._settings(request, recipe, shape).guidance
-        return recipe.unsuited(request.steps, guidance) if guidance and not request.force else ()
-
     def _open_upscaler(self, path: Path) -> tuple[Header, LatentUpsampler | None]:
         file = stamp(path)
         if file not in self._upscalers:
-            header = read_header(path)
-            if keymap.UPSAMPLER not in index([header]):
-                raise CheckpointError(
-                    f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}"
-                )
+            header = components.read_upscaler(path)
             # of a file that was replaced only the new one is kept
             for old in [known for known in self._upscalers if known[0] == path]:
                 _, module = self._upscalers.pop(old)
@@ -1335,29 +941,14 @@ class Engine:
         except NotFiniteError:
             for component in components:
                 if component in self._modules:
-                    check_numbers(self._modules[component], component, headers_of(self._places[component]))
+                    self._files.check_numbers(component, self._modules[component])
             raise
 
     def _guides(self, request: GenerateRequest, shape: ClipShape, progress: ProgressCallback) -> list[Guide]:
-        pictures = [
-            (request.image, 0, 1.0),
-            (request.last_image, shape.frames - 1, 1.0),
-            (request.reference, None, request.reference_attention),
-        ]
         return [
             self.encode_image(image, shape, at, progress=progress, crf=request.image_crf, attention=attention)
-            for image, at, attention in pictures
-            if image is not None
+            for image, at, attention in requests.given_pictures(request, shape)
         ]
-
-    def _settings(self, request: GenerateRequest, recipe: Recipe, shape: ClipShape) -> SampleSettings:
-        guidance = self.within_layers(recipe.guidance)
-        if request.cfg is not None:
-            guidance = replace(guidance, cfg_video=request.cfg, cfg_audio=request.cfg)
-        sigmas = self.sigmas(request.steps, shape, recipe)
-        return SampleSettings(
-            None, guidance, recipe.sampler, sigmas, request.loras, step_cache=request.step_cache
-        )
 
     def _check_owner(self, latents: AVLatents) -> None:
         if latents.model_id != self.model_id:
@@ -1366,59 +957,9 @@ class Engine:
             )
 
 
-def latent_sha256(latents: AVLatents) -> str:
-    """Fingerprint of a sampled clip: its float32 bytes, video then audio."""
-    return _sha256(latents.video, latents.audio)
-
-
-def _sha256(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_finite(what: str, *tensors: Tensor) -> None:
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise NotFiniteError(f"{what} are no finite numbers: use bfloat16 or float32 instead of float16")
-
-
 def _pick_device(device: str) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
         raise UnsupportedModelError(f"unknown device {device!r}: use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedModelError("no CUDA device is available here: use --device cpu or auto")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _warn(name: str, tokens: Tokens) -> tuple[str, ...]:
-    warnings = []
-    if tokens.unknown:
-        warnings.append(f"this model does not know these words of the {name}: {', '.join(tokens.unknown)}")
-    if tokens.dropped:
-        warnings.append(
-            f"the {name} is longer than the {len(tokens.ids)} words that this model reads: {tokens.dropped} were left out"
-        )
-    return (*warnings, *(f"the {name} {doubt}" for doubt in tokens.doubts))
-
-
-def _unclipped(waveform_CS: Tensor) -> Tensor:
-    """The same sound, quieter where a vocoder went beyond full scale: cut off, its peaks would crackle."""
-    peak = float(waveform_CS.abs().max()) if waveform_CS.numel() else 0.0
-    if peak <= 1:
-        return waveform_CS
-    _logger.info("the sound peaks at %.2f of full scale: made quieter as a whole, to -1 dBFS", peak)
-    return waveform_CS * (_LOUDEST / peak)
-
-
-def _fit_length(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Tensor:
-    """Cut or filled with silence to `samples`; a fade of 5 ms keeps the seam from clicking."""
-    made = _unclipped(waveform_CS[:, :samples])
-    if made.shape[1] < samples:
-        fade = min(sample_rate_hz // 200, made.shape[1])
-        ramp = torch.ones(made.shape[1])
-        ramp[made.shape[1] - fade :] = torch.linspace(1, 0, fade)
-        made = made * ramp
-    if made.shape[1] == 0:
-        raise ShapeError("the clip is too short to hold any sound: make it longer")
-    return torch.nn.functional.pad(made, (0, samples - made.shape[1]))

@@ -36,7 +36,6 @@ from lockstep.model.embedded.training import (
     orthogonal,
     save_start,
 )
-from lockstep.model.engine import _warn
 from lockstep.model.errors import CheckpointError, PromptError
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.text.tokenizer import WordTokenizer
@@ -238,7 +237,7 @@ def test_what_cannot_be_shown_together_is_told_and_read_as_it_is(prompt, told):
     tokens = reader().encode(prompt)
     assert tokens.doubts == (told,)
     assert tokens.ids.tolist() == tokenizer().encode(prompt).ids.tolist()
-    assert _warn("prompt", tokens) == (f"the prompt {told}",)
+    assert tokens.warnings("prompt") == (f"the prompt {told}",)
 
 
 @pytest.mark.parametrize(

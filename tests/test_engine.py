@@ -196,7 +196,7 @@ def test_sound_beyond_full_scale_is_made_quieter_as_a_whole_and_other_sound_is_l
     sound[:, ::7] = 1.0
 
     def heard(level: float) -> torch.Tensor:
-        monkeypatch.setattr("lockstep.model.engine.vocode_stream", lambda *_: iter([level * sound[None]]))
+        monkeypatch.setattr("lockstep.model.signals.vocode_stream", lambda *_: iter([level * sound[None]]))
         with caplog.at_level("INFO", logger="lockstep"):
             return engine.decode_audio(latents)
 
@@ -286,7 +286,7 @@ def test_a_picture_is_compressed_before_it_is_made_to_fit_and_a_reference_is_not
         seen.append((tuple(image.shape), crf))
         return image
 
-    monkeypatch.setattr("lockstep.model.engine.compress_image", noting)
+    monkeypatch.setattr("lockstep.model.signals.compress_image", noting)
     lossy = replace(engine.recipe, image_crf=33)
     monkeypatch.setitem(vars(engine), "recipe", lossy)
     picture = torch.rand(200, 300, 3)

@@ -126,7 +126,7 @@ def test_after_a_fault_under_any_memory_policy_the_next_run_is_the_same(fresh_ha
 
 @pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 def test_a_fault_while_weights_are_read_leaves_nothing_half_loaded(monkeypatch, fresh_hash, fault):
-    from lockstep.model import engine as module
+    from lockstep.model import components as module
 
     honest, calls = module.build, []
 

@@ -10,6 +10,7 @@ from published_models import config, write_gemma, write_monolith
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, WorkflowError
 from lockstep.model.recipes import Fingerprint, Recipe, choose_recipe, fingerprint, published_recipe
+from lockstep.model.requests import first_guidance, first_settings
 from lockstep.model.sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
 from lockstep.model.sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE
 from lockstep.model.values import GenerateRequest, Lora
@@ -121,7 +122,8 @@ def test_the_engine_chooses_by_the_file_and_a_request_overrides(files):
         "full",  # it may stand for more than fewer steps
     ]
     assert dev.choose_recipe("distilled", [Lora(lora, 0.5)]).name == "distilled"
-    settings = dev._settings(request, dev.choose_recipe("hq"), shape)
+    recipe = dev.choose_recipe("hq")
+    settings = first_settings(request, recipe, first_guidance(request, recipe.guidance), shape)
     assert (settings.sampler, len(settings.sigmas), settings.guidance.cfg_audio) == ("res2s", 4, 2.0)
     lora = Lora(Path("ltx-2.3-22b-distilled-lora-384.safetensors"))
     assert dev.choose_recipe("distilled", [lora]).name == "distilled"

@@ -43,6 +43,23 @@ class Tokens:
     dropped: int  # words beyond the longest prompt
     doubts: tuple[str, ...] = ()  # what the prompt says that the model cannot show: "names two colours, ..."
 
+    def masked(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask (1, L), 1 = a token; an empty prompt keeps one masked place, so that registers fill everything."""
+        if len(self.ids):
+            return self.ids[None], torch.ones(1, len(self.ids))
+        return torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
+
+    def warnings(self, name: str) -> tuple[str, ...]:
+        """A sentence about each thing that could not be used; name: of the prompt."""
+        warnings = []
+        if self.unknown:
+            warnings.append(f"this model does not know these words of the {name}: {', '.join(self.unknown)}")
+        if self.dropped:
+            warnings.append(
+                f"the {name} is longer than the {len(self.ids)} words that this model reads: {self.dropped} were left out"
+            )
+        return (*warnings, *(f"the {name} {doubt}" for doubt in self.doubts))
+
 
 @dataclass(frozen=True, slots=True)
 class WordTokenizer:

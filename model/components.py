@@ -1,0 +1,225 @@
+"""The components of one model: what its files say of them before any weight is read, and how one is loaded."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .checkpoint import keymap
+from .checkpoint.build import build, check_numbers, reading_config
+from .checkpoint.config_values import check_values
+from .checkpoint.description import ModelDescription
+from .checkpoint.families import component_config, describe
+from .checkpoint.header import Header, Stamp, read_header, stamp
+from .checkpoint.index import Index, headers_of, index
+from .checkpoint.quantised import packed_layers
+from .checkpoint.resolver import complete, explain_missing, model_version, resolve
+from .checkpoint.tokenizer_source import find_tokenizer
+from .codec.audio_vae import AudioVAEConfig
+from .codec.diffusion_config import DiffusionVAEConfig
+from .codec.latent_upsampler import LatentUpsamplerConfig
+from .codec.video_vae import VideoVAEConfig
+from .errors import CheckpointError, LockstepError, WorkflowError
+from .layers.scaled_linear import pack_linears
+from .recipes import Fingerprint, Recipe, choose_recipe, fingerprint
+from .text.gemma import GemmaTokenizer
+from .text.tokenizer import FIRST_ID, WordTokenizer
+from .two_stage import Upscale
+from .values import Lora, ModelInfo
+
+_logger = logging.getLogger("lockstep")
+_DIGESTED_BYTES = 1_000_000_000
+_FULL_STRENGTH = 0.75  # of a distilled LoRA, from which it is taken to be used as such
+_Config = TypeVar("_Config", VideoVAEConfig, DiffusionVAEConfig, AudioVAEConfig)
+
+
+def model_files(model: str | Path, folders: Sequence[str | Path] = ()) -> tuple[Stamp, ...]:
+    """The files that an engine of this model would read now, each as it is: path, time of change and size.
+
+    folders: as Engine's. Of a model that cannot be opened its own file alone: opening says what is wrong.
+    """
+    try:
+        paths = [header.path for header in resolve(Path(model), folders=folders)]
+    except LockstepError:
+        paths = [Path(model)]
+    return tuple(stamp(path) for path in dict.fromkeys((Path(model), *paths)))
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What the files of one model hold."""
+
+    header: Header  # of the checkpoint
+    headers: tuple[Header, ...]  # of all files, those that count first in front
+    folders: Sequence[str | Path]  # that were searched for what is missing
+    places: Index
+    description: ModelDescription  # of the checkpoint
+    whole: ModelDescription  # of all files together
+
+    @classmethod
+    def open(cls, path: Path, files: Sequence[str | Path], folders: Sequence[str | Path]) -> "ModelFiles":
+        """Reads the headers; arguments and errors as of resolver.resolve."""
+        headers = resolve(path, files, folders)
+        header = next(header for header in headers if header.path == path)
+        return cls(header, headers, folders, index(headers), describe(header), describe(headers))
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """Name, version and SHA-256 of the checkpoint's file, or of a large one's header."""
+        whole = self.header.path.stat().st_size <= _DIGESTED_BYTES
+        digest, left = hashlib.sha256(), None if whole else self.header.data_start
+        with open(self.header.path, "rb") as file:
+            while block := file.read(1 << 24 if left is None else min(left, 1 << 24)):
+                digest.update(block)
+                left = None if left is None else left - len(block)
+        version = self.description.model_version or self.description.version
+        return ModelInfo(self.description.name, version, ("" if whole else "header:") + digest.hexdigest())
+
+    # -- how the checkpoint wants to be sampled --------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        version, title = model_version(self.headers), self.header.metadata.get("modelspec.title", "")
+        return fingerprint(version, self.header.path.name, self.header.config, title)
+
+    def choose_recipe(self, name: str | None, loras: Sequence[Lora], force: bool) -> Recipe:
+        """The recipe of this name, None the one that checkpoint and LoRAs want; force: though it does not suit them."""
+        own = self.header.metadata.get("recipe")
+        if own is not None:
+            if name is not None and not force:
+                raise WorkflowError(
+                    f"{self.description.name} has a recipe of its own: leave {name!r} out, or force it"
+                )
+            recipe = Recipe.from_metadata(own)
+            return recipe if name is None else choose_recipe(self.fingerprint, name, forced=True)
+        least = _FULL_STRENGTH if name is None else 0.0
+        distilled = any(
+            "distilled" in lora.path.name.lower()
+            for lora in loras
+            if lora.strength and lora.strength >= least
+        )
+        return choose_recipe(self.fingerprint, name, distilled, force)
+
+    # -- which components there are --------------------------------------------------------------------------------
+
+    def require(self, *components: str) -> None:
+        """Raises an error for the first of these that no file holds, or that is packed in a way that is not read."""
+        for component in components:
+            if not complete(component, self.places.get(component, ())):
+                raise explain_missing(component, self.headers, self.folders)
+            packed_layers(component, self.places[component])
+
+    @property
+    def video(self) -> str:
+        """Of two decoders that of the file that counts first; the diffusion decoder, as 2.5 is published, of one file."""
+        both = [name for name in (keymap.VIDEO_VAE_DIFFUSION, keymap.VIDEO_VAE) if name in self.places]
+        order = {header.path: number for number, header in enumerate(self.headers)}
+        first = {name: min(order[h.path] for h in headers_of(self.places[name])) for name in both}
+        return min(both, key=first.__getitem__, default=keymap.VIDEO_VAE)
+
+    @property
+    def text(self) -> str:
+        return keymap.TEXT_ENCODER if keymap.TEXT_ENCODER in self.places else keymap.LANGUAGE_MODEL
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The components that a clip goes through."""
+        text = (self.text, keymap.CONNECTORS)
+        return *text, keymap.TRANSFORMER, self.video, keymap.AUDIO_VAE, keymap.VOCODER
+
+    # -- what their configs and metadata say -----------------------------------------------------------------------
+
+    @cached_property
+    def video_config(self) -> VideoVAEConfig | DiffusionVAEConfig:
+        if self.video == keymap.VIDEO_VAE_DIFFUSION:
+            return self._config(self.video, DiffusionVAEConfig)
+        return self._config(self.video, VideoVAEConfig)
+
+    @cached_property
+    def audio_config(self) -> AudioVAEConfig:
+        return self._config(keymap.AUDIO_VAE, AudioVAEConfig)
+
+    def _config(self, component: str, kind: type[_Config]) -> _Config:
+        self.require(component)
+        with reading_config(component, self.headers):
+            config = kind.from_published(component_config(self.headers, component))
+        check_values(config, component)
+        return config
+
+    def tokenizer(self, given: str | Path | None, longest: int) -> WordTokenizer | GemmaTokenizer:
+        """given: its file, where the text encoder has none of its own; longest: of the prompts, in tokens."""
+        if keymap.TEXT_ENCODER in self.places:
+            if given is not None:
+                raise CheckpointError(
+                    f"{self.description.name} has a tokenizer of its own: leave {given} out"
+                )
+            return self._word_tokenizer(longest)
+        self.require(keymap.LANGUAGE_MODEL)
+        source = find_tokenizer(headers_of(self.places[keymap.LANGUAGE_MODEL]), given)
+        if source.sentencepiece:
+            return GemmaTokenizer.from_sentencepiece(source.content, longest)
+        return GemmaTokenizer.from_json(source.text(), longest)
+
+    def _word_tokenizer(self, longest: int) -> WordTokenizer:
+        text = self.header.metadata.get("tokenizer")
+        if text is None:
+            raise CheckpointError(
+                f"{self.header.path}: a text encoder without the metadata entry 'tokenizer'"
+            )
+        tokenizer = WordTokenizer.from_json(text, longest)
+        rows = self.places[keymap.TEXT_ENCODER]["embedding.weight"].info.shape[0]
+        if len(tokenizer.vocabulary) + FIRST_ID > rows:
+            raise CheckpointError(
+                f"{self.header.path}: its tokenizer has {len(tokenizer.vocabulary)} words, its text encoder "
+                f"{rows - FIRST_ID}: the file is damaged, fetch it again"
+            )
+        return tokenizer
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def load(self, component: str, dtype: torch.dtype, packs: bool) -> nn.Module:
+        """One component on the CPU, its speed told to the log; packs: whether a transformer's blocks become fp8."""
+        self.require(component)
+        started = time.perf_counter()
+        module = build(component, self.headers, dtype)
+        if packs and component == keymap.TRANSFORMER:
+            pack_linears(module.get_submodule("transformer_blocks"))
+        seconds = time.perf_counter() - started
+        names = ", ".join(header.path.name for header in headers_of(self.places[component]))
+        size = sum(weight.nbytes for weight in module.state_dict().values()) / 1e6
+        told = (component, names, size, seconds, size / seconds)
+        _logger.info("loaded %s of %s: %.1f MB in %.2f s, %.0f MB/s", *told)
+        return module
+
+    def check_numbers(self, component: str, module: nn.Module) -> None:
+        """Raises CheckpointError that names the files of a component whose weights hold values that are no numbers."""
+        check_numbers(module, component, headers_of(self.places[component]))
+
+
+def read_upscaler(path: Path) -> Header:
+    """The header of a latent upscaler's file. Raises CheckpointError for a file of something else."""
+    header = read_header(path)
+    if keymap.UPSAMPLER not in index([header]):
+        raise CheckpointError(
+            f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}"
+        )
+    return header
+
+
+def upscale_of(header: Header, files: ModelFiles) -> Upscale:
+    """What an upscaler does to the latents of this model. Raises CheckpointError for one of another latent space."""
+    with reading_config(keymap.UPSAMPLER, header):
+        config = LatentUpsamplerConfig.from_published(component_config(header, keymap.UPSAMPLER))
+    if config.channels != files.video_config.latent_channels:
+        raise CheckpointError(
+            f"{header.path}: this upscaler works on {config.channels} channels, the latents of "
+            f"{files.description.name} have {files.video_config.latent_channels}"
+        )
+    return Upscale(config.scale, config.temporal)
