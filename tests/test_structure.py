@@ -2,9 +2,12 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -196,6 +199,49 @@ def test_shipped_packages_are_exactly_the_folders_of_model() -> None:
 
 def test_every_folder_with_code_is_a_package() -> None:
     assert [name_of(f) for f in MODEL_FILES if not (f.parent / "__init__.py").exists()] == []
+
+
+def git_files(*which: str) -> set[str]:
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", *which]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no git repository here: {done.stderr.strip()}")
+    return set(done.stdout.splitlines())
+
+
+def test_a_release_holds_the_pack_and_nothing_beside_it() -> None:
+    """As comfy-cli packs it: what git knows, without what .comfyignore names."""
+    left_out = git_files("--cached", "--ignored", "--exclude-from", str(ROOT / ".comfyignore"))
+    shipped = git_files() - left_out
+    assert {name.split("/")[0] for name in left_out} == {".ci", ".comfyignore", ".gitignore", "tests"}
+    assert {name.split("/")[0] for name in shipped} == {
+        *("__init__.py", "model", "nodes", "locales", "web", "workflows"),
+        *("LICENSE", "README.md", "pyproject.toml", "requirements.txt"),
+    }
+    assert [name for name in shipped if (ROOT / name).is_symlink()] == []
+    assert [name for name in shipped if "__pycache__" in name or re.search(r"\.py[cod]$", name)] == []
+
+
+def test_all_that_the_pack_imports_of_itself_is_in_a_release() -> None:
+    shipped = git_files() - git_files("-c", "-i", "-X", str(ROOT / ".comfyignore"))
+    needed = {
+        source_of(module): name_of(file)
+        for file in PACK_FILES
+        if name_of(file) in shipped
+        for module in imports(file)
+        if module[0] == ""
+    }
+    assert {name: by for name, by in needed.items() if name not in shipped} == {}
+    assert "model/embedded/weights/lockstep-embedded.safetensors" in shipped
+
+
+def source_of(module: tuple[str, ...]) -> str:
+    """The file of a module of ours, or of a name within one."""
+    path = ROOT.joinpath(*module)
+    if path.is_dir():
+        return name_of(path / "__init__.py")
+    file = path.with_suffix(".py")
+    return name_of(file if file.exists() else path.parent / "__init__.py")
 
 
 def test_requirements_are_the_package_s_dependencies_and_leave_torch_to_the_host() -> None:
