@@ -6,6 +6,7 @@ tests/host/object_info.json is what a real ComfyUI says of the nodes; tests/host
 import gc
 import inspect
 import json
+import re
 import sys
 import weakref
 from dataclasses import replace
@@ -16,6 +17,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from PIL import Image, ImageStat
 
 import lockstep
 from lockstep.model.embedded import WEIGHTS
@@ -33,6 +35,8 @@ SCHEMA = json.loads((ROOT / "tests/host/object_info.json").read_text(encoding="u
 OURS = sorted(name for name in SCHEMA if name.startswith("Lockstep"))
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 LANGUAGES = ("en", "zh", "ja")
+CHINESE, KANA = re.compile("[\u4e00-\u9fff]"), re.compile("[\u3041-\u3096\u30a1-\u30fa]")
+KEPT_NAMES = {"Lockstep", "Lockstep LoRA", "LoRA", "STG", "json"}
 AFTER_A_SEED = ("fixed", "increment", "decrement", "randomize")
 
 
@@ -1256,6 +1260,27 @@ def test_every_node_is_translated_whole(language):
             assert part["tooltip"]
 
 
+@pytest.mark.parametrize("file", ["nodeDefs", "main"])
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_a_translation_is_written_in_its_language(language, file):
+    """Names that are the same everywhere stay as they are."""
+    texts = json.loads((ROOT / "locales" / language / f"{file}.json").read_text(encoding="utf-8"))
+    said = texts_of(texts)
+    assert {text for _, text in said if not (CHINESE.search(text) or KANA.search(text))} <= KEPT_NAMES
+    sentences = [text for name, text in said if name in ("description", "tooltip")]
+    # a Japanese sentence has kana, a Chinese one has none
+    assert [text for text in sentences if bool(KANA.search(text)) != (language == "ja")] == []
+
+
+def texts_of(part: dict) -> list[tuple[str, str]]:
+    """All texts below, each with the name that it has."""
+    return [
+        found
+        for name, value in part.items()
+        for found in (texts_of(value) if isinstance(value, dict) else [(name, value)])
+    ]
+
+
 @pytest.mark.parametrize("node", OURS)
 def test_the_english_texts_are_the_nodes_own(node):
     texts = json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))[node]
@@ -1305,7 +1330,6 @@ def test_a_workflow_is_small_explained_and_of_core_and_our_nodes(path):
     assert {"last_node_id", "last_link_id", "nodes", "links"} <= set(workflow)
     kinds = [node["type"] for node in workflow["nodes"]]
     assert len(kinds) <= 12
-    assert path.with_suffix(".jpg").is_file()
     assert "MarkdownNote" in kinds
     assert set(kinds) - {"MarkdownNote"} <= set(SCHEMA)
     for node in workflow["nodes"]:
@@ -1315,6 +1339,43 @@ def test_a_workflow_is_small_explained_and_of_core_and_our_nodes(path):
         assert link in nodes[source]["outputs"][out]["links"]
         assert nodes[source]["outputs"][out]["type"] == nodes[target]["inputs"][slot]["type"] == kind
         assert nodes[target]["inputs"][slot]["link"] == link
+
+
+def test_words_become_a_clip_by_five_of_our_nodes_and_two_of_the_host_s():
+    twin = json.loads((ROOT / "tests/host/api/text_to_clip.json").read_text(encoding="utf-8"))
+    kinds = sorted(node["class_type"] for node in twin.values())
+    assert [kind for kind in kinds if kind not in OURS] == ["CreateVideo", "SaveVideo"]
+    assert len(kinds) <= 5 + 2
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_s_note_names_what_one_may_change(path):
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    assert len(note) > 150
+    kinds = [node["type"] for node in nodes if node["type"] in OURS]
+    changeable = {name.replace("_", " ") for kind in kinds for name in inputs_of(kind) if name != "model"}
+    named = changeable | {SCHEMA[kind]["display_name"] for kind in kinds}
+    assert [name for name in named if re.search(rf"\b{name}\b", note, re.IGNORECASE)]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_s_thumbnail_shows_something(path):
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert max(picture.size) == 384
+        # of the channel that varies most: a red ball on gray is as bright as what is around it
+        assert max(ImageStat.Stat(picture.convert("RGB")).stddev) > 10
+
+
+def test_workflows_for_published_weights_alone_share_one_drawn_thumbnail():
+    """No test runs those weights, and a picture by random ones would promise something else."""
+    pictures = {path.stem: path.with_suffix(".jpg").read_bytes() for path in WORKFLOWS}
+    drawn = pictures["ltx_one_stage"]
+    assert [name for name, picture in pictures.items() if picture == drawn] == [
+        "ltx_lora",
+        "ltx_one_stage",
+        "ltx_two_stage",
+    ]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -85,10 +85,18 @@ def furnish(base: Path) -> None:
     (checkpoints / "damaged.safetensors").write_bytes(b"no weights at all")
     extra = f"mine:\n  base_path: {elsewhere}\n  diffusion_models: .\n"
     (base / "extra_model_paths.yaml").write_text(extra, encoding="utf-8")
-    frames = torch.linspace(0, 1, 30 * 48 * 80 * 3).reshape(30, 48, 80, 3)
     tone = torch.sin(torch.arange(40000) * 0.2)[None] * 0.5
-    write_clip(base / "input" / "clip.mp4", Clip(frames, tone, 12.0, 16000))
+    write_clip(base / "input" / "clip.mp4", Clip(bouncing_ball(30), tone, 12.0, 16000))
     with wave.open(str(base / "input" / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 22050, 0, "NONE", ""))
         file.writeframes((torch.sin(torch.arange(55000) * 0.1) * 9000).short().numpy().tobytes())
     (base / "custom_nodes" / "another-pack" / "__init__.py").write_text(ANOTHER_PACK, encoding="utf-8")
+
+
+def bouncing_ball(frames: int, height: int = 96, width: int = 160) -> torch.Tensor:
+    """Red on gray (frames, height, width, 3), 0..1: something to see in the pictures of workflows that begin with a clip."""
+    down, right = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    bounce = 0.55 * torch.sin(torch.arange(frames) * torch.pi / 9).abs()
+    centre_F11 = (0.8 - bounce)[:, None, None] * height
+    ball = (down - centre_F11) ** 2 + (right - width / 2) ** 2 < (0.17 * height) ** 2
+    return torch.where(ball[..., None], torch.tensor([0.9, 0.1, 0.1]), torch.tensor(0.45))
