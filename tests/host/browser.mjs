@@ -17,6 +17,7 @@ const errors = [];
 page.on("pageerror", (error) => errors.push(String(error)));
 await page.route("**", (route) => // the page needs nothing from outside
   new URL(route.request().url()).hostname === "127.0.0.1" ? route.continue() : route.abort());
+await page.addInitScript(() => localStorage.setItem("vueNodesBannerDismissed", "true")); // news of the page's own
 await page.goto(task.server);
 await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager);
 await page.waitForTimeout(2500);
@@ -78,17 +79,19 @@ async function run({ name, content }) {
   await page.waitForFunction(() => window.heard.execution_success || window.heard.execution_error, null, { timeout: 300000 });
   await page.evaluate(showAll);
   await page.waitForTimeout(2500);
+  await page.waitForFunction(() => !/jobs? completed/.test(document.body.innerText)); // goes after a while, by itself
+  const news = await page.evaluate(() => /Introducing|jobs? completed/.test(document.body.innerText));
   await page.screenshot({ path: task.screenshot, type: "jpeg", quality: 85 });
-  return page.evaluate(() => ({
+  return page.evaluate((news) => ({
+    news,
     heard: window.heard,
     outputs: window.app.nodeOutputs,
     color: window.app.canvas.constructor.link_type_colors["LOCKSTEP_MODEL"],
     style: getComputedStyle(document.body).getPropertyValue("--color-datatype-LOCKSTEP_MODEL"),
-  }));
+  }), news);
 }
 
 function showAll() {
-  document.querySelector('.p-button .pi-times, [aria-label="Close"]')?.closest("button")?.click(); // news of the page
   const { graph, canvas } = window.app;
   const left = Math.min(...graph.nodes.map(({ pos }) => pos[0])), top = Math.min(...graph.nodes.map(({ pos }) => pos[1]));
   const right = Math.max(...graph.nodes.map(({ pos, size }) => pos[0] + size[0]));
