@@ -108,7 +108,7 @@ def serve(host: Path, base: Path, *options: str) -> Iterator["ComfyUI"]:
             command, cwd=host / "comfyui", env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            server = ComfyUI(port, base, log, process.pid)
+            server = ComfyUI(port, base, log)
             server.wait_until_up(process)
             yield server
         finally:
@@ -129,17 +129,12 @@ def _free_port() -> int:
 class ComfyUI:
     """A running server."""
 
-    def __init__(self, port: int, base: Path, log: Path, pid: int):
-        self.port, self.base, self._log, self._pid = port, base, log, pid
+    def __init__(self, port: int, base: Path, log: Path):
+        self.port, self.base, self._log = port, base, log
 
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
-
-    @property
-    def resident_bytes(self) -> int:
-        shown = subprocess.run(["ps", "-o", "rss=", "-p", str(self._pid)], capture_output=True, text=True)
-        return int(shown.stdout) * 1024
 
     def wait_until_up(self, process: subprocess.Popen) -> None:
         until = time.monotonic() + START_SECONDS
@@ -220,11 +215,15 @@ class Result:
 
 
 class Listener:
-    """What ComfyUI sends to one client: events as (type, data), previews as JPEG, lines of text on nodes."""
+    """What ComfyUI sends to one client: events as (type, data), previews as JPEG, lines of text on nodes.
 
-    PREVIEW, TEXT = 1, 3  # ComfyUI's numbers for a picture without metadata and for a line on a node
+    facts: whether the client asks for what a preview shows, as the page does; the preview is an event then, too.
+    """
 
-    def __init__(self, server: ComfyUI, client: str):
+    # ComfyUI's numbers for a picture without metadata, for a line on a node and for a picture with metadata
+    PREVIEW, TEXT, PREVIEW_WITH_FACTS = 1, 3, 4
+
+    def __init__(self, server: ComfyUI, client: str, facts: bool = False):
         self.events: list[tuple[str, dict]] = []
         self.previews: list[bytes] = []
         self.texts: list[str] = []
@@ -237,6 +236,8 @@ class Listener:
         self._stream = self._socket.makefile("rb")
         while self._stream.readline().strip():  # the answer's header
             pass
+        if facts:
+            self._say({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
         threading.Thread(target=self._listen, daemon=True).start()
 
     def __enter__(self) -> "Listener":
@@ -270,6 +271,15 @@ class Listener:
             self.previews.append(rest)
         elif kind == self.TEXT:  # second: how long the node's id is
             self.texts.append(rest[second:].decode())
+        elif kind == self.PREVIEW_WITH_FACTS:  # second: how long the facts are
+            self.previews.append(rest[second:])
+            self.events.append(("preview", json.loads(rest[:second]) | {"picture": rest[second:]}))
+
+    def _say(self, message: dict) -> None:
+        """A frame of RFC 6455 from a client, hence masked; the mask of zeros changes nothing."""
+        payload = json.dumps(message).encode()
+        assert len(payload) < 126
+        self._socket.sendall(bytes([0x81, 0x80 | len(payload)]) + bytes(4) + payload)
 
     def _frame(self) -> tuple[int, bytes]:
         """One unfragmented frame of RFC 6455 from a server, hence without mask."""

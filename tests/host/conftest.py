@@ -14,31 +14,69 @@ from safetensors.torch import save_file
 from lockstep.model.media import write_clip
 from lockstep.model.values import Clip
 
-# of the old kind, and with modules of the same names as ours; NoMemory stands for a machine without any left
+# of the old kind, and with modules of the same names as ours; NoMemory stands for a machine without any left, Slow for one
+# that takes 0.7 s longer whenever it has told its progress, Census counts what is alive once the run got there
 ANOTHER_PACK = """
-import sys, types
+import gc, os, sys, time, types
 import torch
 for name in ("model", "model.engine", "sockets", "lockstep_types"):
     sys.modules.setdefault(name, types.ModuleType(name))
 
 class Shout:
     INPUT_TYPES = classmethod(lambda cls: {"required": {"text": ("STRING", {"default": "a"})}})
-    RETURN_TYPES, FUNCTION, CATEGORY = ("STRING",), "shout", "another"
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = ("STRING",), "shout", "another", True
 
     def shout(self, text):
-        return (text.upper(),)
+        return {"ui": {"text": [text.upper()]}, "result": (text.upper(),)}
 
-class Poor:
+class Changed:
     def __init__(self, engine):
         self.engine = engine
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
+class Poor(Changed):
     def sample(self, *_, **__):
         return torch.empty(2**50)
 
     decode_video = sample
+
+def slowly(name):
+    def later(progress):
+        def tell(step):
+            progress(step)
+            time.sleep(0.7)
+
+        return tell
+
+    def run(self, *inputs, **named):
+        inputs = [later(value) if callable(value) else value for value in inputs]
+        named = {key: later(value) if callable(value) else value for key, value in named.items()}
+        return getattr(self.engine, name)(*inputs, **named)
+
+    return run
+
+class Slow(Changed):
+    sample, decode_video, decode_audio = map(slowly, ("sample", "decode_video", "decode_audio"))
+
+class SlowModel:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("LOCKSTEP_MODEL",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LOCKSTEP_MODEL",), "make", "another"
+
+    def make(self, model):
+        return (Slow(model),)
+
+class Census:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"images": ("IMAGE",), "audio": ("AUDIO",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "count", "another", True
+
+    def count(self, images, audio):
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+        alive = {thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes() for thing in tensors}
+        resident = os.popen(f"ps -o rss= -p {os.getpid()}").read()
+        return {"ui": {"bytes": [sum(alive.values()), int(resident) * 1024]}}
 
 class NoMemory:
     INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("LOCKSTEP_MODEL",)}})
@@ -47,7 +85,9 @@ class NoMemory:
     def make(self, model):
         return (Poor(model),)
 
-NODE_CLASS_MAPPINGS = {"AnotherShout": Shout, "AnotherNoMemory": NoMemory}
+NODE_CLASS_MAPPINGS = {
+    "AnotherShout": Shout, "AnotherNoMemory": NoMemory, "AnotherSlowModel": SlowModel, "AnotherCensus": Census
+}
 """
 
 
