@@ -817,8 +817,10 @@ def interrupted(server: ComfyUI, graph: dict, node: str) -> list[float]:
     """All that this node told of its progress, interrupted as soon as it had told any."""
     with Listener(server, "stopper") as listener:
         prompt_id = server.queue(graph, "stopper")
-        listener.wait_for("progress", node=node)
-        server.post("/interrupt", {"prompt_id": prompt_id})
+        try:
+            listener.wait_for("progress", node=node)
+        finally:  # or it would hold up the tests that follow
+            server.post("/interrupt", {"prompt_id": prompt_id})
         result = server.result(prompt_id, seconds=60)
         listener.wait_for("execution_interrupted")
     assert result.messages["execution_interrupted"]["node_id"] == node
