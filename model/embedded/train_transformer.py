@@ -32,17 +32,27 @@ from .training import Run
 
 _DROP_PROMPT = 0.1
 # so many steps are of the usual format without tokens beside the clip's own: one layout, which can be compiled
-_USUAL_SHARE = 0.06
+_USUAL_SHARE = 0.03
 _USUAL_FORMAT = FORMATS[0]
 _TENSORS = ("video", "audio", "guide", "reference")
 # what is given in a step, and how often; "audio" with pictures beside it: as a clip is made whose sound comes first
 _USUAL_MODES = {
-    "nothing": 0.05,
-    "first": 0.04,
-    "audio": 0.6,
-    "video": 0.09,
-    "first and audio": 0.16,
-    "beginning": 0.06,
+    "nothing": 0.02,
+    "first": 0.01,
+    "audio": 0.07,
+    "video": 0.14,
+    "beginning": 0.01,  # of both streams, a clip that goes on
+    "beginning and audio": 0.01,
+    "beginning and sound": 0.03,
+    "guide": 0.01,
+    "first and guide": 0.005,
+    "reference": 0.01,
+    "first and audio": 0.025,
+    "first and guide and audio": 0.015,
+    "reference and audio": 0.04,
+    "apart": 0.01,  # no attention between the streams: what modality guidance compares with
+    # no pictures: nearly all that is wrong in a clip is wrong in its sound, to which pictures keep
+    "sound": 0.595,
 }
 _MODES = {
     "nothing": 0.01,
@@ -151,18 +161,25 @@ def _layouts(batch: Batch, mode: str, rng: random.Random) -> tuple[Layout, Layou
     return video, lay_out_audio(shape, z, bins, given_audio, audio_mask)
 
 
-def _stream(layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor) -> tuple[StreamInput, Tensor]:
-    """Noisy tokens as the network reads them, and the velocity that it should answer."""
+def _stream(
+    layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor, one_form: bool
+) -> tuple[StreamInput, Tensor]:
+    """Noisy tokens as the network reads them, and the velocity that it should answer.
+
+    one_form: the same kinds of tensors in all modes, so that one compiled layout serves them.
+    """
     noise = torch.randn_like(clean)
     level = sigma.view(-1, 1, 1) * layout.mask.to(clean)
-    # one form for all modes, so that one compiled layout serves them: tokens are held or noised as far as all others
-    return StreamInput(
+    stream = StreamInput(
         tokens=torch.lerp(clean, noise, level),
         context=context,
         sigma=torch.zeros_like(sigma) if layout.frozen else sigma,
-        levels=torch.stack([torch.zeros_like(sigma), sigma], dim=1),
-        level_of_token=(layout.mask[..., 0] > 0).long().to(sigma.device).expand(len(sigma), -1),
-    ), noise - clean
+    )
+    if one_form or len(layout.masks) > 1:
+        levels = torch.stack([torch.zeros_like(sigma), sigma], dim=1)
+        of_token = (layout.mask[..., 0] > 0).long().to(sigma.device).expand(len(sigma), -1)
+        stream = replace(stream, levels=levels, level_of_token=of_token)
+    return stream, noise - clean
 
 
 def _error(velocity: Tensor, wanted: Tensor, layout: Layout) -> Tensor:
@@ -193,13 +210,17 @@ def flow_loss(
     forward = model.transformer if network is None else network
     with torch.autocast(device.type, torch.bfloat16):
         video_context, audio_context = model.contexts(ids, mask)
-        video, video_wanted = _stream(video_layout, clean_video, sigma, video_context)
-        audio, audio_wanted = _stream(audio_layout, audio_to_tokens(batch.audio), sigma, audio_context)
+        clean_audio, one_form = audio_to_tokens(batch.audio), network is not None
+        video, video_wanted = _stream(video_layout, clean_video, sigma, video_context, one_form)
+        audio, audio_wanted = _stream(audio_layout, clean_audio, sigma, audio_context, one_form)
         rope = model.transformer.rope_tables(video_layout.positions, audio_layout.positions).to(device)
         video_velocity, audio_velocity = forward(video, audio, rope, isolated=alone or mode == "apart")
     video_loss = _error(video_velocity, video_wanted, video_layout)
     audio_loss = _error(audio_velocity, audio_wanted, audio_layout)
-    return video_loss + audio_loss, {"video": video_loss.item(), "audio": audio_loss.item()}
+    # a gradient of nothing would still be a step: Muon gives every update the same size
+    asked = [(video_layout, video_loss), (audio_layout, audio_loss)]
+    loss = torch.stack([error for layout, error in asked if not layout.frozen]).sum()
+    return loss, {"video": video_loss.item(), "audio": audio_loss.item()}
 
 
 def _part(batch: Batch, rows: list[int]) -> Batch:
