@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import CheckpointError, LockstepError, MediaError, PromptError, ProvenanceError
+from .paths import check_file
 from .provenance import CERTIFICATE_VARIABLE, COMPOSITE, KEY_VARIABLE, MADE, SOURCE_TYPES
 
 # torch, PyAV and the engine are imported where they are needed: --help and wrong arguments answer at once.
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .provenance import Disclosure
     from .values import Clip, GenerateRequest, GenerateResult, Lora, Progress
 
-_MAX_SEED = 2**63 - 1
+_MAX_SEED = 2**64 - 1
 
 
 class UsageError(LockstepError):
@@ -98,11 +99,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_crf,
         help="H.264 quality that given pictures are brought to, as in training: 1 (finest) to 51, 0 is off",
     )
-    add("--seconds", metavar="S", type=_positive, help="duration")
-    add("--fps", metavar="F", type=_positive, help="frames per second")
-    add("--size", metavar="WxH", help="size in pixels such as 128x128, or an aspect such as 16:9")
-    add("--steps", metavar="N", type=_count, help="sampling steps")
-    add("--cfg", metavar="G", type=_not_negative, help="text guidance, 1 is none")
+    add("--seconds", metavar="S", type=_positive, help="duration; default: the model's own")
+    add("--fps", metavar="F", type=_positive, help="frames per second; default: the model's own")
+    add(
+        "--size",
+        metavar="WxH",
+        help="size in pixels such as 128x128, or an aspect such as 16:9; default: the model's own",
+    )
+    add("--steps", metavar="N", type=_count, help="sampling steps; default: the recipe's")
+    add("--cfg", metavar="G", type=_not_negative, help="text guidance, 1 is none; default: the recipe's")
     add(
         "--step-cache",
         metavar="SHARE",
@@ -111,16 +116,26 @@ def _parser() -> argparse.ArgumentParser:
         help="approximate: steps reuse what changes by less than this share, if a probe cannot be heard; 0 (off) to 1",
     )
     add("--seed", metavar="K", type=_seed, help="same seed, same clip; drawn at random if not given")
-    add("--model", metavar="NAME_OR_FILE", default="embedded", help="a model's name or a checkpoint file")
+    add(
+        "--model", metavar="NAME_OR_FILE", default="embedded", help="embedded (default), or a checkpoint file"
+    )
     _add_files(generate)
     add(
         "--recipe",
         choices=("full", "hq", "distilled"),
-        help="how to sample, in place of what the checkpoint wants",
+        help="how to sample, in place of what the checkpoint wants; hq: 15 steps of a second-order sampler, for full 2.3 and 2.5",
     )
     add("--force", action="store_true", help="take a recipe that does not suit the checkpoint")
     lora = "FILE[=STRENGTH]"
-    add("--lora", metavar=lora, dest="loras", type=_lora, action="append", default=[], help="may be repeated")
+    add(
+        "--lora",
+        metavar=lora,
+        dest="loras",
+        type=_lora,
+        action="append",
+        default=[],
+        help="LoRA file, at strength 1 unless given; may be repeated",
+    )
     add(
         "--upscaler",
         metavar="FILE",
@@ -128,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         action="append",
         default=[],
-        help="latent upscaler, followed by a short second stage; --size is that of the last; may be repeated",
+        help="latent upscaler, followed by a short second stage; --size and --fps are those of the last; may be repeated",
     )
     add(
         "--refine-lora",
@@ -178,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         "--trajectory",
         metavar="OUT",
         type=Path,
-        help="the way from noise to clip: one sheet if OUT ends in .png, else a folder with a picture for each step",
+        help="the way from noise to clip: one sheet if OUT ends in .png, else a folder, no dot in its name, with a picture for each step",
     )
     add("--trajectory-steps", metavar="LIST", help='such as "1, 5, -1"; default: all')
     add(
@@ -255,8 +270,7 @@ def _generate(parsed: argparse.Namespace) -> None:
     if parsed.output.suffix.lower() == ".wav" and parsed.size is not None:
         raise UsageError("a sound alone has no size: leave --size out")
     for picture in filter(None, (parsed.image, parsed.last_image, parsed.reference)):
-        if not picture.is_file():
-            raise MediaError(f"no such file: {picture}")
+        check_file(picture)
 
     from .engine import Engine
     from .measure.energy import EnergyMeter

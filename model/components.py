@@ -95,7 +95,7 @@ class ModelFiles:
         if own is not None:
             if name is not None and not force:
                 raise WorkflowError(
-                    f"{self.description.name} has a recipe of its own: leave {name!r} out, or force it"
+                    f"{self.description.name} has a recipe of its own: leave --recipe {name} out, or add --force"
                 )
             recipe = Recipe.from_metadata(own)
             return recipe if name is None else choose_recipe(self.fingerprint, name, forced=True)

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .errors import MediaError
+from .paths import check_file
 from .provenance import Disclosure
 from .shapes import LEAST_FPS, MOST_FPS
 from .values import Clip
@@ -160,8 +161,7 @@ def open_clip(path: str | Path) -> ClipFile:
     Time stamps are obeyed: frames of a variable rate are repeated or dropped, late sound is preceded by silence.
     Sound of more than two channels is mixed down to two; waveform is None without sound.  Raises MediaError.
     """
-    if not Path(path).is_file():
-        raise MediaError(f"no such file: {path}")
+    check_file(Path(path))
     with _reading(path), _opened(path) as container:
         return ClipFile(Path(path), *_decode(container))
 
@@ -243,8 +243,7 @@ def read_image(path: str | Path) -> Tensor:
     Grey and palette pictures become RGB, 16-bit grey keeps its depth, transparent pixels lie on white.
     Raises MediaError.
     """
-    if not Path(path).is_file():
-        raise MediaError(f"no such file: {path}")
+    check_file(Path(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damage that matters is raised, sizes are checked below

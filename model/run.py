@@ -84,7 +84,9 @@ def refuse_contradictions(
     if sound_alone and (pictured or start is not None):
         raise WorkflowError("a sound alone has no pictures to guide: leave pictures and latents out")
     if settings.step_cache and start is not None:
-        raise WorkflowError("the step cache is for clips made from noise: leave it off to go on from latents")
+        raise WorkflowError(
+            "the step cache is for clips made from noise: set step_cache to 0, or leave refine empty"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class LockstepImageEncode(Node):
                     step=0.05,
                     optional=True,
                     tooltip="How much clip and picture see of each other, where the picture is a reference or stands behind frame 0. "
-                    "1: as trained.",
+                    "1: as trained. Where the clip shows the picture at frame 0, anything but 1 is refused.",
                 ),
             ],
             outputs=[

@@ -152,7 +152,7 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
         Image.fromarray(np.full((8, 12, 3), 255, np.uint8)).save(tmp_path / name)
     pictures = ("--image", tmp_path / "first.png", "--last-image", tmp_path / "last.png")
     pictures += ("--reference", tmp_path / "thing.png", "--image-crf", 20, "--reference-attention", 0.5)
-    numbers = ("--seconds", "2.5", "--fps", 24, "--steps", 8, "--cfg", 3, "--seed", 2**63 - 1)
+    numbers = ("--seconds", "2.5", "--fps", 24, "--steps", 8, "--cfg", 3, "--seed", 2**64 - 1)
     numbers += ("--step-cache", 0.1)
     code, *_ = generate(
         *pictures, *numbers, "--size", "16:9", "--negative", "rain", "--model", "m", "--device", "cpu",
@@ -165,7 +165,7 @@ def test_all_options_reach_the_engine(generate, engine, tmp_path):
     assert engine.made_with == [("m", "cpu")]
     assert (request.prompt, request.negative, request.size) == ("a red ball", "rain", "16:9")
     assert (request.seconds, request.fps, request.steps, request.cfg) == (2.5, 24, 8, 3)
-    assert request.seed == 2**63 - 1
+    assert request.seed == 2**64 - 1
     assert request.image.shape == request.last_image.shape == request.reference.shape == (8, 12, 3)
     assert (request.image_crf, request.reference_attention) == (20, 0.5)
     assert request.step_cache == 0.1

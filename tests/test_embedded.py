@@ -606,7 +606,6 @@ def test_the_shipped_sound_is_told_by_given_pictures_and_the_pictures_by_given_s
         for mode in ("apart", "video", "audio"):
             torch.manual_seed(0)
             error[mode] = flow_loss(model, batch, ids, mask, mode, random.Random(0))[1]
-    print(error)
     assert error["video"]["audio"] < 0.9 * error["apart"]["audio"]
     assert error["audio"]["video"] < 0.9 * error["apart"]["video"]
 

@@ -515,10 +515,17 @@ def test_damaged_pictures_are_refused_at_every_length(tmp_path):
                 read_image(tmp_path / "cut")
 
 
-def test_missing_files_are_named(tmp_path):
+def test_missing_files_are_named_with_the_nearest_that_is_there(tmp_path):
+    (tmp_path / "present.png").touch()
+    told = {
+        tmp_path / "absent.png": "no such file: .*absent.png: the nearest name there is present.png",
+        tmp_path / "zzz": "no such file: .*zzz$",
+        tmp_path / "nowhere" / "a.png": f"no such file: .*: there is no folder {tmp_path / 'nowhere'}",
+        tmp_path: f"{tmp_path} is a folder: name a file in it",
+    }
     for read in (read_image, read_clip):
-        for path in (tmp_path / "absent.png", tmp_path):
-            with pytest.raises(MediaError, match=f"no such file: {path}"):
+        for path, sentence in told.items():
+            with pytest.raises(MediaError, match=sentence):
                 read(path)
 
 
