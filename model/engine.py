@@ -8,7 +8,7 @@ B batch (1), C channels, F frames, H rows, W columns, L audio latents, M mel bin
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -164,8 +164,10 @@ class Engine:
         self._loras = LoraStack(self._files.places)
         self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
-        self._sampling: dict[tuple, StageNeed] = {}  # of the last clip's shape and guidance
-        self._beside = 0  # the same in this clip, with its LoRAs; bytes, for a host
+        self._foretold: dict[str, tuple[Hashable, StageNeed]] = {}  # of each stage's last shape, for a host
+        self._beside: dict[
+            str, int
+        ] = {}  # what each component's stage holds beside weights; bytes, for a host
         self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
         self._compiled = compiled
@@ -517,7 +519,7 @@ class Engine:
         shape = self.upscaler(path).grown(latents.shape)
         with self._lock, torch.inference_mode():
             statistics = self._video_vae.per_channel_statistics
-            module = self._upscaler_module(Path(path))
+            module = self._upscaler_module(Path(path), latents.shape)
             raw = statistics.denormalize(latents.video.to(statistics.get_buffer("std-of-means").device), 1)
             grown = module(raw.to(next(module.parameters()))).float()
             # the upscaler may have sent them off the device
@@ -551,6 +553,7 @@ class Engine:
         """
         self._check_owner(latents)
         with self._lock, self._numbers(self._files.video):
+            self._foretell(self._files.video, latents.shape, lambda: self._forecast.video(latents.shape))
             vae = self._video_vae
             if isinstance(vae, DiffusionVAE):
                 yield signals.decoded_whole(vae, latents.video, progress)
@@ -579,6 +582,8 @@ class Engine:
         """
         self._check_owner(latents)
         with self._lock, torch.inference_mode(), full_float32(self.device):
+            for component in (keymap.AUDIO_VAE, keymap.VOCODER):
+                self._foretell(component, latents.shape, lambda: self._forecast.audio(latents.shape))
             vae = self._audio_vae
             mel = signals.decoded_mel(vae, latents.audio, progress)
             vocoder = self._vocoder
@@ -778,20 +783,28 @@ class Engine:
 
         On a CPU no host asks.
         """
-        if not self._place or self.device.type == "cpu":
+        asked = (shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0)
+        need = self._foretell(keymap.TRANSFORMER, asked, lambda: self._forecast.sampling(*asked))
+        if need is None:
             return
-        key = (shape, guidance.passes, step_cache > 0)
-        if key not in self._sampling:  # takes seconds for a large model
-            need = self._forecast.sampling(
-                shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0
-            )
-            self._sampling = {key: need}
         self.read_loras(loras)
-        need = self._sampling[key]
         need = replace(need, working=need.working + self._lora_bytes(loras))
-        self._beside = need.working
+        self._beside[keymap.TRANSFORMER] = need.working
         _plan_logger.info("%s", need.sentence())
         progress(Progress("memory", 0, 1, note=need.sentence()))
+
+    def _foretell(self, component: str, asked: Hashable, make: Callable[[], StageNeed]) -> StageNeed | None:
+        """What a component's stage will need, made anew for another question: that takes seconds for a large model.
+
+        A host makes room for it from now on. None on a CPU, where no host asks, and without a host.
+        """
+        if not self._place or self.device.type == "cpu":
+            return None
+        known = self._foretold.get(component)
+        if known is None or known[0] != asked:
+            known = self._foretold[component] = (asked, make())
+        self._beside[component] = known[1].working
+        return known[1]
 
     def _lora_bytes(self, loras: Sequence[Lora]) -> int:
         """All of their matrices stay on the device while the transformer runs, streamed or not."""
@@ -807,7 +820,7 @@ class Engine:
                     self._compile_report = compile_blocks(cast(AVTransformer, made), out_of_memory)
             module = self._modules[component]
             if self._place:
-                self._place(module, self._beside if component == keymap.TRANSFORMER else 0)
+                self._place(module, self._beside.get(component, 0))
             else:
                 self._residence.use(component, module)
                 if fresh and self.device.type == "cuda":
@@ -911,14 +924,15 @@ class Engine:
             self._upscalers[file] = (header, None)
         return self._upscalers[file]
 
-    def _upscaler_module(self, path: Path) -> LatentUpsampler:
+    def _upscaler_module(self, path: Path, shape: ClipShape) -> LatentUpsampler:
         header, module = self._open_upscaler(path)
         if module is None:
             built = build(keymap.UPSAMPLER, header, self._dtype(keymap.UPSAMPLER))
             module = cast(LatentUpsampler, built)
             self._upscalers[stamp(path)] = (header, module)
         if self._place:
-            self._place(module, 0)
+            self._foretell(keymap.UPSAMPLER, (path, shape), lambda: self._forecast.upscaling(header, shape))
+            self._place(module, self._beside.get(keymap.UPSAMPLER, 0))
         else:
             self._residence.use(f"{keymap.UPSAMPLER} {stamp(path)}", module)
         return module

@@ -67,8 +67,8 @@ class Forecast:
             return (
                 self._text(),
                 self.sampling(shape, passes, perturbed, cached),
-                self._video(shape, window_bytes),
-                self._audio(shape),
+                self.video(shape, window_bytes),
+                self.audio(shape),
             )
 
     @torch.inference_mode()
@@ -142,7 +142,9 @@ class Forecast:
         unseen = kept * (layers - min(layers, _BLOCKS)) // max(1, layers)
         return replace(need, working=peak + unseen)
 
-    def _video(self, shape: ClipShape, window_bytes: int) -> StageNeed:
+    @torch.inference_mode()
+    def video(self, shape: ClipShape, window_bytes: int = WINDOW_BYTES) -> StageNeed:
+        """That of decoding pictures in windows of this size."""
         vae = self._module(keymap.VIDEO_VAE) or self._module(keymap.VIDEO_VAE_DIFFUSION)
         if not isinstance(vae, VideoVAE):
             return StageNeed("video", weight_bytes(vae), 0)
@@ -156,7 +158,9 @@ class Forecast:
         banded = latent.nbytes + _BAND_TENSORS * cast(int, BANDS.band_bytes)
         return StageNeed("video", weight_bytes(vae), count.peak, banded=min(banded, count.peak))
 
-    def _audio(self, shape: ClipShape) -> StageNeed:
+    @torch.inference_mode()
+    def audio(self, shape: ClipShape) -> StageNeed:
+        """That of decoding sound, by codec and vocoder."""
         vae, vocoder = self._module(keymap.AUDIO_VAE), self._module(keymap.VOCODER)
         if not isinstance(vae, AudioVAE) or not isinstance(vocoder, Generator | ExtendedVocoder | GriffinLim):
             return StageNeed("audio", weight_bytes(vae, vocoder), 0)

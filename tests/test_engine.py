@@ -187,6 +187,21 @@ def test_a_host_is_told_what_the_transformer_holds_beside_its_weights(engine):
     )
 
 
+def test_a_host_is_told_what_decoding_holds_beside_weights(engine):
+    told: dict[str, int] = {}
+    placed = Engine("embedded", "cpu", lambda module, beside: told.update({type(module).__name__: beside}))
+    latents = placed.empty_latents(placed.shape(seconds=1.0))
+    placed.device = torch.device("cuda")  # weights stay where they are: only what the host is told differs
+    placed.decode_video(latents)
+    placed.decode_audio(latents)
+    _, _, video, audio = engine.plan(latents.shape).needs
+    assert told == {"VideoVAE": video.working, "AudioVAE": audio.working, "GriffinLim": audio.working}
+    assert min(told.values()) > 0
+    longer = placed.empty_latents(placed.shape(seconds=3.0))
+    placed.decode_audio(longer)
+    assert told["GriffinLim"] == engine.plan(longer.shape).needs[3].working > audio.working
+
+
 def test_sound_beyond_full_scale_is_made_quieter_as_a_whole_and_other_sound_is_left_alone(
     engine, monkeypatch, caplog
 ):
