@@ -116,7 +116,7 @@ def test_blocks_cover_every_query_with_its_window_inside_the_slab(memory_bytes):
 
 def test_blocks_inside_the_grid_share_one_mask():
     grid, kernel = (64, 64, 64), (11, 11, 11)
-    plan = Plan((8, 8, 8), (18, 18, 18), 10**9, 0)
+    plan = Plan((8, 8, 8), (18, 18, 18), 10**9)
     assert len(list(batches(grid, kernel, plan))) == 27  # first, inner and last along each axis
 
 

@@ -150,7 +150,7 @@ def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(spl
     convolutional = Engine(
         main, "cpu", files=[folder / "vae/ltx-2.5-video-vae-conv-bf16.safetensors"], folders=[folder]
     )
-    assert convolutional._video_component == keymap.VIDEO_VAE
+    assert convolutional._files.video == keymap.VIDEO_VAE
     other = made(convolutional)
     assert other.latent_sha256 == result.latent_sha256
     assert not torch.equal(other.clip.frames, result.clip.frames)

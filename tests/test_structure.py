@@ -31,7 +31,8 @@ MAY_IMPORT = {
     **dict.fromkeys(("text", "transformer", "sampler", "latents"), BASE),
     **dict.fromkeys(("codec", "conditioning"), BASE | {"latents"}),
     "provenance": BASE,
-    "media": BASE | {"provenance"},
+    "paths": {"errors"},
+    "media": BASE | {"paths", "provenance"},
     "measure": BASE | {"media"},
     "residency": BASE,
     "checkpoint": BASE | STAGES,
@@ -76,7 +77,17 @@ MAY_IMPORT = {
         "two_stage",
     },
     "cli": BASE
-    | {"engine", "checkpoint", "media", "measure", "provenance", "recipes", "residency", "trajectory"},
+    | {
+        "engine",
+        "checkpoint",
+        "media",
+        "measure",
+        "paths",
+        "provenance",
+        "recipes",
+        "residency",
+        "trajectory",
+    },
 }
 NODES_MAY_IMPORT = {
     "engine",

@@ -127,7 +127,7 @@ def test_nobody_holds_an_upscaler_whose_file_was_replaced(files, tmp_path, host)
     for name in ("x2", "time"):
         path.write_bytes((folder / f"{name}.safetensors").read_bytes())
         engine.upscale(latents, path)
-        weights.append(weakref.ref(next(engine._upscaler_module(path).parameters())))
+        weights.append(weakref.ref(next(engine._upscaler_module(path, latents.shape).parameters())))
     gc.collect()
     assert [weight() is None for weight in weights] == [True, False]
 
@@ -173,7 +173,7 @@ def test_a_plan_counts_the_upscaler_and_what_it_holds(engine, files, name):
     start, grown = engine.empty_latents(shape), engine.upscaler(path).grown(shape)
     plain, plan = engine.plan(grown), engine.plan(grown, upscales=[(path, shape)])
     (need,) = [need for need in plan.needs if need not in plain.needs]
-    module = engine._upscaler_module(path)
+    module = engine._upscaler_module(path, shape)
     assert (need.name, need.weights) == ("upscale", weight_bytes(module))
     assert plan.peak - plain.peak == need.weights  # of the resident policy
     with MemoryCount() as count:
