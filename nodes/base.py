@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..model.errors import WorkflowError
+from ..model.errors import LockstepError, WorkflowError
 from . import host
 from .words import shown, text_of
 
@@ -51,7 +51,11 @@ class Node(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, input_types: dict[str, Any] | None = None) -> bool | str:
-        """What the host asks before the run; it leaves the types at links to nodes that name `input_types`, as all of ours do."""
+        """What the host asks before the run: True, or what is wrong.
+
+        It leaves the types at links to nodes that name `input_types`, as all of ours do, and files the sentence under every
+        argument that is named here and given.
+        """
         return check_links(cls.SCHEMA.inputs, input_types) if input_types else True
 
     @classmethod
@@ -78,20 +82,38 @@ def check_known(names: Sequence[str], inputs: Mapping[str, Any]) -> None:
 
 def check_links(sockets: Sequence[io.Input], given: Mapping[str, Any]) -> bool | str:
     """What validate_inputs returns for types at links (input, type): refused are those that the host itself would refuse."""
-    for socket in sockets:
-        name, needed = socket.id, socket.get_io_type()
-        if name in given and not host.fits(given[name], needed):
-            kind = given[name] if isinstance(given[name], str) else "COMBO"  # older nodes list the choices
-            way = f"type a value into the node or connect an output of type {needed}"
-            if needed in _GIVEN_BY:
-                way = f"connect {_GIVEN_BY[needed]}"
-            return f"{name} is linked to {kind}, {needed} is needed: {way}"
+    return all_wrong(*(_check_link(socket, given[socket.id]) for socket in sockets if socket.id in given))
+
+
+def _check_link(socket: io.Input, received: Any) -> bool | str:
+    needed = socket.get_io_type()
+    if host.fits(received, needed):
+        return True
+    kind = received if isinstance(received, str) else "COMBO"  # older nodes list the choices
+    return f"{socket.id} is linked to {kind}, {_need_of(needed)}"
+
+
+def _need_of(kind: str) -> str:
+    """The end of a sentence about an input that got something else than its type."""
+    way = f"type a value into the node or connect an output of type {kind}"
+    if kind in _GIVEN_BY:
+        way = f"connect {_GIVEN_BY[kind]}"
+    return f"{kind} is needed: {way}"
+
+
+def all_wrong(*said: bool | str) -> bool | str:
+    """What validate_inputs returns for several answers: all that are sentences, else True."""
+    return "; ".join(str(answer) for answer in said if answer is not True) or True
+
+
+def said_by(check: Callable[..., Any], *given: Any) -> bool | str:
+    """What validate_inputs returns for a check that raises; None among what it is given is linked, not known yet."""
+    try:
+        if None not in given:
+            check(*given)
+    except LockstepError as error:
+        return str(error)
     return True
-
-
-def first_wrong(*said: bool | str) -> bool | str:
-    """What validate_inputs returns for several answers: the first that is a sentence, else True."""
-    return next((answer for answer in said if answer is not True), True)
 
 
 def check_inputs(sockets: Sequence[io.Input], inputs: dict[str, Any]) -> None:
@@ -101,7 +123,7 @@ def check_inputs(sockets: Sequence[io.Input], inputs: dict[str, Any]) -> None:
         value = inputs.get(name)
         if kind in _IS_OF_TYPE:
             if not _IS_OF_TYPE[kind](value) and not (socket.optional and value is None):
-                raise WorkflowError(f"{name} holds {shown(value)}: connect an output of type {kind}")
+                raise WorkflowError(f"{name} holds {shown(value)}, {_need_of(kind)}")
         elif name in inputs and kind in ("COMBO", "STRING"):
             text_of(name, value)
         elif name in inputs and kind in ("INT", "FLOAT"):
@@ -123,10 +145,13 @@ def _check_number(socket: Any, value: Any) -> None:
 
 def check_choices(*choices: tuple[str, Any, Sequence[str]]) -> bool | str:
     """What validate_inputs returns for inputs (name, value, known values); None is a linked one, not known yet."""
-    for name, value, known in choices:
-        if value is not None and value not in known:
-            return f"unknown {name} {shown(value)}: use {', '.join(known[:-1])} or {known[-1]}"
-    return True
+    return all_wrong(
+        *(
+            f"unknown {name} {shown(value)}: use {', '.join(known[:-1])} or {known[-1]}"
+            for name, value, known in choices
+            if value is not None and value not in known
+        )
+    )
 
 
 def check_prefix(prefix: str | None) -> bool | str:

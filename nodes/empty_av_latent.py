@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
-from .base import Node, check_choices, first_wrong
+from .base import Node, all_wrong, check_choices
 from .clip_inputs import ASPECTS, clip_inputs
 from .sockets import CATEGORY, LockstepModel
 from .types import size_of, to_latents
@@ -34,7 +34,7 @@ class LockstepEmptyAVLatent(Node):
 
     @classmethod
     def validate_inputs(cls, input_types: dict | None = None, aspect: str | None = None) -> bool | str:
-        return first_wrong(super().validate_inputs(input_types), check_choices(("aspect", aspect, ASPECTS)))
+        return all_wrong(super().validate_inputs(input_types), check_choices(("aspect", aspect, ASPECTS)))
 
     @classmethod
     def run(

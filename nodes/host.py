@@ -111,7 +111,7 @@ def open_engine(
 
 
 def check_model(choice: str) -> None:
-    """Raises as open_engine does for a model choice that cannot be opened; the same files are looked into once."""
+    """Raises as open_engine does for a model choice that cannot be opened; the same files are opened once."""
     _check_files(choice, file_signature(choice))
 
 

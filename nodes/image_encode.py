@@ -6,13 +6,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from . import host
-from .base import Node, check_choices, first_wrong
+from .base import Node, all_wrong, check_choices
 from .sockets import CATEGORY
-from .types import frees_nothing, to_picture, with_picture
+from .types import stands_for_none, to_picture, with_picture
 
 _MOST_FRAMES = 10_000
 USES = ("frame", "reference")
-_NO_ALPHA = (64, 64)  # of the host's empty mask for a picture that has none
 _EMPTY = "mask has nothing white: the whole picture is held"
 
 
@@ -81,7 +80,7 @@ class LockstepImageEncode(Node):
 
     @classmethod
     def validate_inputs(cls, input_types: dict | None = None, use_as: str | None = None) -> bool | str:
-        return first_wrong(super().validate_inputs(input_types), check_choices(("use_as", use_as, USES)))
+        return all_wrong(super().validate_inputs(input_types), check_choices(("use_as", use_as, USES)))
 
     @classmethod
     def run(
@@ -96,6 +95,6 @@ class LockstepImageEncode(Node):
     ) -> io.NodeOutput:
         place = frame if use_as == "frame" else None
         picture = replace(to_picture(image, place, strength, mask), attention=attention)
-        if mask is not None and frees_nothing(mask) and mask.shape[-2:] != _NO_ALPHA:
+        if picture.mask is None and not stands_for_none(mask):
             host.warn(cls.hidden.unique_id, (_EMPTY,))
         return io.NodeOutput(with_picture(conditioning, picture))

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
-from .base import Node, first_wrong
+from .base import Node, all_wrong
 from .sockets import CATEGORY, LockstepModel
 from .types import counted_fps_of, from_joint_latent, kept_streams, read_latent, to_latents
 
@@ -45,7 +45,7 @@ class LockstepLatentUpscale(Node):
 
     @classmethod
     def validate_inputs(cls, input_types: dict | None = None, upscaler: str | None = None) -> bool | str:
-        return first_wrong(
+        return all_wrong(
             super().validate_inputs(input_types), host.check_file("upscaler", host.UPSCALERS, upscaler)
         )
 

@@ -2,10 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..model.errors import LockstepError
 from ..model.latents.file import read_latents
 from . import host
-from .base import Node
+from .base import Node, all_wrong, said_by
 from .sockets import CATEGORY
 from .types import to_latents
 from .words import text_of
@@ -39,12 +38,8 @@ class LockstepLoadAVLatent(Node):
 
     @classmethod
     def validate_inputs(cls, input_types: dict | None = None, file: str | None = None) -> bool | str:
-        try:
-            if file is not None:
-                host.latent_path(text_of("file", file))
-        except LockstepError as error:
-            return str(error)
-        return super().validate_inputs(input_types)
+        found = said_by(lambda choice: host.latent_path(text_of("file", choice)), file)
+        return all_wrong(super().validate_inputs(input_types), found)
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> tuple:

@@ -3,9 +3,8 @@
 from comfy_api.latest import io
 
 from ..model.engine import ATTENTION_NAMES, PRECISIONS, check_attention
-from ..model.errors import LockstepError
 from . import host
-from .base import Node, check_choices
+from .base import Node, all_wrong, check_choices, said_by
 from .sockets import CATEGORY, LockstepModel
 from .words import text_of
 
@@ -94,16 +93,10 @@ class LockstepLoader(Node):
             ("offload", offload, host.OFFLOADS),
             ("attention", attention, ATTENTION_NAMES),
         )
-        if known is not True:
-            return known
-        try:
-            if model is not None:
-                host.check_model(text_of("model", model))  # reads headers alone
-            if attention is not None and device is not None:
-                check_attention(attention, host.device_of(device), bool(compile))
-        except LockstepError as error:
-            return str(error)
-        return super().validate_inputs(input_types)
+        opens = said_by(_check_model, model)
+        # only of names that are known it can be told whether they go together
+        together = said_by(_check_attention, attention, device, bool(compile)) if known is True else True
+        return all_wrong(super().validate_inputs(input_types), known, opens, together)
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None, **_choices: str | None) -> str:
@@ -120,3 +113,11 @@ class LockstepLoader(Node):
         compile: bool = False,
     ) -> io.NodeOutput:
         return io.NodeOutput(host.open_engine(model, device, precision, offload, attention, compile))
+
+
+def _check_model(choice: str) -> None:
+    host.check_model(text_of("model", choice))  # reads headers alone
+
+
+def _check_attention(name: str, device: str, compiled: bool) -> None:
+    check_attention(name, host.device_of(device), compiled)

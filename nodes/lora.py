@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..model.engine import Engine
 from ..model.values import Lora
 from . import host
-from .base import Node, first_wrong
+from .base import Node, all_wrong
 from .sockets import CATEGORY, LockstepModel
 from .with_loras import add_lora
 
@@ -50,7 +50,7 @@ class LockstepLoRA(Node):
 
     @classmethod
     def validate_inputs(cls, input_types: dict | None = None, lora: str | None = None) -> bool | str:
-        return first_wrong(super().validate_inputs(input_types), host.check_file("lora", host.LORAS, lora))
+        return all_wrong(super().validate_inputs(input_types), host.check_file("lora", host.LORAS, lora))
 
     @classmethod
     def fingerprint_inputs(cls, model: Engine | None, lora: str | None, strength: float | None) -> tuple:

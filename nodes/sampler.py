@@ -22,7 +22,7 @@ from ..model.shapes import ClipShape
 from ..model.trajectory import Trajectory
 from ..model.values import AVLatents, Guide
 from . import history, host
-from .base import Node, check_choices, first_wrong
+from .base import Node, all_wrong, check_choices
 from .clip_inputs import ASPECTS, clip_inputs
 from .refining import STAGES, TEMPORAL, refining_levels
 from .sockets import CATEGORY, LockstepModel
@@ -188,7 +188,7 @@ class LockstepSampler(Node):
         cls, input_types: dict | None = None, aspect: str | None = None, sampler: str | None = None
     ) -> bool | str:
         choices = ("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLERS)
-        return first_wrong(super().validate_inputs(input_types), check_choices(*choices))
+        return all_wrong(super().validate_inputs(input_types), check_choices(*choices))
 
     @classmethod
     def run(

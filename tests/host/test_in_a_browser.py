@@ -73,11 +73,10 @@ def clip_with(workflow: dict, path: Path) -> bytes:
 
 def find_browser() -> tuple[str, str, Path]:
     """Chromium, node and the folder in which playwright-core lies. Raises SetupError if one cannot be had."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    chromium = next(filter(starts, filter(None, map(shutil.which, names))), None)
-    node, npm = shutil.which("node"), shutil.which("npm")
+    chromium = first_that_starts("chromium", "chromium-browser", "google-chrome")
+    node, npm = first_that_starts("node"), first_that_starts("npm")
     if not chromium or not node or not npm:
-        raise SetupError("no Chromium that starts, or no node here: apt-get install chromium nodejs npm")
+        raise SetupError("no Chromium, node or npm here that starts: apt-get install chromium nodejs npm")
     folder = set_up() / "browser"
     if not (folder / "node_modules" / "playwright-core").exists():
         folder.mkdir(exist_ok=True)
@@ -94,8 +93,13 @@ def find_browser() -> tuple[str, str, Path]:
     return chromium, node, folder
 
 
+def first_that_starts(*names: str) -> str | None:
+    """Some systems have a command of a browser's name which only tells how to install it; .ci/run asks the same."""
+    programs = filter(None, map(shutil.which, names))
+    return next((program for program in programs if starts(program)), None)
+
+
 def starts(program: str) -> bool:
-    """Some systems have a command of that name which only tells how to install it."""
     return subprocess.run([program, "--version"], capture_output=True).returncode == 0
 
 

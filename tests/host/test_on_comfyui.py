@@ -14,12 +14,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from comfyui import PACK, ROOT, ComfyUI, Listener, set_up
+from comfyui import PACK, ROOT, STEPS, ComfyUI, Listener, nodes_of, set_up, twin
 from make_workflows import CHECKPOINT, GEMMA, LORA, UPSCALER
 from PIL import Image
 from published_models import write_gemma, write_monolith
 
-from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import Engine, latent_sha256
 from lockstep.model.latents.file import read_latents
 from lockstep.model.media import read_clip
@@ -45,7 +44,6 @@ CORE = {
     "SaveImage": None,
     "SaveVideo": None,
 }
-STEPS = 2
 # writes what the repository keeps of a run: what ComfyUI shows of the nodes, and thumbnails of the workflows
 FREEZE = bool(os.environ.get("LOCKSTEP_FREEZE"))
 
@@ -54,24 +52,6 @@ FREEZE = bool(os.environ.get("LOCKSTEP_FREEZE"))
 def graph() -> dict:
     """Text to a clip of 13 frames in two steps, on the shipped weights where they are."""
     return twin("text_to_clip")
-
-
-def twin(name: str, whole: bool = False) -> dict:
-    """What the page sends for a workflow; short and in few steps, unless it is to be shown as a whole."""
-    made = json.loads((HERE / "api" / f"{name}.json").read_text(encoding="utf-8"))
-    for node in made.values():
-        # published weights are too large to test with: random ones of the same layout stand for them
-        if node["class_type"] == "LockstepLoader" and (
-            node["inputs"]["model"] != "embedded" or not WEIGHTS.exists()
-        ):
-            node["inputs"]["model"] = "random.safetensors"
-        if node["class_type"] == "LockstepSampler" and not whole:
-            node["inputs"] |= {"steps": STEPS, "seconds": 1.0}
-    return made
-
-
-def nodes_of(graph: dict, kind: str) -> list[str]:
-    return [number for number, node in graph.items() if node["class_type"] == kind]
 
 
 def with_seed(graph: dict, seed: int) -> dict:
@@ -292,10 +272,7 @@ def test_a_noise_mask_that_a_latent_file_does_not_keep_is_told(server: ComfyUI, 
     def told(saved: list) -> list[str]:
         inputs = {"latent": saved, "filename_prefix": "latents/longer"}
         graph["9"] = {"class_type": "LockstepSaveAVLatent", "inputs": inputs}
-        with Listener(server, "saver") as listener:
-            result = server.result(server.queue(with_seed(graph, 24), "saver"), seconds=120)
-        assert result.status == "success"
-        return [text for text in listener.texts if "keeps no noise mask" in text]
+        return [text for text in server.texts_of(with_seed(graph, 24)) if "keeps no noise mask" in text]
 
     assert len(told(["8", 0])) == 1
     assert told(["3", 2]) == []
@@ -548,10 +525,7 @@ def test_the_preview_moves_within_a_step_and_names_its_node(server: ComfyUI, gra
 
 def test_unknown_words_are_named_on_the_node(server: ComfyUI, graph: dict):
     graph["2"]["inputs"]["prompt"] = "a red ball bounces on zorbly gray"
-    with Listener(server, "reader") as listener:
-        server.result(server.queue(graph, "reader"))
-        listener.wait_for("execution_success")
-    assert any("zorbly" in text for text in listener.texts)
+    assert any("zorbly" in text for text in server.texts_of(graph))
 
 
 def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
@@ -645,9 +619,7 @@ def test_an_input_that_is_missing_is_told_as_such(server: ComfyUI, graph: dict, 
         "inputs": {"latent": ["3", 2], "filename_prefix": "a"},
     }
     del graph[node]["inputs"][name]
-    status, answer = server.post("/prompt", {"prompt": graph})
-    assert status == 400
-    errors = answer["node_errors"][node]["errors"]
+    errors = server.refuse(graph, node)
     assert [(error["type"], error["details"]) for error in errors] == [("required_input_missing", name)]
 
 
@@ -699,14 +671,26 @@ def test_an_input_that_is_missing_is_told_as_such(server: ComfyUI, graph: dict, 
         ("3", {"model": ["foreign", 0]}, "nothing in this LoRA fits this model"),
         ("4", {"video": ["mistaken", 0]}, "no latent upscaler: it holds"),
         ("4", {"video": ["silent", 0]}, "latent holds video alone: connect an av_latent output"),
-        ("3", {"conditioning": None}, "conditioning holds nothing: connect an output of type CONDITIONING"),
-        ("3", {"model": "embedded"}, "model holds 'embedded': connect an output of type LOCKSTEP_MODEL"),
-        ("3", {"latent": "none"}, "latent holds 'none': connect an output of type LATENT"),
+        (
+            "3",
+            {"conditioning": None},
+            "conditioning holds nothing, CONDITIONING is needed: connect the conditioning output of",
+        ),
+        (
+            "3",
+            {"model": "embedded"},
+            "model holds 'embedded', LOCKSTEP_MODEL is needed: connect the model output of",
+        ),
+        ("3", {"latent": "none"}, "latent holds 'none', LATENT is needed: connect a latent, such as"),
         ("3", {"aspect": None}, "aspect holds nothing: text or a choice of its list is needed"),
         ("late", {"use_as": None}, "use_as holds nothing"),
         ("3", {"fps": float("nan")}, "fps holds nan: a number from 0.0 to 120.0 is needed"),
-        ("4", {"video": 5}, "video holds 5: connect an output of type LATENT"),
-        ("late", {"image": "example.png"}, "image holds 'example.png': connect an output of type IMAGE"),
+        ("4", {"video": 5}, "video holds 5, LATENT is needed: connect a latent, such as"),
+        (
+            "late",
+            {"image": "example.png"},
+            "image holds 'example.png', IMAGE is needed: connect the images output of",
+        ),
     ],
 )
 def test_what_shows_only_in_the_run_is_told_in_one_sentence(
