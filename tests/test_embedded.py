@@ -485,6 +485,13 @@ def test_every_mode_of_training_teaches_what_it_should(mode):
     assert (model.transformer.audio_proj_out.weight.grad is None) == ("audio" in mode)
 
 
+def test_usual_steps_have_one_layout_and_shares_are_whole():
+    assert not [
+        mode for mode in _USUAL_MODES if {"guide", "reference", "sound", "apart"} & set(mode.split(" and "))
+    ]
+    assert sum(_USUAL_MODES.values()) == pytest.approx(1) == sum(_MODES.values())
+
+
 def test_levels_of_tokens_may_be_said_at_once_where_they_are_one():
     batch, model = _random_batch(), Generator()
     initialise_generator(model, seed=0)

@@ -37,22 +37,12 @@ _USUAL_FORMAT = FORMATS[0]
 _TENSORS = ("video", "audio", "guide", "reference")
 # what is given in a step, and how often; "audio" with pictures beside it: as a clip is made whose sound comes first
 _USUAL_MODES = {
-    "nothing": 0.02,
-    "first": 0.01,
-    "audio": 0.07,
-    "video": 0.14,
-    "beginning": 0.01,  # of both streams, a clip that goes on
-    "beginning and audio": 0.01,
-    "beginning and sound": 0.03,
-    "guide": 0.01,
-    "first and guide": 0.005,
-    "reference": 0.01,
-    "first and audio": 0.025,
-    "first and guide and audio": 0.015,
-    "reference and audio": 0.04,
-    "apart": 0.01,  # no attention between the streams: what modality guidance compares with
-    # no pictures: nearly all that is wrong in a clip is wrong in its sound, to which pictures keep
-    "sound": 0.595,
+    "nothing": 0.05,
+    "first": 0.04,
+    "audio": 0.6,
+    "video": 0.09,
+    "first and audio": 0.16,
+    "beginning": 0.06,
 }
 _MODES = {
     "nothing": 0.01,
