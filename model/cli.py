@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import CheckpointError, LockstepError, MediaError, PromptError, ProvenanceError
 from .paths import check_file
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .values import Clip, GenerateRequest, GenerateResult, Lora, Progress
 
 _MAX_SEED = 2**64 - 1
+_REPEATED: dict[str, Any] = {"action": "append", "default": []}  # argparse copies the list
 
 
 class UsageError(LockstepError):
@@ -132,8 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=lora,
         dest="loras",
         type=_lora,
-        action="append",
-        default=[],
+        **_REPEATED,
         help="LoRA file, at strength 1 unless given; may be repeated",
     )
     add(
@@ -141,8 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         dest="upscalers",
         type=Path,
-        action="append",
-        default=[],
+        **_REPEATED,
         help="latent upscaler, followed by a short second stage; --size and --fps are those of the last; may be repeated",
     )
     add(
@@ -150,8 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=lora,
         dest="refine_loras",
         type=_lora,
-        action="append",
-        default=[],
+        **_REPEATED,
         help="for second stages alone, such as the distilled LoRA of a full checkpoint",
     )
     add("--tokenizer", metavar="PATH", type=Path, help="tokenizer.json of the text encoder, or its folder")
@@ -236,8 +234,7 @@ def _add_files(command: argparse.ArgumentParser) -> None:
         metavar="PATH",
         dest="files",
         type=Path,
-        action="append",
-        default=[],
+        **_REPEATED,
         help="a further file or folder of the model, such as its text encoder; may be repeated",
     )
     command.add_argument(
@@ -245,8 +242,7 @@ def _add_files(command: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         dest="folders",
         type=Path,
-        action="append",
-        default=[],
+        **_REPEATED,
         help="folder to search for what is missing, such as ComfyUI's models; may be repeated",
     )
 

@@ -165,9 +165,8 @@ class Engine:
         self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
         self._foretold: dict[str, tuple[Hashable, StageNeed]] = {}  # of each stage's last shape, for a host
-        self._beside: dict[
-            str, int
-        ] = {}  # what each component's stage holds beside weights; bytes, for a host
+        # bytes that each component's stage holds beside weights, for a host
+        self._beside: dict[str, int] = {}
         self._probes: dict[tuple, StepCacheReport] = {}
         self._residence = Residence(self.device, memory)
         self._compiled = compiled
@@ -431,6 +430,28 @@ class Engine:
             cache = trusted_cache(report)
             made = self._denoised(run, layouts, cache, latents)
         return with_reuse(made, report, cache)
+
+    def add_frames(
+        self,
+        conditioning: Conditioning,
+        start: AVLatents,
+        guides: Sequence[Guide],
+        settings: SampleSettings,
+        seed: int = 0,
+        given_video: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        progress: ProgressCallback = _nothing,
+    ) -> AVLatents:
+        """The second stage of latents with new frames (of upscale): their pictures made anew to their sound as it is.
+
+        Arguments and errors as of sample.
+        """
+        seen = in_known_time(start, self.recipe.fast_fps)
+        made = self.sample(
+            conditioning, seen.shape, guides, settings, seed,
+            given_video=given_video, given_audio=seen.audio, video_mask=video_mask, progress=progress, start=seen,
+        )  # fmt: skip
+        return replace(start, video=made.video)
 
     def _layouts(self, shape: ClipShape, guides: Sequence[Guide], given: Given) -> tuple[Layout, Layout]:
         # from the configs: the codecs need not be on the device while the transformer is
@@ -902,14 +923,11 @@ class Engine:
         settings = SampleSettings(guidance=UNGUIDED, sampler="euler", sigmas=levels, loras=loras)
         guides = self._guides(request, grown.shape, progress)
         seed = request.seed + number  # noise of its own
-        # new frames are made to the sound as it is
-        seen = in_known_time(grown, recipe.fast_fps) if temporal else grown
-        kept = seen.audio if temporal else None
-        made = self.sample(
-            conditioning, seen.shape, guides, settings, seed, given_audio=kept, progress=progress, start=seen
-        )
+        if temporal:
+            return self.add_frames(conditioning, grown, guides, settings, seed, progress=progress)
+        made = self.sample(conditioning, grown.shape, guides, settings, seed, progress=progress, start=grown)
         # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones
-        return made if recipe.sigmas and not temporal else replace(grown, video=made.video)
+        return made if recipe.sigmas else replace(grown, video=made.video)
 
     def _open_upscaler(self, path: Path) -> tuple[Header, LatentUpsampler | None]:
         file = stamp(path)

@@ -1,20 +1,27 @@
 """Names of files that users give."""
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import MediaError
+
+
+def nearest_name(path: Path) -> str | None:
+    """The name in the path's folder that is most like its own; None where none is, or where the folder cannot be read."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(file.name for file in path.absolute().parent.iterdir() if file.is_file())
+    return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)), None)
 
 
 def check_file(path: Path) -> None:
     """Raises MediaError with the nearest name in its folder where there is no such file."""
     if path.is_file():
         return
-    folder = path.absolute().parent
-    names = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    hint = f": the nearest name there is {nearest[0]}" if nearest else ""
-    hint = hint if folder.is_dir() else f": there is no folder {folder}"
-    raise MediaError(
-        f"{path} is a folder: name a file in it" if path.is_dir() else f"no such file: {path}{hint}"
-    )
+    if path.is_dir():
+        raise MediaError(f"{path} is a folder: name a file in it")
+    folder, nearest = path.absolute().parent, nearest_name(path)
+    hint = f": there is no folder {folder}" if not folder.is_dir() else ""
+    hint = f": the nearest name there is {nearest}" if nearest else hint
+    raise MediaError(f"no such file: {path}{hint}")

@@ -84,7 +84,7 @@ def carried_audio(audio_BzLM: Tensor, shape: ClipShape) -> Tensor:
 
 
 def in_known_time(latents: AVLatents, fast_fps: float | None) -> AVLatents:
-    """Latents with new frames as a model reads them that knows no rate between 30 and fast_fps; None: it knows all.
+    """Latents with new frames as a model reads them that knows no rate above 30 but fast_fps; None: it knows all.
 
     Where the clip is faster than 30 frames per second its pictures stand as at fast_fps, and its sound is drawn into the
     time that they then last, so that both stay together. Only the pictures that are made of it count.

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -15,7 +16,6 @@ from ..model.engine import (
     Engine,
     Guidance,
     SampleSettings,
-    in_known_time,
 )
 from ..model.errors import CheckpointError, UnsupportedModelError, WorkflowError
 from ..model.shapes import ClipShape
@@ -226,7 +226,7 @@ class LockstepSampler(Node):
         own_sampler = "euler" if second else None
         chosen = own_sampler if sampler == OWN_SAMPLER else sampler
         settings = SampleSettings(steps or None, guidance, chosen, step_cache=step_cache)
-        start = seen = None
+        start = None
         warnings = ()
         if second:
             warnings = model.recipe.unrefined(getattr(model, "loras", ()))
@@ -235,20 +235,18 @@ class LockstepSampler(Node):
         if refine.strip():
             levels = refining_levels(refine, model, steps or None, shape)
             settings, start = replace(settings, sigmas=levels), latents_to_refine(given, shape)
-            seen = in_known_time(start, model.recipe.fast_fps) if temporal else start
             # pictures of Lockstep Video Encode as they came: kept as they are, there would be nothing to refine
             given = {name: stream for name, stream in given.items() if name != "video" or name not in whole}
             whole -= {"video"}
+            if temporal:  # all of the sound stays
+                given = {name: stream for name, stream in given.items() if name != "audio"}
         elif whole == {"video", "audio"}:
             warnings += (_NOTHING_TO_MAKE,)
         task = f"sampling {shape.frames} frames of {shape.width}x{shape.height}"
         reporter = host.Reporter(cls.hidden.unique_id, task, shape.fps)
         with reporter as report:
             report.look = preview_of(model, shape)
-            kept = kept_parts(given, shape)
-            if temporal and seen is not None:  # new frames are made to the sound as it is
-                kept = {name: part for name, part in kept.items() if "audio" not in name}
-                kept["given_audio"] = seen.audio
+            kept: dict[str, Any] = kept_parts(given, shape)
             way = Trajectory(trajectory, report) if trajectory.strip() else None
             guides = [
                 encode_picture(model, picture, shape, counted_fps, report)
@@ -256,21 +254,21 @@ class LockstepSampler(Node):
                 if picture.strength > 0  # else it would be noise that the clip sees
             ]
             with history.measured(model, "sample") as meter:
-                latents = model.sample(
-                    script.text,
-                    shape if seen is None else seen.shape,
-                    guides,
-                    settings,
-                    seed,
-                    given_video=kept.get("given_video"),
-                    given_audio=kept.get("given_audio"),
-                    video_mask=kept.get("video_mask"),
-                    audio_mask=kept.get("audio_mask"),
-                    progress=way or report,
-                    start=seen,
-                )
-            if temporal and start is not None:
-                latents = replace(start, video=latents.video)
+                if temporal and start is not None:
+                    latents = model.add_frames(
+                        script.text, start, guides, settings, seed, **kept, progress=way or report
+                    )
+                else:
+                    latents = model.sample(
+                        script.text,
+                        shape,
+                        guides,
+                        settings,
+                        seed,
+                        **kept,
+                        progress=way or report,
+                        start=start,
+                    )
             pictures = host.blocked()
             if way is not None:
                 pictures = model.trajectory(way, shape, trajectory_moment, report)

@@ -88,8 +88,12 @@ def test_what_is_gathered_and_scored_stays_under_the_cap(memory_bytes, monkeypat
 
 
 def test_the_working_set_does_not_grow_with_the_grid():
-    plans = [plan_blocks((size, size, size), (11, 11, 11), 4, 512, 2**29) for size in (32, 512)]
+    kernel = (11, 11, 11)
+    plans = [plan_blocks((size, size, size), kernel, 4, 512, 2**29) for size in (32, 512)]
     assert plans[0] == plans[1]
+    assert (
+        plans[0].blocks_at_once * module._block_bytes(plans[0].block, (32, 32, 32), kernel, 4, 512) <= 2**29
+    )
 
 
 def test_tight_memory_shrinks_the_blocks_and_roomy_memory_batches_them():

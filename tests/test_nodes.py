@@ -12,7 +12,7 @@ import weakref
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -21,7 +21,7 @@ from PIL import Image, ImageStat
 
 import lockstep
 from lockstep.model.embedded import WEIGHTS
-from lockstep.model.engine import SampleSettings, latent_sha256
+from lockstep.model.engine import Engine, SampleSettings, latent_sha256
 from lockstep.model.errors import CheckpointError, MediaError, NotFiniteError, ShapeError, WorkflowError
 from lockstep.model.recipes import Recipe
 from lockstep.model.shapes import ClipShape, Compression
@@ -1169,6 +1169,7 @@ def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, word
         device=torch.device("cpu"),
         within_layers=lambda guidance: guidance,
     )
+    engine.add_frames = MethodType(Engine.add_frames, engine)
     monkeypatch.setattr(host, "join_latents", lambda streams: Nested(*streams))
     monkeypatch.setattr(host, "is_watched", lambda: False)
     node = type("Sampler", (pack.sampler.LockstepSampler,), {"hidden": SimpleNamespace(unique_id=None)})
@@ -1181,7 +1182,7 @@ def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, word
         assert torch.equal(seen["given_audio"], seen["start"].audio)
         assert torch.equal(made.audio, grown.audio)
     else:
-        assert (seen["start"].shape, seen["given_audio"]) == (grown.shape, None)
+        assert (seen["start"].shape, seen.get("given_audio")) == (grown.shape, None)
 
 
 @pytest.mark.parametrize("words", ["a bit", ",", "0", "1e-9", "1.5", "-0.5", "nan", "0.5 of it"])

@@ -22,7 +22,7 @@ from lockstep.model.measure.pictures import (
 )
 from lockstep.model.measure.report import draw_report, report_clip
 from lockstep.model.measure.sound import look_at_sound, loudness
-from lockstep.model.measure.sync import measure_small_sync
+from lockstep.model.measure.sync import measure_sync
 from lockstep.model.media import read_origin, stream_seconds, write_clip, write_image
 from lockstep.model.values import Clip
 
@@ -223,7 +223,7 @@ def test_the_report_of_a_long_clip_needs_little_memory():
     for _ in range(25):
         look.push(some)
     look.facts()
-    measure_small_sync(look.pixels, 24.0, torch.rand(1, 8000), 8000)
+    measure_sync(look.pixels, 24.0, torch.rand(1, 8000), 8000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 25 * len(some) * 300_000

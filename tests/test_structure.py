@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "media": BASE | {"paths", "provenance"},
     "measure": BASE | {"media"},
     "residency": BASE,
-    "checkpoint": BASE | STAGES,
+    "checkpoint": BASE | STAGES | {"paths"},
     "embedded": BASE | STAGES | {"checkpoint", "media", "measure"},
     "denoiser": BASE
     | {"conditioning", "latents", "sampler", "transformer"},  # where the sampler's function meets the model

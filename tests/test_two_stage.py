@@ -222,11 +222,13 @@ def test_new_frames_are_made_to_the_sound_as_it_is_at_a_rate_that_the_model_know
     engine.sample = lambda _text, shape, *rest, **options: (
         seen.update(options, shape=shape) or sample(_text, shape, *rest, **options)
     )
+    own = engine.recipe
+    engine.recipe = replace(own, fast_fps=fast_fps)
     try:
-        recipe = replace(engine.recipe, fast_fps=fast_fps)
-        made = engine._refine(text, first, path, REQUEST, recipe, 1, lambda _: None)
+        made = engine._refine(text, first, path, REQUEST, engine.recipe, 1, lambda _: None)
     finally:
         del engine.sample
+        engine.recipe = own
     assert (seen["shape"].fps, made.shape.fps) == (read, fps)
     assert torch.equal(seen["given_audio"], seen["start"].audio)
     assert seen["given_audio"].shape[2] == round(made.shape.frames / read * 25)

@@ -5,7 +5,6 @@ Layout: 8 bytes little-endian length N; N bytes of JSON {name: {dtype, shape, da
 and sizes. Source: the format description of huggingface/safetensors.
 """
 
-import difflib
 import json
 import math
 from collections import Counter
@@ -17,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
+from ..paths import nearest_name
 
 # The largest published header has 1 MB. The reference reader goes to 100 MB, whose parsing takes minutes and gigabytes.
 MAX_HEADER_BYTES = 32_000_000
@@ -154,9 +154,8 @@ def _size_of(path: Path) -> int:
     folder = path.absolute().parent  # of a name alone the folder that we stand in
     if not folder.is_dir():
         raise CheckpointError(f"{path} does not exist: there is no folder {folder}")
-    names = sorted(p.name for p in folder.iterdir() if p.is_file())
-    nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    hint = f"the nearest name there is {nearest[0]}" if nearest else _listed(folder)
+    nearest = nearest_name(path)
+    hint = f"the nearest name there is {nearest}" if nearest else _listed(folder)
     raise CheckpointError(f"{path} does not exist: {hint}")
 
 

@@ -16,7 +16,7 @@ from .doubts import STILL
 from .motion import motion_energy, shrink
 from .pictures import Look, PictureFacts
 from .sound import SILENT_DBFS, SoundFacts, look_at_sound
-from .sync import Sync, measure_small_sync
+from .sync import Sync, measure_sync
 
 _FROZEN_SECONDS = 1.0  # without any change in a clip that moves elsewhere
 _DRIFT = 3.0  # CIELAB, in ten seconds
@@ -79,7 +79,7 @@ def report_clip(
     return ClipReport(
         look.facts(),
         sound,
-        measure_small_sync(look.pixels, clip.fps, clip.waveform, clip.sample_rate_hz),
+        measure_sync(look.pixels, clip.fps, clip.waveform, clip.sample_rate_hz),
         difference_ms,
         dict(made or {}),
     )

@@ -43,9 +43,7 @@ class Sync:
         return said | {name: [round(t, 4) for t in said[name]] for name in ("events", "onsets")}
 
 
-def measure_small_sync(
-    pixels: np.ndarray, fps: float, waveform_CS: Tensor | None, sample_rate_hz: int
-) -> Sync:
+def measure_sync(pixels: np.ndarray, fps: float, waveform_CS: Tensor | None, sample_rate_hz: int) -> Sync:
     """The offset of a clip's sound against its picture, with confidence.
 
     pixels: as motion.shrink gives them, all of them numbers, or packed; waveform: (channels, S), -1..1, or None. Of the

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from lockstep.model.embedded import sound, world
-from lockstep.model.measure.pictures import Look
-from lockstep.model.measure.sync import Sync, measure_small_sync
+from lockstep.model.measure.report import report_clip
+from lockstep.model.measure.sync import Sync
 from lockstep.model.media import read_clip, write_clip
 from lockstep.model.values import Clip
 
@@ -57,9 +57,7 @@ def through_a_file(clip: Clip, folder: Path) -> Clip:
 
 def sync_of(clip: Clip) -> Sync:
     """As the clip report has it."""
-    look = Look(len(clip.frames), clip.fps)
-    look.push(clip.frames)
-    return measure_small_sync(look.pixels, clip.fps, clip.waveform, clip.sample_rate_hz)
+    return report_clip(clip).sync
 
 
 def measure(scene, frames, fps, size, wave, folder: Path) -> Sync:
