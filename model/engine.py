@@ -302,7 +302,9 @@ class Engine:
         """
         positive = self.tokenizer.encode(prompt)
         other = self.tokenizer.encode(negative, required=False)
+        places = (positive.places, other.places)
         with self._lock, torch.inference_mode(), self._numbers(self._files.text, keymap.CONNECTORS):
+            self._foretell(places, lambda: self._forecast.text(places), self._files.text, keymap.CONNECTORS)
             # all states first, so that a language model which has to make room comes once
             states = []
             for tokens in (positive, other):
@@ -574,7 +576,7 @@ class Engine:
         """
         self._check_owner(latents)
         with self._lock, self._numbers(self._files.video):
-            self._foretell(self._files.video, latents.shape, lambda: self._forecast.video(latents.shape))
+            self._foretell(latents.shape, lambda: self._forecast.video(latents.shape), self._files.video)
             vae = self._video_vae
             if isinstance(vae, DiffusionVAE):
                 yield signals.decoded_whole(vae, latents.video, progress)
@@ -603,8 +605,8 @@ class Engine:
         """
         self._check_owner(latents)
         with self._lock, torch.inference_mode(), full_float32(self.device):
-            for component in (keymap.AUDIO_VAE, keymap.VOCODER):
-                self._foretell(component, latents.shape, lambda: self._forecast.audio(latents.shape))
+            forecast = partial(self._forecast.audio, latents.shape)
+            self._foretell(latents.shape, forecast, keymap.AUDIO_VAE, keymap.VOCODER)
             vae = self._audio_vae
             mel = signals.decoded_mel(vae, latents.audio, progress)
             vocoder = self._vocoder
@@ -761,18 +763,24 @@ class Engine:
         step_cache: float = 0.0,
         loras: Sequence[Lora] = (),
         upscales: Sequence[tuple[Path, ClipShape]] = (),
+        prompts: tuple[int, ...] | None = None,
     ) -> Plan:
         """The memory that a clip will need, from shapes alone; its policy, if none was given, rules from now on.
 
         shape: of the finished clip; upscales: the latent upscalers that led to it, each with the shape that it gets.
+        prompts: tokens of prompt and negative prompt; None: as many as the model reads.
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
         with self._lock:  # another run may be moving weights, which the policy tells where to
             guidance = guidance or self.recipe.guidance
-            key = (shape, guidance.passes, step_cache > 0)
+            key = (shape, guidance.passes, step_cache > 0, prompts)
             if key not in self._forecasts:
                 self._forecasts[key] = self._forecast.needs(
-                    shape, guidance.passes, "perturbed" in guidance.passes, cached=step_cache > 0
+                    shape,
+                    guidance.passes,
+                    "perturbed" in guidance.passes,
+                    cached=step_cache > 0,
+                    prompts=prompts,
                 )
             text, sample, *decodes = self._forecasts[key]
             self.read_loras(loras)
@@ -805,7 +813,7 @@ class Engine:
         On a CPU no host asks.
         """
         asked = (shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0)
-        need = self._foretell(keymap.TRANSFORMER, asked, lambda: self._forecast.sampling(*asked))
+        need = self._foretell(asked, lambda: self._forecast.sampling(*asked), keymap.TRANSFORMER)
         if need is None:
             return
         self.read_loras(loras)
@@ -814,17 +822,17 @@ class Engine:
         _plan_logger.info("%s", need.sentence())
         progress(Progress("memory", 0, 1, note=need.sentence()))
 
-    def _foretell(self, component: str, asked: Hashable, make: Callable[[], StageNeed]) -> StageNeed | None:
-        """What a component's stage will need, made anew for another question: that takes seconds for a large model.
+    def _foretell(self, asked: Hashable, make: Callable[[], StageNeed], *components: str) -> StageNeed | None:
+        """What the stage of these components will need, made anew for another question: that takes seconds for a large model.
 
         A host makes room for it from now on. None on a CPU, where no host asks, and without a host.
         """
         if not self._place or self.device.type == "cpu":
             return None
-        known = self._foretold.get(component)
+        known = self._foretold.get(components[0])
         if known is None or known[0] != asked:
-            known = self._foretold[component] = (asked, make())
-        self._beside[component] = known[1].working
+            known = self._foretold[components[0]] = (asked, make())
+        self._beside.update(dict.fromkeys(components, known[1].working))
         return known[1]
 
     def _lora_bytes(self, loras: Sequence[Lora]) -> int:
@@ -857,7 +865,10 @@ class Engine:
             upscales.append((path, shape))
             shape = self.upscaler(path).grown(shape)
         loras = (*request.loras, *request.refine_loras)
-        _plan_logger.info("%s", self.plan(shape, guidance, request.step_cache, loras, upscales).sentence())
+        texts = (request.prompt, request.negative)
+        prompts = tuple(self.tokenizer.encode(text, required=False).places for text in texts)
+        plan = self.plan(shape, guidance, request.step_cache, loras, upscales, prompts)
+        _plan_logger.info("%s", plan.sentence())
 
     # the same, with the type that the name promises
     @property
@@ -949,7 +960,7 @@ class Engine:
             module = cast(LatentUpsampler, built)
             self._upscalers[stamp(path)] = (header, module)
         if self._place:
-            self._foretell(keymap.UPSAMPLER, (path, shape), lambda: self._forecast.upscaling(header, shape))
+            self._foretell((path, shape), lambda: self._forecast.upscaling(header, shape), keymap.UPSAMPLER)
             self._place(module, self._beside.get(keymap.UPSAMPLER, 0))
         else:
             self._residence.use(f"{keymap.UPSAMPLER} {stamp(path)}", module)

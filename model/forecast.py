@@ -1,8 +1,7 @@
 """The memory that each stage of a clip will need, before any weight is read: the stages themselves run on meta tensors.
 
 So a forecast follows every change of the code, and holds for each checkpoint. What libraries take beside tensors
-(workspaces of convolutions, fragmentation) is not in it, nor what a language model or the diffusion decoder hold beside
-their weights.
+(workspaces of convolutions, fragmentation) is not in it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from .checkpoint.build import build_as_held
 from .checkpoint.families import Files
 from .checkpoint.header import Header
 from .codec.audio_vae import AudioVAE
+from .codec.diffusion_decoder import DiffusionVAE
 from .codec.griffin_lim import GriffinLim
 from .codec.latent_upsampler import LatentUpsampler
 from .codec.streaming import WINDOW_BYTES, decode_stream
@@ -61,15 +61,18 @@ class Forecast:
         perturbed: bool = False,
         window_bytes: int = WINDOW_BYTES,
         cached: bool = False,
+        prompts: Sequence[int] | None = None,
     ) -> tuple[StageNeed, ...]:
-        """Text, sampling, video and audio of one clip; perturbed: one of the passes is STG's; cached: with the step cache."""
-        with torch.inference_mode():
-            return (
-                self._text(),
-                self.sampling(shape, passes, perturbed, cached),
-                self.video(shape, window_bytes),
-                self.audio(shape),
-            )
+        """Text, sampling, video and audio of one clip; perturbed: one of the passes is STG's; cached: with the step cache.
+
+        prompts: tokens of each; None: of a prompt and a negative one, both as long as the model reads.
+        """
+        return (
+            self.text(prompts or (self._text_length,) * 2),
+            self.sampling(shape, passes, perturbed, cached),
+            self.video(shape, window_bytes),
+            self.audio(shape),
+        )
 
     @torch.inference_mode()
     def upscaling(self, file: Header, shape: ClipShape) -> StageNeed:
@@ -91,17 +94,23 @@ class Forecast:
             pack_linears(module.get_submodule("transformer_blocks"))
         return module
 
-    def _text(self) -> StageNeed:
-        encoder, connectors = (self._module(name) for name in (keymap.TEXT_ENCODER, keymap.CONNECTORS))
+    @torch.inference_mode()
+    def text(self, prompts: Sequence[int]) -> StageNeed:
+        """That of encoding prompts of so many tokens, by the text encoder and then by the connectors."""
+        encoder = self._module(keymap.TEXT_ENCODER) or self._module(keymap.LANGUAGE_MODEL)
+        connectors = self._module(keymap.CONNECTORS)
+        need, beside = stack_need("text", encoder or nn.Identity()), weight_bytes(connectors)
+        need = replace(need, weights=need.weights + beside, fixed=need.fixed + beside)
         if encoder is None or connectors is None:
-            beside = weight_bytes(encoder, connectors)
-            need = stack_need("text", self._module(keymap.LANGUAGE_MODEL) or nn.Identity())
-            return replace(need, weights=need.weights + beside, fixed=need.fixed + beside)
-        ids = torch.zeros(1, self._text_length, dtype=torch.int64, device="meta")
-        mask = torch.zeros(1, self._text_length, device="meta")
-        with MemoryCount() as count:
-            connectors(encoder(ids, mask), mask, self._text_length)
-        return StageNeed("text", weight_bytes(encoder, connectors), count.peak)
+            return need
+        with torch.device("meta"), MemoryCount() as count:
+            masks = [torch.ones(1, tokens) for tokens in prompts]
+            states = [encoder(torch.zeros(mask.shape, dtype=torch.int64), mask) for mask in masks]
+            _contexts = [
+                connectors(own, mask, max(self._text_length, mask.shape[1]))
+                for own, mask in zip(states, masks, strict=True)
+            ]
+        return replace(need, working=count.peak)
 
     @torch.inference_mode()
     def sampling(
@@ -146,6 +155,8 @@ class Forecast:
     def video(self, shape: ClipShape, window_bytes: int = WINDOW_BYTES) -> StageNeed:
         """That of decoding pictures in windows of this size."""
         vae = self._module(keymap.VIDEO_VAE) or self._module(keymap.VIDEO_VAE_DIFFUSION)
+        if isinstance(vae, DiffusionVAE):
+            return self._diffused(vae, shape)
         if not isinstance(vae, VideoVAE):
             return StageNeed("video", weight_bytes(vae), 0)
         grid = (min(shape.latent_frames, _LATENTS), shape.latent_height, shape.latent_width)
@@ -157,6 +168,20 @@ class Forecast:
                 pass
         banded = latent.nbytes + _BAND_TENSORS * cast(int, BANDS.band_bytes)
         return StageNeed("video", weight_bytes(vae), count.peak, banded=min(banded, count.peak))
+
+    def _diffused(self, vae: DiffusionVAE, shape: ClipShape) -> StageNeed:
+        weights, decoder = weight_bytes(vae), vae.decoder
+        # one block of a kind tells what any number of them holds, for none leaves anything behind
+        decoder.det_stages = nn.ModuleList(
+            stage[:1] for stage in cast(list[nn.ModuleList], decoder.det_stages)
+        )
+        decoder.diff_blocks = decoder.diff_blocks[:1]
+        grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+        dtype = next(vae.parameters()).dtype
+        latent = torch.empty(1, vae.config.latent_channels, *grid, device="meta", dtype=dtype)
+        with MemoryCount() as count:
+            vae.decode(latent, torch.Generator())
+        return StageNeed("video", weights, count.peak)
 
     @torch.inference_mode()
     def audio(self, shape: ClipShape) -> StageNeed:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lockstep.model.checkpoint import keymap
 from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import Engine, SampleSettings, latent_sha256
 from lockstep.model.errors import (
@@ -21,6 +22,7 @@ from lockstep.model.errors import (
     WorkflowError,
 )
 from lockstep.model.sampler.guidance import Guidance
+from lockstep.model.text.tokenizer import Tokens
 from lockstep.model.transformer.block import Block
 from lockstep.model.transformer.model import AVTransformer
 from lockstep.model.values import GenerateRequest, Lora, Progress
@@ -185,6 +187,24 @@ def test_a_host_is_told_what_the_transformer_holds_beside_its_weights(engine):
     assert need.sentence().startswith(
         "memory: sample needs 0.00 GB beside 0.02 GB of weights, 0.01 GB in all"
     )
+
+
+def test_a_host_is_told_what_encoding_text_holds_beside_weights(engine):
+    told: dict[str, int] = {}
+    placed = Engine("embedded", "cpu", lambda module, beside: told.update({type(module).__name__: beside}))
+    shape, prompt = placed.shape(seconds=1.0), "a red ball bounces"
+
+    def states(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = tokens.masked()
+        return placed._module(keymap.TEXT_ENCODER)(ids, mask), mask  # which stays where its weights are
+
+    placed._states = states
+    placed.device = torch.device("cuda")
+    for negative in ("", "a blue cube"):
+        placed.encode_text(prompt, negative)
+        prompts = tuple(placed.tokenizer.encode(text, required=False).places for text in (prompt, negative))
+        text = engine.plan(shape, prompts=prompts).needs[0]
+        assert told == {"WordEncoder": text.working, "Connectors": text.working}
 
 
 def test_a_host_is_told_what_decoding_holds_beside_weights(engine):

@@ -35,6 +35,7 @@ from lockstep.model.checkpoint.language_config import PUBLISHED, language_config
 from lockstep.model.checkpoint.structure import component_shapes
 from lockstep.model.checkpoint.tokenizer_source import find_tokenizer
 from lockstep.model.errors import CheckpointError, PromptError, UnsupportedModelError
+from lockstep.model.residency import MemoryCount
 from lockstep.model.text.connector import Connectors, ConnectorsConfig
 from lockstep.model.text.gemma import GemmaEncoder, GemmaTokenizer
 
@@ -110,6 +111,23 @@ def test_states_are_the_reference_s_without_its_padding(reference, encoder, fold
     made = encoder(ids, torch.ones(ids.shape))
     assert made.shape == (1, ids.shape[1], 24, TEXT_STATES)
     assert_near(made, wanted[:, LENGTH - ids.shape[1] :], TOLERANCE * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("given", [GEMMA_3, GEMMA_4], ids=["Gemma 3", "Gemma 4"])
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_many_states_outweigh_what_a_layer_holds_and_a_forecast_counts_them(given, tokens):
+    layers = 16  # a third of the published ones
+    section = given | {"hidden_size": 96, "intermediate_size": 4 * 96, "num_hidden_layers": layers}
+    section["layer_types"] = given["layer_types"] * (layers // 2)
+    counted = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model, ids = GemmaEncoder(section), torch.zeros(1, tokens, dtype=torch.int64)
+            with torch.inference_mode(), MemoryCount() as count:
+                states = model(ids, torch.ones(1, tokens))
+        assert states.shape == (1, tokens, 96, layers + 1)
+        counted.append(count.peak)
+    assert counted[1] == pytest.approx(counted[0], rel=0.15)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

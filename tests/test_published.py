@@ -29,6 +29,7 @@ from lockstep.model.checkpoint.header import Header, read_header
 from lockstep.model.checkpoint.published_files import PUBLISHED
 from lockstep.model.engine import Engine
 from lockstep.model.errors import CheckpointError, MemoryShortError, PromptError, UnsupportedModelError
+from lockstep.model.residency import MemoryCount
 from lockstep.model.text.duration_head import frames_for
 from lockstep.model.values import GenerateRequest
 
@@ -155,6 +156,29 @@ def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(spl
     assert other.latent_sha256 == result.latent_sha256
     assert not torch.equal(other.clip.frames, result.clip.frames)
     assert torch.equal(made(engine).clip.frames, result.clip.frames)
+
+
+@pytest.mark.parametrize("words", [4, 200])
+def test_a_forecast_meets_what_a_language_model_really_holds(split, words):
+    folder, main = split
+    engine = Engine(main, "cpu", folders=[folder])
+    engine.load()
+    prompt = " ".join(["ball"] * words)
+    prompts = (words + 1, 1)  # both begin with <bos>
+    with MemoryCount() as count:
+        engine.encode_text(prompt)
+    assert engine._forecast.text(prompts).working == pytest.approx(count.peak, rel=0.15)
+
+
+@pytest.mark.parametrize(("size", "seconds"), [("96x64", 0.375), ("192x160", 2.0)])
+def test_a_forecast_meets_what_the_diffusion_decoder_really_holds(split, size, seconds):
+    folder, main = split
+    engine = Engine(main, "cpu", folders=[folder])
+    engine.load()
+    latents = engine.empty_latents(engine.shape(size, seconds))
+    with MemoryCount() as count:
+        list(engine.video_frames(latents))
+    assert engine._forecast.video(latents.shape).working == pytest.approx(count.peak, rel=0.15)
 
 
 MISSING = {

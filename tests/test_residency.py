@@ -297,8 +297,10 @@ def test_a_plan_waits_while_another_run_moves_weights(engine):
 
 @pytest.mark.parametrize("seconds", [1, 3])
 def test_a_forecast_meets_what_the_stages_really_hold(engine, seconds):
-    shape = engine.shape(seconds=seconds)
-    forecast = {need.name: need.working for need in engine.plan(shape).needs}
+    shape, prompt = engine.shape(seconds=seconds), "a red ball bounces"
+    prompts = (engine.tokenizer.encode(prompt).places, 1)
+    forecast = {need.name: need.working for need in engine.plan(shape, prompts=prompts).needs}
+    longest = engine.plan(shape).needs[0].working
     engine.load()
 
     def measured(run):
@@ -307,13 +309,14 @@ def test_a_forecast_meets_what_the_stages_really_hold(engine, seconds):
         return count.peak, made
 
     found = {}
-    found["text"], conditioning = measured(lambda: engine.encode_text("a red ball bounces"))
+    found["text"], conditioning = measured(lambda: engine.encode_text(prompt))
     settings = SampleSettings(steps=2)
     found["sample"], latents = measured(lambda: engine.sample(conditioning, shape, settings=settings))
     found["video"], _ = measured(lambda: [len(piece) for piece in engine.video_frames(latents)])
     found["audio"], _ = measured(lambda: engine.decode_audio(latents))
     for stage, wanted in found.items():
         assert forecast[stage] == pytest.approx(wanted, rel=0.15), stage
+    assert longest > forecast["text"]  # of prompts that nobody has told
 
 
 def test_policies_make_the_same_clip(engine):

@@ -21,10 +21,12 @@ def seeded_generator(seed: int) -> torch.Generator:
 def draw_noise(
     shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal noise of this shape, float32, drawn on the CPU and then moved to device."""
+    """Standard normal noise of this shape, float32, drawn on the CPU and then moved to device; on meta none is drawn."""
     assert generator.device.type == "cpu", (
         f"{generator.device=}: other devices give other numbers for one seed"
     )
+    if torch.device(device).type == "meta":
+        return torch.empty(tuple(shape), device=device)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(device)
 
 

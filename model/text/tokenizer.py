@@ -43,6 +43,11 @@ class Tokens:
     dropped: int  # words beyond the longest prompt
     doubts: tuple[str, ...] = ()  # what the prompt says that the model cannot show: "names two colours, ..."
 
+    @property
+    def places(self) -> int:
+        """How many of them `masked` gives."""
+        return max(1, len(self.ids))
+
     def masked(self) -> tuple[Tensor, Tensor]:
         """Ids and mask (1, L), 1 = a token; an empty prompt keeps one masked place, so that registers fill everything."""
         if len(self.ids):

@@ -66,7 +66,8 @@ def main() -> None:
     def request(seed: int) -> GenerateRequest:
         return GenerateRequest(args.prompt, seconds=args.seconds, size=args.size, steps=args.steps, seed=seed)
 
-    plan = engine.plan(engine.shape(args.size, args.seconds))
+    prompts = (engine.tokenizer.encode(args.prompt).places, 1)
+    plan = engine.plan(engine.shape(args.size, args.seconds), prompts=prompts)
     print(plan.sentence())
     first = engine.generate(request(0))
     stages: dict[str, list[float]] = {}
