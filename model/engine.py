@@ -28,7 +28,7 @@ from .checkpoint.header import Header, Stamp, stamp
 from .checkpoint.lora import LoraStack
 from .codec.audio_vae import AudioVAE
 from .codec.diffusion_config import DiffusionVAEConfig
-from .codec.diffusion_decoder import DiffusionVAE
+from .codec.diffusion_decoder import ON_HOST, DiffusionVAE, Room
 from .codec.latent_upsampler import LatentUpsampler
 from .codec.streaming import WINDOW_BYTES, encode_stream
 from .codec.video_vae import VideoVAE
@@ -576,10 +576,15 @@ class Engine:
         """
         self._check_owner(latents)
         with self._lock, self._numbers(self._files.video):
-            self._foretell(latents.shape, lambda: self._forecast.video(latents.shape), self._files.video)
+            forecast = partial(self._forecast.video, latents.shape)
+            need = self._foretell(latents.shape, forecast, self._files.video)
             vae = self._video_vae
             if isinstance(vae, DiffusionVAE):
-                yield signals.decoded_whole(vae, latents.video, progress)
+                narrow = self._residence.bands or (need is not None and self._is_short_of(need.working))
+                yield from stepping_down(
+                    lambda room: signals.diffused(vae, latents.video, room, progress),
+                    ON_HOST if narrow else Room(),
+                )
                 return
             chosen = BANDS if self._residence.bands else Window(WINDOW_BYTES)
             yield from stepping_down(
@@ -834,6 +839,10 @@ class Engine:
             known = self._foretold[components[0]] = (asked, make())
         self._beside.update(dict.fromkeys(components, known[1].working))
         return known[1]
+
+    def _is_short_of(self, working: int) -> bool:
+        free = free_bytes(self.device, 0)
+        return free is not None and working > free
 
     def _lora_bytes(self, loras: Sequence[Lora]) -> int:
         """All of their matrices stay on the device while the transformer runs, streamed or not."""

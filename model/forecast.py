@@ -6,6 +6,7 @@ So a forecast follows every change of the code, and holds for each checkpoint. W
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from .checkpoint.build import build_as_held
 from .checkpoint.families import Files
 from .checkpoint.header import Header
 from .codec.audio_vae import AudioVAE
-from .codec.diffusion_decoder import DiffusionVAE
+from .codec.diffusion_decoder import ON_HOST, DiffusionVAE
 from .codec.griffin_lim import GriffinLim
 from .codec.latent_upsampler import LatentUpsampler
 from .codec.streaming import WINDOW_BYTES, decode_stream
@@ -25,6 +26,7 @@ from .codec.vocoder import ExtendedVocoder, Generator
 from .codec.windows import WINDOW_LATENTS, WINDOW_MELS, decode_audio_stream, vocode_stream
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser
+from .layers.neighborhood_attention import MEMORY_BYTES
 from .layers.scaled_linear import pack_linears
 from .residency import BANDS, MemoryCount, StageNeed, stack_need, weight_bytes
 from .shapes import ClipShape
@@ -181,7 +183,7 @@ class Forecast:
         latent = torch.empty(1, vae.config.latent_channels, *grid, device="meta", dtype=dtype)
         with MemoryCount() as count:
             vae.decode(latent, torch.Generator())
-        return StageNeed("video", weights, count.peak)
+        return StageNeed("video", weights, count.peak, banded=min(_of_a_piece(vae, shape), count.peak))
 
     @torch.inference_mode()
     def audio(self, shape: ClipShape) -> StageNeed:
@@ -203,3 +205,18 @@ class Forecast:
             frames = vae.config.mel_frames(shape.audio_latents)
             peak = max(peak, vae.config.channels_out * vocoder.working_bytes(frames))
         return StageNeed("audio", weight_bytes(vae, vocoder), peak)
+
+
+def _of_a_piece(vae: DiffusionVAE, shape: ClipShape) -> int:
+    """What the last blocks hold, whose frames are the largest and see most others, where all else lies on the host."""
+    decoder, config = vae.decoder, vae.config.decoder
+    block, cells = decoder.diff_blocks[0], shape.compression.space // config.patch
+    grid = (shape.latent_height * cells, shape.latent_width * cells, config.width)
+    empty = partial(torch.empty, device="meta", dtype=next(vae.parameters()).dtype)
+    piece = ON_HOST.pieces(shape.frames, empty(1, 1, *grid).nbytes)[0]
+    seen = min(shape.frames, piece.stop + config.kernel[0] - 1)
+    rows = empty(block.scale_shift_table.shape)
+    with MemoryCount() as count:
+        brought = [empty(1, seen, *grid), empty(1, seen, *grid)]
+        block(*brought, rows, MEMORY_BYTES, piece)
+    return count.peak

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,25 @@ class Window:
 BANDS = Window(1, 2**22)
 
 
-def stepping_down(stream: Callable[[Window], Iterator[Tensor]], window: Window) -> Iterator[Tensor]:
+class Narrowing(Protocol):
+    """How much of a decode is on the device at once: a Window, or what another decoder has in its place."""
+
+    def smaller(self) -> Any:
+        """Another of its kind, tried next where memory has ended; None after the last resort."""
+
+    def words(self) -> str:
+        """For people."""
+        ...
+
+
+Way = TypeVar("Way", bound=Narrowing)
+
+
+def stepping_down(stream: Callable[[Way], Iterator[Tensor]], window: Way) -> Iterator[Tensor]:
     """Pieces of stream(window); where memory ends, it goes on with a smaller window behind the last piece given.
 
     stream: pieces that join along axis 0 to the same whatever the window.
-    Raises MemoryShortError if bands of single frames do not fit either.
+    Raises MemoryShortError if the smallest does not fit either.
     """
     given = 0
     while True:
@@ -71,7 +85,7 @@ def stepping_down(stream: Callable[[Window], Iterator[Tensor]], window: Window) 
         smaller = window.smaller()
         if smaller is None:
             raise MemoryShortError(
-                f"decoding one frame at a time, in {window.words()}, does not fit into the free memory "
+                f"decoding in {window.words()} does not fit into the free memory "
                 f"({first_line(error)}): make a smaller picture, or free memory"
             )
         window = smaller
@@ -140,7 +154,7 @@ class StageNeed:
     block: int = 0  # of these weights, those of one streamed block; 0: they cannot be streamed
     fixed: int = 0  # of these weights, those outside of streamed blocks
     levels: int = 0  # of these weights, those that embed noise levels: gone before the second block runs
-    banded: int | None = None  # working memory of a decode in bands of rows; None: it cannot
+    banded: int | None = None  # working memory of a decode whose frames lie on the host; None: it cannot
 
     @property
     def whole(self) -> int:
@@ -164,7 +178,7 @@ class Plan:
     policy: Policy
     needs: tuple[StageNeed, ...]
     budget: int | None  # bytes free for this model; None: unknown
-    bands: bool = False  # pictures are decoded in bands of rows, their frames on the host
+    bands: bool = False  # pictures are decoded in bands of rows or pieces of frames, the others on the host
 
     @property
     def peak(self) -> int:
@@ -182,7 +196,7 @@ class Plan:
             "stream": "blocks come one by one",
         }[self.policy]
         free = "" if self.budget is None else f" of {_gigabytes(self.budget)} free"
-        bands = "; pictures are decoded in bands of rows" if self.bands else ""
+        bands = "; pictures are decoded in small parts, layer by layer" if self.bands else ""
         return f"memory: {_gigabytes(self.peak)}{free} at the peak ({self.widest.name}); {how}{bands}"
 
 
@@ -194,7 +208,7 @@ def peak_of(policy: Policy, needs: Sequence[StageNeed]) -> int:
 
 
 def make_plan(needs: Sequence[StageNeed], budget: int | None, policy: str | None = None) -> Plan:
-    """The first policy that fits, from the fastest on, with a decode in bands of rows if none fits without; `policy` overrides.
+    """The first policy that fits, from the fastest on, with a decode of small parts if none fits without; `policy` overrides.
 
     budget: free bytes of the device; None, where they are unknown, keeps all resident.
     Raises MemoryShortError if not even streaming fits, or the policy asked for does not.
@@ -510,7 +524,7 @@ class Residence:
     def __init__(self, device: torch.device, policy: str | None = None):
         self._device, self.given = device, check_policy(policy)
         self.policy: Policy = self.given or "resident"  # rules now
-        self.bands = False  # whether the plan has pictures decoded in bands of rows
+        self.bands = False  # whether the plan has pictures decoded with their frames on the host
         self._here: dict[str, HostWeights | BlockStream] = {}
 
     @property

@@ -13,16 +13,16 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from .codec.audio_vae import AudioVAE, AudioVAEConfig
-from .codec.diffusion_decoder import DiffusionVAE
+from .codec.diffusion_decoder import DiffusionVAE, Room
 from .codec.mel import LogMel, MelConfig
 from .codec.streaming import decode_stream
 from .codec.video_vae import VideoVAE
 from .codec.vocoder import Generator
 from .codec.windows import decode_audio_stream, encode_audio_stream, vocode_stream
-from .errors import MediaError, MemoryShortError, NotFiniteError, ShapeError
+from .errors import MediaError, NotFiniteError, ShapeError
 from .latents.noise import seeded_generator
 from .media import compress_image, fit_image, fit_sound
-from .residency import Window, first_line, out_of_memory
+from .residency import Window
 from .shapes import ClipShape
 from .values import Progress, ProgressCallback
 
@@ -100,21 +100,16 @@ def decoded(
         yield shown(pixels)
 
 
-def decoded_whole(vae: DiffusionVAE, latent_BCFHW: Tensor, progress: ProgressCallback) -> Tensor:
-    """Frames in one piece, progress counts blocks. Raises MemoryShortError: there is no smaller window to try."""
-    try:
-        with torch.inference_mode():
-            # a seed of its own: the same latents always give the same pictures
-            latent_BCFHW = latent_BCFHW.to(next(vae.parameters()))
-            pixels = vae.decode(latent_BCFHW, seeded_generator(0), counting("video", progress))
-            return shown(pixels)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise MemoryShortError(
-            f"the diffusion decoder does not fit into the free memory ({first_line(str(error))}): take the "
-            "convolutional video VAE of this version, which decodes in windows, or make a smaller or shorter clip"
-        ) from error
+def diffused(
+    vae: DiffusionVAE, latent_BCFHW: Tensor, room: Room, progress: ProgressCallback
+) -> Iterator[Tensor]:
+    """All frames (F, H, W, 3) at once, see shown; progress counts blocks."""
+    with torch.inference_mode():
+        latent_BCFHW = latent_BCFHW.to(next(vae.parameters()))
+        # a seed of its own: the same latents always give the same pictures
+        pixels = vae.decode(latent_BCFHW, seeded_generator(0), counting("video", progress), room=room)
+        frames = shown(pixels)
+    yield frames
 
 
 def shown(pixels_BCFHW: Tensor) -> Tensor:

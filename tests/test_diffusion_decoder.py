@@ -19,7 +19,7 @@ from lockstep.model.checkpoint.build import build
 from lockstep.model.checkpoint.header import Header, read_header
 from lockstep.model.checkpoint.published_configs import published_config
 from lockstep.model.codec.diffusion_config import DiffusionVAEConfig
-from lockstep.model.codec.diffusion_decoder import DiffusionVAE
+from lockstep.model.codec.diffusion_decoder import DiffusionVAE, Room
 from lockstep.model.codec.streaming import encode_stream
 from lockstep.model.errors import CheckpointError, ShapeError, UnsupportedModelError
 from lockstep.model.shapes import Compression
@@ -142,6 +142,16 @@ def test_a_memory_cap_does_not_change_the_picture(vae):
     latent = torch.randn(1, 4, 3, 4, 4)
     whole = vae.decode(latent, generator())
     assert_near(vae.decode(latent, generator(), memory_bytes=100_000), whole)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("cells", [(3, 3, 4), (6, 3, 3)])
+@pytest.mark.parametrize("room", [Room(1), Room(20_000), Room(1, on_host=True)], ids=Room.words)
+def test_a_decode_in_pieces_of_frames_equals_the_whole_one(vae, room, cells, steps):
+    latent = torch.randn(1, 4, *cells, generator=generator())
+    wanted = vae.decode(latent, generator(), steps=steps)
+    made = vae.decode(latent, generator(), steps=steps, room=room)
+    assert_near(made, wanted, 1e-5)
 
 
 def test_sizes_follow_the_compression(vae):

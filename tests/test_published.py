@@ -27,6 +27,7 @@ from lockstep.model import cli
 from lockstep.model.checkpoint import build, keymap
 from lockstep.model.checkpoint.header import Header, read_header
 from lockstep.model.checkpoint.published_files import PUBLISHED
+from lockstep.model.codec.diffusion_decoder import ON_HOST, DiffusionDecoder, DiffusionVAE, Room
 from lockstep.model.engine import Engine
 from lockstep.model.errors import CheckpointError, MemoryShortError, PromptError, UnsupportedModelError
 from lockstep.model.residency import MemoryCount
@@ -113,21 +114,21 @@ def test_given_files_stand_before_the_checkpoint_s_own(models, tmp_path):
 
 
 def assert_told_once_where_it_does_not_fit(engine: Engine) -> None:
-    """The diffusion decoder has no windows that could be smaller."""
+    """Nor in any of the smaller pieces that are tried before."""
     tries = []
 
-    def full(*_):
-        tries.append(1)
+    def full(*_, room: Room):
+        tries.append(room)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     decoder = engine._video_vae
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(decoder), "decode", full)
         with pytest.raises(
-            MemoryShortError, match=r"\(CUDA out of memory\): take the convolutional video VAE"
+            MemoryShortError, match=r"single frames .* does not fit .*\(CUDA out of memory\): make a smaller"
         ):
             engine.decode_video(engine.empty_latents(engine.shape("48x32", 0.4)))
-    assert tries == [1]
+    assert tries == [Room(), Room(2**28), Room(2**28, on_host=True), Room(1, on_host=True)]
 
 
 def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(split, caplog):
@@ -179,6 +180,82 @@ def test_a_forecast_meets_what_the_diffusion_decoder_really_holds(split, size, s
     with MemoryCount() as count:
         list(engine.video_frames(latents))
     assert engine._forecast.video(latents.shape).working == pytest.approx(count.peak, rel=0.15)
+
+
+def test_a_forecast_meets_what_a_piece_of_the_diffusion_decoder_really_holds(split, monkeypatch):
+    folder, main = split
+    engine, held = Engine(main, "cpu", folders=[folder]), []
+    latents = engine.empty_latents(engine.shape("192x160", 2.0))
+    room = Room(2**20, on_host=True)
+    monkeypatch.setattr("lockstep.model.forecast.ON_HOST", room)
+    forecast = engine._forecast.video(latents.shape).banded
+    vae = engine._video_vae
+    with MemoryCount() as count, torch.inference_mode():
+        before = []
+
+        def begin(_block, given):
+            before.append(count.alive)
+            count.peak = count.alive
+
+        def end(_block, given, _made):
+            # on a CPU nothing is copied to be there
+            held.append(count.peak - before[-1] + sum(volume.nbytes for volume in given[:2]))
+
+        vae.decoder.diff_blocks[0].register_forward_pre_hook(begin)
+        vae.decoder.diff_blocks[0].register_forward_hook(end)
+        vae.decode(latents.video, torch.Generator(), room=room)
+    assert len(held) > 4
+    assert forecast == pytest.approx(max(held), rel=0.15)
+
+
+def test_the_diffusion_decoder_goes_on_in_pieces_where_memory_ends(split, monkeypatch, caplog):
+    folder, main = split
+    engine = Engine(main, "cpu", folders=[folder])
+    latents = engine.empty_latents(engine.shape("96x64", 0.375))
+    latents = replace(latents, video=torch.randn(latents.video.shape))
+    wanted, tries, denoise = engine.decode_video(latents), [], DiffusionDecoder.denoise
+    failures = iter([torch.OutOfMemoryError("CUDA out of memory")] * 2)
+
+    def full(*given):
+        tries.append(given[-1])
+        for failure in failures:
+            raise failure
+        return denoise(*given)
+
+    monkeypatch.setattr(DiffusionDecoder, "denoise", full)
+    with caplog.at_level(logging.WARNING, logger="lockstep"):
+        torch.testing.assert_close(engine.decode_video(latents), wanted, atol=1e-5, rtol=0)
+    assert tries == [Room(), Room(2**28), Room(2**28, on_host=True)]
+    assert caplog.messages[-1] == (
+        "out of memory: going on with pieces of 256 MB of a layer at a time, the others on the host"
+    )
+    engine._residence.bands = True  # as a plan says
+    engine.decode_video(latents)
+    assert tries[3:] == [Room(2**28, on_host=True)]
+
+
+def test_a_host_is_told_what_the_diffusion_decoder_holds_and_begins_small_where_room_is_short(
+    split, monkeypatch
+):
+    folder, main = split
+    told: dict[str, int] = {}
+
+    def place(module, beside):
+        told[type(module).__name__] = beside
+
+    engine, rooms = Engine(main, "cpu", place, folders=[folder]), []
+    latents = engine.empty_latents(engine.shape("96x64", 0.375))
+    need = engine._forecast.video(latents.shape)
+    decode = DiffusionVAE.decode
+    monkeypatch.setattr(
+        DiffusionVAE, "decode", lambda *a, **o: (rooms.append(o.get("room")), decode(*a, **o))[1]
+    )
+    engine.device = torch.device("cuda")
+    for free in (need.working, need.working - 1):
+        monkeypatch.setattr("lockstep.model.engine.free_bytes", lambda *_, free=free: free)
+        list(engine.video_frames(latents))
+    assert told == {"DiffusionVAE": need.working}
+    assert rooms == [None, Room(), ON_HOST]  # the first of them is the forecast
 
 
 MISSING = {

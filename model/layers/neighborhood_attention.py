@@ -21,6 +21,7 @@ from ..errors import ShapeError
 
 Cells = tuple[int, int, int]  # frames, rows, columns
 
+ALL_FRAMES = slice(None)
 MEMORY_BYTES = 2**29
 PIECE_TOKENS = 2**14  # of what works token by token; bounds the wide values in between
 _BLOCK: Cells = (4, 8, 8)  # larger blocks share more keys and mask more of them away
@@ -95,13 +96,23 @@ def spans(cells: int, kernel: int, block: int, slab: int) -> list[Span]:
     return made
 
 
+def slab_of(piece: slice, frames: int, kernel: int) -> slice:
+    """The frames that the queries of a piece see; as a grid of their own they give these queries the same windows."""
+    first = _clamp(piece.start - kernel // 2, frames - kernel)
+    return slice(first, _clamp(piece.stop - 1 - kernel // 2, frames - kernel) + kernel)
+
+
 def _clamp(value: int, highest: int) -> int:
     return max(0, min(value, highest))
 
 
-def batches(grid: Cells, kernel: Cells, plan: Plan) -> Iterator[list[tuple[Span, ...]]]:
-    """All blocks, in batches that share one mask: inside the grid every block has the same."""
-    axes = [spans(*sizes) for sizes in zip(grid, kernel, plan.block, plan.slab, strict=True)]
+def batches(
+    grid: Cells, kernel: Cells, plan: Plan, kept: slice = ALL_FRAMES
+) -> Iterator[list[tuple[Span, ...]]]:
+    """All blocks with queries in the frames kept, in batches that share one mask: inside the grid every block has the same."""
+    frames, *axes = [spans(*sizes) for sizes in zip(grid, kernel, plan.block, plan.slab, strict=True)]
+    first, end, _ = kept.indices(grid[0])
+    axes = [[span for span in frames if span.first < end and span.first + plan.block[0] > first], *axes]
     alike = defaultdict(list)
     for block in product(*axes):
         alike[tuple(span.windows for span in block)].append(block)
@@ -111,17 +122,23 @@ def batches(grid: Cells, kernel: Cells, plan: Plan) -> Iterator[list[tuple[Span,
 
 
 def neighborhood_attention(
-    query: Tensor, key: Tensor, value: Tensor, kernel: Cells, memory_bytes: int = MEMORY_BYTES
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: Cells,
+    memory_bytes: int = MEMORY_BYTES,
+    kept: slice = ALL_FRAMES,
 ) -> Tensor:
     """softmax(q k / sqrt(K)) v within each query's window; all (B, F, H, W, N, K), any float dtype.
 
-    memory_bytes: cap of what is held beside the four grids. Raises as plan_blocks does.
+    memory_bytes: cap of what is held beside the four grids. kept: frames of the result that are wanted, others are left
+    as they are. Raises as plan_blocks does.
     """
     batch, *grid, heads, head_width = query.shape
     token_bytes = batch * heads * head_width * query.element_size()
     plan = plan_blocks(_cells(grid), kernel, batch * heads, token_bytes, memory_bytes)
     result = torch.empty_like(query)
-    cut = batches(_cells(grid), kernel, plan)
+    cut = batches(_cells(grid), kernel, plan, kept)
     if query.is_meta:
         cut = [max(cut, key=len)]  # a forecast: none holds more
     for blocks in cut:
@@ -238,8 +255,8 @@ class NeighborhoodAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_width, eps=1e-6)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BFHWC: Tensor, memory_bytes: int = MEMORY_BYTES) -> Tensor:
-        """(B, F, H, W, C) to the same; memory_bytes as in neighborhood_attention."""
+    def forward(self, x_BFHWC: Tensor, memory_bytes: int = MEMORY_BYTES, kept: slice = ALL_FRAMES) -> Tensor:
+        """(B, F, H, W, C) to the frames kept of the same; memory_bytes as in neighborhood_attention."""
         batch, *grid, width = x_BFHWC.shape
         angles = GridAngles.of(_cells(grid), self.head_width, x_BFHWC.device)
         heads = (batch, *grid, width // self.head_width, self.head_width)
@@ -251,5 +268,5 @@ class NeighborhoodAttention(nn.Module):
             query[:, frames] = rotate_pairs(self.q_norm(q), table)
             key[:, frames] = rotate_pairs(self.k_norm(k), table)
             value[:, frames] = v
-        mixed = neighborhood_attention(query, key, value, self.kernel, memory_bytes)
+        mixed = neighborhood_attention(query, key, value, self.kernel, memory_bytes, kept)[:, kept]
         return self.proj(rearrange(mixed, "B F H W N K -> B F H W (N K)"))
