@@ -147,6 +147,49 @@ def test_model_parts_import_only_what_stands_below_them() -> None:
             )
 
 
+# of what no node asks: a clip at once, a plan, a recipe or a device by its name
+COMMAND_ALONE = {"cli", "components", "engine", "recipes", "residency"}
+
+
+def sentences(file: Path) -> list[str]:
+    """Every text of a file but the docstrings, the values in it left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    plain = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    left_out = parts | {id(node.value) for node in plain}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(part.value) for part in node.values if isinstance(part, ast.Constant)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
+            found.append(node.value)
+    return found
+
+
+def test_what_nodes_tell_too_names_no_option_as_if_it_were_theirs() -> None:
+    told = {
+        (name_of(file), sentence)
+        for file in MODEL_FILES
+        if part_of(file) not in COMMAND_ALONE | {"embedded"}
+        for sentence in sentences(file)
+        if re.search(r"(^|\s)--[a-z]", sentence)
+    }
+    assert {name for name, _ in told} == {
+        "model/checkpoint/resolver.py",
+        "model/checkpoint/tokenizer_source.py",
+        "model/provenance.py",
+    }
+    assert [sentence for _, sentence in told if "give the command" not in sentence] == []
+    assert [file.name for file in NODE_FILES if any("--" in sentence for sentence in sentences(file))] == []
+    for file in NODE_FILES:
+        for call in (
+            n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)
+        ):
+            asked = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            assert asked not in ("generate", "plan"), f"{file.name}: its sentences name the command's options"
+            assert asked != "choose_recipe" or not call.args, f"{file.name}: a recipe by name"
+
+
 def test_the_packages_themselves_load_nothing() -> None:
     roots = [file for file in MODEL_FILES if file.name == "__init__.py"]
     loading = [f for f in roots if any(m[0] not in sys.stdlib_module_names for m in imports(f))]
