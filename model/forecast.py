@@ -209,14 +209,15 @@ class Forecast:
 
 def _of_a_piece(vae: DiffusionVAE, shape: ClipShape) -> int:
     """What the last blocks hold, whose frames are the largest and see most others, where all else lies on the host."""
-    decoder, config = vae.decoder, vae.config.decoder
-    block, cells = decoder.diff_blocks[0], shape.compression.space // config.patch
-    grid = (shape.latent_height * cells, shape.latent_width * cells, config.width)
+    config, block = vae.config.decoder, vae.decoder.diff_blocks[0]
+    given = (shape.latent_frames, shape.latent_height, shape.latent_width)
+    latent_frames, *latent_grid = map(max, given, config.smallest_latent)
+    frames = (latent_frames - 1) * config.compression.time + 1
+    grid = (*(cells * config.compression.space // config.patch for cells in latent_grid), config.width)
     empty = partial(torch.empty, device="meta", dtype=next(vae.parameters()).dtype)
-    piece = ON_HOST.pieces(shape.frames, empty(1, 1, *grid).nbytes)[0]
-    seen = min(shape.frames, piece.stop + config.kernel[0] - 1)
-    rows = empty(block.scale_shift_table.shape)
+    piece = ON_HOST.pieces(frames, empty(1, 1, *grid).nbytes)[0]
+    seen = min(frames, piece.stop + config.kernel[0] - 1)
+    rows = torch.empty_like(block.get_parameter("scale_shift_table"))
     with MemoryCount() as count:
-        brought = [empty(1, seen, *grid), empty(1, seen, *grid)]
-        block(*brought, rows, MEMORY_BYTES, piece)
+        block(empty(1, seen, *grid), empty(1, seen, *grid), rows, MEMORY_BYTES, piece)
     return count.peak

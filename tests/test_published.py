@@ -171,7 +171,7 @@ def test_a_forecast_meets_what_a_language_model_really_holds(split, words):
     assert engine._forecast.text(prompts).working == pytest.approx(count.peak, rel=0.15)
 
 
-@pytest.mark.parametrize(("size", "seconds"), [("96x64", 0.375), ("192x160", 2.0)])
+@pytest.mark.parametrize(("size", "seconds"), [("32x16", 0.1), ("96x64", 0.375), ("192x160", 2.0)])
 def test_a_forecast_meets_what_the_diffusion_decoder_really_holds(split, size, seconds):
     folder, main = split
     engine = Engine(main, "cpu", folders=[folder])

@@ -1,8 +1,9 @@
 """Latents to pixels by denoising: the diffusion video decoder of 2.5, beside the same convolutional encoder (spec section 2.16).
 
 Four stages of neighbourhood attention grow the latents into a context volume; the last one denoises patches of pixels
-beside it. Module names are the published ones. A pixel depends on 140 frames before and behind it, more than a usual clip of
-121 has, so that windows of the whole decode would help nobody; a layer sees 5 at most, so layer by layer is cut instead.
+beside it. Module names are the published ones. A published decoder's pixel depends on 140 frames before and behind it, more
+than a usual clip of 121 has, so that windows of the whole decode would save nothing; but a layer sees 5 at most, so that each
+is computed in pieces where room is short.
 
 B batch, C channels, F H W frames/rows/columns, T timestep width, R modulation rows.
 """
@@ -47,9 +48,7 @@ def _nobody_counts() -> None:
 class Room:
     """How many frames of one layer are computed at a time, and where all of them lie between layers."""
 
-    piece_bytes: int | None = (
-        None  # of what a layer gives at a time, a frame may be larger; None: all at once
-    )
+    piece_bytes: int | None = None  # of what a layer gives; a frame may be larger; None: all frames at once
     on_host: bool = False  # pieces come to the weights' device, and what they give goes back
 
     def smaller(self) -> "Room | None":
@@ -335,7 +334,7 @@ class DiffusionVAE(nn.Module):
 
         generator: on the CPU, the source of the noise. tick: called with (blocks done, blocks in all); what it raises
         ends the decode. steps: None for the file's own number. memory_bytes: cap of one attention's working set. room:
-        of all others; memory and speed, not the pixels, depend on it.
+        of all frames; memory and speed, not the pixels, depend on it.
         Latents smaller than the kernels are continued by copies of their edge, the result is cropped.
         Raises ShapeError for no latents and for fewer than one step.
         """

@@ -5,7 +5,7 @@ belong to the connectors. B batch, L tokens, D width, Z states.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,11 @@ class GemmaEncoder(nn.Module):
         """Ids (B, L) and mask (B, L; 1 = a token) to states (B, L, D, Z): embedding first, final norm last."""
         return torch.stack(self._states(ids_BL, mask_BL), dim=-1)
 
-    def _states(self, ids_BL: Tensor, mask_BL: Tensor) -> Sequence[Tensor]:
-        if (
-            ids_BL.is_meta
-        ):  # a forecast: many states outweigh what a layer holds, and not every release runs there
+    def _states(self, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, ...]:
+        if ids_BL.is_meta:
+            # a forecast: not every release of the library runs there, and many states outweigh what a layer holds
             weight = self.model.get_submodule("embed_tokens").get_parameter("weight")
-            return [weight.new_empty(*ids_BL.shape, weight.shape[1]) for _ in range(self._count)]
+            return tuple(weight.new_empty(*ids_BL.shape, weight.shape[1]) for _ in range(self._count))
         made = self.model(
             input_ids=ids_BL, attention_mask=mask_BL, output_hidden_states=True, use_cache=False
         )
