@@ -13,7 +13,7 @@ import torch
 from bench.calibrate_sync import heard, measure, sync_of
 
 from lockstep.model.embedded import sound, world
-from lockstep.model.measure.motion import find_jumps, follow, motion_energy, name_motion, shrink
+from lockstep.model.measure.motion import find_jumps, find_turns, follow, motion_energy, name_motion, shrink
 from lockstep.model.measure.onsets import find_onsets
 from lockstep.model.measure.sync import match_events
 from lockstep.model.values import Clip
@@ -154,6 +154,49 @@ def test_turns_are_seen_between_frames(motion, kind):
         assert seen.kind == kind
         for event in world.event_times(scene, 34 / 12):
             assert min(abs(event - t) for t in seen.events) < 0.003
+
+
+def out_of_time(motion: str, frames: int, fps: float) -> tuple[np.ndarray, list[float]]:
+    """Pictures of a motion, the times between whose events differ by up to a fifth, and its events in seconds.
+
+    What is longer in the air has been higher.
+    """
+    scene = replace(scene_of(motion, "normal", "none"), reach=0.75)
+    lasts = scene.period * np.array([1.1, 0.92, 1.0, 1.08, 0.9, 1.05, 0.95, 1.1, 0.9, 1.0, 1.1, 0.9])
+    events = np.cumsum(lasts) - 0.6 * lasts[0]
+    turns = np.interp(
+        np.arange(frames) / fps, np.concatenate([[events[0] - lasts[0]], events]), np.arange(13.0)
+    )
+    pixels = []
+    for turn in turns:
+        higher = (lasts[int(turn)] / scene.period) ** 2 if motion == "bounces" else 1
+        at = replace(scene, phase=float(turn), reach=float(scene.reach * higher))
+        pixels.append(world.render(at, 1, 96, 96, fps))
+    return torch.cat(pixels).numpy(), [t for t in events.tolist() if t < (frames - 1) / fps]
+
+
+@pytest.mark.parametrize("motion", ["bounces", "slides", "pulses"])
+def test_a_motion_that_keeps_no_strict_time_is_told_by_its_turns(motion):
+    """Within 6 ms for the middle of its turns, each within 15 ms: the pieces beside a turn are fitted as if time were even."""
+    pixels, truth = out_of_time(motion, 60, 12.0)
+    seen = find_turns(follow(pixels, 12.0))
+    away = np.array([min(abs(event - t) for t in seen.events) for event in truth[1:-1]])
+    assert seen.kind == {"bounces": "bounce", "slides": "zigzag", "pulses": "pulse"}[motion]
+    assert np.median(away) < 0.006
+    assert away.max() < 0.015
+    wave = torch.zeros(1, 6 * RATE_HZ)
+    for event in truth:
+        start = round((event + 0.06) * RATE_HZ)
+        wave[0, start : start + 800] = 0.4 * torch.randn(800, generator=torch.Generator().manual_seed(1))
+    told = sync_of(Clip(torch.from_numpy(pixels), wave[:, : 5 * RATE_HZ], 12.0, RATE_HZ))
+    assert told.offset_ms == pytest.approx(60, abs=10)
+
+
+def test_two_turns_seen_one_by_one_are_not_enough():
+    for least, told in ((2, True), (3, False)):
+        sync = match_events(np.array([0.5, 1.3]), [0.551, 1.35], last=2.0, edge=0.1, least=least)
+        assert (sync.offset_ms is not None) == told
+    assert "by chance" in sync.reason
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)

@@ -228,6 +228,95 @@ def _name_part(path: Path) -> Motion:
     return Motion(best.split()[0], unexplained, spacing, events)
 
 
+# Turns one by one
+
+
+def find_turns(path: Path) -> Motion:
+    """The same kinds with events, of a path whose turns keep no strict time: each turn is seen by the frames around it alone.
+
+    Between turns a bounce is a parabola, of one gravity all along, and a zigzag a straight line; a largest size is the top
+    of a parabola through an eighth of the time to the next one. Less exact than name_motion where time is kept.
+    """
+    keep = path.whole if path.whole.mean() > 0.6 else np.ones(len(path.x), bool)
+    signals = {"bounce": path.y, "zigzag x": path.x, "zigzag y": path.y, "pulse": path.size}
+    power = {
+        name: float(np.square(signal[keep] - signal[keep].mean()).sum()) for name, signal in signals.items()
+    }
+    total = power["zigzag x"] + power["zigzag y"] + power["pulse"]
+    if len(path.times) < 8 or math.sqrt(total / keep.sum()) < 0.015:
+        return Motion("rest", 1.0)
+    found = []
+    for name, signal in signals.items():
+        highs, lows = _extremes(signal, 0.15 * np.ptp(signal))
+        if name == "pulse":
+            events, left = _tops(path.times, signal, highs)
+        else:
+            turns = highs if name == "bounce" else sorted(highs + lows)
+            events, left = _crossings(path.times, signal, turns, keep, curved=name == "bounce")
+        found.append(Motion(name.split()[0], (total - power[name] + left) / total, events=events))
+    return min(found, key=lambda motion: motion.unexplained)
+
+
+def _extremes(signal: np.ndarray, least: float) -> tuple[list[int], list[int]]:
+    """Indices of highs and lows that the signal leaves by `least` on both sides."""
+    highs, lows, at, way = [], [], 0, 0
+    for i, value in enumerate(signal):
+        onward = (value - signal[at]) * way
+        if onward > 0 or (way == 0 and abs(value - signal[at]) > least):
+            way, at = way or (1 if value > signal[at] else -1), i
+        elif way and -onward > least:
+            (highs if way > 0 else lows).append(at)
+            way, at = -way, i
+    return [i for i in highs if i], [i for i in lows if i]
+
+
+def _crossings(
+    times: np.ndarray, signal: np.ndarray, turns: list[int], keep: np.ndarray, curved: bool
+) -> tuple[tuple[float, ...], float]:
+    """Where neighbouring pieces of a path cross, and the sum of squares that the pieces leave; no events unless all are sure."""
+    count, step = len(turns) + 1, times[1] - times[0]
+    if not turns:
+        return (), math.inf
+    rough = meets = times[turns]
+    left = math.inf
+    for _ in range(5):
+        piece = np.searchsorted(meets, times)
+        # the frame of the turn itself shows neither of its sides
+        clear = keep & (np.abs(times[:, None] - meets).min(1) > 0.3 * step)
+        own = np.eye(count)[piece[clear]]
+        columns = [own, own * times[clear, None]] + [np.square(times[clear, None])] * curved
+        matrix = np.concatenate(columns, 1)
+        factors = np.linalg.lstsq(matrix, signal[clear], rcond=None)[0]
+        left = float(np.square(signal[clear] - matrix @ factors).sum()) * len(times) / max(1, clear.sum())
+        level, slope = factors[:count], factors[count : 2 * count]
+        bend = np.diff(slope)
+        meets = np.where(np.abs(bend) > 1e-6, -np.diff(level) / np.where(bend == 0, 1, bend), rough)
+        meets = meets.clip(rough - step, rough + step)
+    frames = np.bincount(np.searchsorted(meets, times[clear]), minlength=count)
+    freedom = clear.sum() - 2 * count - curved
+    if freedom < count:
+        return (), math.inf
+    sure = (frames[1:] >= 2) & (frames[:-1] >= 2)
+    return tuple(meets[sure].tolist()), left * clear.sum() / freedom
+
+
+def _tops(times: np.ndarray, signal: np.ndarray, highs: list[int]) -> tuple[tuple[float, ...], float]:
+    """Tops of parabolas around each high, and the sum of squares that a wave from top to top leaves."""
+    if len(highs) < 2:
+        return (), math.inf
+    step, spacing = times[1] - times[0], float(np.median(np.diff(times[highs])))
+    reach, tops = max(1, round(spacing / 8 / step)), []
+    for high in highs:
+        around = slice(max(0, high - reach), high + reach + 1)
+        bend, slope, _ = np.polyfit(times[around] - times[high], signal[around], 2)
+        tops.append(float(times[high] + np.clip(-slope / (2 * min(bend, -1e-9)), -step, step)))
+    beyond = [tops[0] - spacing * k for k in (2, 1)] + tops + [tops[-1] + spacing * k for k in (1, 2)]
+    turns = np.interp(times, beyond, np.arange(len(beyond)))
+    wave = np.stack([np.ones_like(times), np.cos(2 * math.pi * turns)], 1)
+    factors = np.linalg.lstsq(wave, signal, rcond=None)[0]
+    return tuple(tops), float(np.square(signal - wave @ factors).sum())
+
+
 def _triangle(turns: np.ndarray) -> np.ndarray:
     return np.abs(2 * (turns % 1) - 1)
 

@@ -19,6 +19,7 @@ RANGE_SECONDS = 0.25  # offsets are told up to here; a motion that repeats itsel
 CONFIDENT = 0.5  # below, no offset is told
 _SLACK = 0.012
 _PAIR_SECONDS = 0.025  # how far a pair may lie from the common offset
+_UNCLEAR = 0.1  # share of a movement that its motion may leave unexplained
 _EXACT_SECONDS = 0.006  # spread of pairs that the meter's own errors explain
 
 
@@ -75,13 +76,23 @@ def _by_the_clearest(
     if path is None:
         return _by_envelopes(energy, fps, sound_CS, rate_hz)
     seen = motion.name_motion(path)
-    if seen.unexplained > 0.1:
-        return _nothing("the object moves in no way that shows clear moments")
-    if seen.events:
-        return match_events(np.array(seen.events), heard, last, edge=1.5 / fps, doubt=3 * seen.unexplained)
+    strict = _by_turns(seen, heard, last, fps) if seen.events else None
+    if strict is not None and strict.offset_ms is not None:
+        return strict
+    if seen.events or seen.unexplained > _UNCLEAR:
+        # turns that are seen one by one are less exact: two more easily agree by chance
+        loose = _by_turns(motion.find_turns(path), heard, last, fps, least=3)
+        return loose if strict is None or loose.offset_ms is not None else strict
     if seen.kind == "smooth" and seen.speed is not None and len(heard) < 2:
         return _by_loudness(seen, min(last, seen.seconds), sound_CS, rate_hz)
     return _nothing("no clear event to judge")
+
+
+def _by_turns(seen: motion.Motion, heard: np.ndarray, last: float, fps: float, least: int = 2) -> Sync:
+    if seen.unexplained > _UNCLEAR or not seen.events:
+        return _nothing("the object moves in no way that shows clear moments")
+    events, doubt = np.array(seen.events), 3 * seen.unexplained
+    return match_events(events, heard, last, edge=1.5 / fps, doubt=doubt, least=least)
 
 
 def _nothing(reason: str, **more) -> Sync:
@@ -113,12 +124,17 @@ class _Match:
 
 
 def match_events(
-    events: np.ndarray, heard: Sequence[float] | np.ndarray, last: float, edge: float, doubt: float = 0.0
+    events: np.ndarray,
+    heard: Sequence[float] | np.ndarray,
+    last: float,
+    edge: float,
+    doubt: float = 0.0,
+    least: int = 2,
 ) -> Sync:
     """The one offset at which events and onsets pair off.
 
     last: time of the last frame. edge: seconds at both ends in which an event cannot be seen for sure.
-    doubt: 0..1 of the events themselves.
+    doubt: 0..1 of the events themselves. least: pairs without which no offset is told.
     """
     heard = np.asarray(heard, float)
     events = events[(events >= 0) & (events <= last)]
@@ -132,7 +148,7 @@ def match_events(
         return replace(_nothing("no sound starts within 250 ms of any event"), events=tuple(events.tolist()))
     best = max(matches, key=lambda match: match.score)
     rivals = [match for match in matches if abs(match.offset - best.offset) > 2 * _PAIR_SECONDS]
-    confidence, reason = _trust(best, rivals)
+    confidence, reason = _trust(best, rivals, least)
     confidence = float(confidence * max(0.0, 1 - doubt))
     told = best.offset * 1000 if confidence >= CONFIDENT else None
     drift = _drift_between_pairs(best, last)
@@ -221,7 +237,7 @@ def _as_good(rival: _Match, best: _Match) -> bool:
     )
 
 
-def _trust(best: _Match, rivals: Sequence[_Match]) -> tuple[float, str]:
+def _trust(best: _Match, rivals: Sequence[_Match], least: int) -> tuple[float, str]:
     """How sure an offset is, 0..1, and why."""
     pairs = len(best.gaps)
     spread_ms = best.spread * 1000
@@ -229,9 +245,12 @@ def _trust(best: _Match, rivals: Sequence[_Match]) -> tuple[float, str]:
         return 0.2, "the motion repeats itself so soon that several offsets fit"
     if pairs < 2:
         return 0.3, "a single event and a single sound may meet by chance"
+    if pairs < least:
+        return 0.4, f"{pairs} events and sounds may meet by chance"
     by_pairs = {2: 0.8, 3: 0.9}.get(pairs, 1.0)
     # two pairs agree by chance more easily: what the meter itself errs is 2 ms
-    allowed = _EXACT_SECONDS * (0.5 if pairs == 2 else 1.5)
+    # of many the middle is as sure as that of three which agree better
+    allowed = _EXACT_SECONDS * (0.5 if pairs == 2 else 1.5 * math.sqrt(pairs / 3))
     by_spread = math.exp(-0.69 * (best.spread / allowed) ** 2)  # a half at what is allowed
     by_alone = max(0.0, 1 - best.alone / pairs)
     # in music or among other movement many are alone, yet so many pairs at one offset and so few at any other are no chance
