@@ -14,6 +14,7 @@ from .values import Progress, ProgressCallback
 
 EVERY = "all"
 _COLUMNS = 8
+_SHOWN = 60  # characters of wrong words that a sentence repeats
 
 
 class Trajectory:
@@ -52,7 +53,7 @@ def _read_steps(text: str) -> set[int] | None:
         return None
     if not words or not all(re.fullmatch(r"-?[0-9]{1,6}", word) for word in words):
         raise WorkflowError(
-            f'trajectory: got {text!r}, step numbers such as "1, 5, -1" or "{EVERY}" are needed'
+            f'trajectory: got {text[:_SHOWN]!r}, step numbers such as "1, 5, -1" or "{EVERY}" are needed'
         )
     return {int(word) for word in words}
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 from ..model.engine import Engine
 from ..model.errors import WorkflowError
 from ..model.shapes import ClipShape
+from .words import shown
 
 SPATIAL, TEMPORAL = STAGES = ("spatial", "temporal")
 _LEAST_SHARE = 0.01  # below, nearly all levels would be left out
@@ -29,15 +30,15 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
     except ValueError:
         numbers = ()
     if not numbers:
-        raise WorkflowError(f"refine {words!r} is not understood: {_HELP}")
+        raise WorkflowError(f"refine {shown(words)} is not understood: {_HELP}")
     if len(numbers) != 1:
         falling = all(one > other for one, other in pairwise(numbers))
         if not falling or numbers[0] > 1 or numbers[-1] != 0:
-            raise WorkflowError(f"refine {words!r} does not fall from 1 or less to 0: {_HELP}")
+            raise WorkflowError(f"refine {shown(words)} does not fall from 1 or less to 0: {_HELP}")
         return numbers
     (share,) = numbers
     if not _LEAST_SHARE <= share <= 1:
-        raise WorkflowError(f"refine {words!r} lies outside {_LEAST_SHARE} to 1: {_HELP}")
+        raise WorkflowError(f"refine {shown(words)} lies outside {_LEAST_SHARE} to 1: {_HELP}")
     count = len(model.sigmas(steps, shape)) - 1
     if share == 1:
         return model.sigmas(steps, shape)

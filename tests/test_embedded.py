@@ -128,6 +128,17 @@ def test_readings_say_known_words_and_leave_training_as_it_is():
     )
 
 
+def test_a_warning_of_unknown_words_stays_short():
+    (warning,) = (
+        reader()
+        .encode("red ball zorb" + "b" * 10_000 + " wug".join(map(str, range(1000))))
+        .warnings("prompt")
+    )
+    assert "zorbbb" in warning
+    assert " more" in warning
+    assert len(warning) < 400
+
+
 def reader() -> WordTokenizer:
     """The tokenizer as the file has it, for free prompts."""
     return WordTokenizer.from_json(tokenizer_entry(), config.TEXT_LENGTH)

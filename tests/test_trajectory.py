@@ -52,11 +52,12 @@ def test_chosen_steps_are_kept_in_order_and_every_tick_passes_on(chosen, kept):
 
 
 @pytest.mark.parametrize(
-    "words", ["", " , ", "some", "1.5", "1-4", "all 3", "1e3", "٣", "1" * 30, "--1", "\x00"]
+    "words", ["", " , ", "some", "1.5", "1-4", "all 3", "1e3", "٣", "1" * 30, "--1", "\x00", "one " * 1000]
 )
 def test_words_that_are_no_steps_are_refused(words):
-    with pytest.raises(WorkflowError, match=r'step numbers such as "1, 5, -1" or "all"'):
+    with pytest.raises(WorkflowError, match=r'step numbers such as "1, 5, -1" or "all"') as told:
         Trajectory(words, lambda _: None)
+    assert len(str(told.value)) < 200
 
 
 @pytest.mark.parametrize("words", ["0", "6", "-6", "1 999999"])

@@ -28,6 +28,7 @@ from .phrases import (
 from .spelling import meant
 
 UNKNOWN_ID, FIRST_ID = 1, 2  # 0 pads
+_MOST_NAMED, _LONGEST_WORD = 20, 40  # unknown words that a warning names, and characters of each
 _WORD = re.compile("[^\\W_]+|[\u2600-\u27bf\U0001f000-\U0001faff]+")
 _ENDS = re.compile(r"[.,;!?]")
 # "stands perfectly still", "bounces quickly up and down": at most two of them stand within a phrase
@@ -58,7 +59,13 @@ class Tokens:
         """A sentence about each thing that could not be used; name: of the prompt."""
         warnings = []
         if self.unknown:
-            warnings.append(f"this model does not know these words of the {name}: {', '.join(self.unknown)}")
+            words = [
+                word if len(word) <= _LONGEST_WORD else f"{word[:_LONGEST_WORD]}..."
+                for word in self.unknown[:_MOST_NAMED]
+            ]
+            more = len(self.unknown) - len(words)
+            listed = ", ".join(words) + (f" and {more} more" if more else "")
+            warnings.append(f"this model does not know these words of the {name}: {listed}")
         if self.dropped:
             warnings.append(
                 f"the {name} is longer than the {len(self.ids)} words that this model reads: {self.dropped} were left out"
