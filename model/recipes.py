@@ -224,10 +224,10 @@ def clip_shape(
                 f"{seconds:g} s of {fps:g} frames per second are no clip: up to {_MOST_FRAMES} frames are"
             )
         frames = nearest_frames(seconds * fps, compression)
-    shape = ClipShape(frames, height, width, fps, compression, audio_rate)
+    # limits first: the nearest sides of the grid may lie outside of them
     for name, side in (("width", width), ("height", height)):
         _check_range(name, side, recipe.side_limits, " pixels")
-    return shape
+    return ClipShape(frames, height, width, fps, compression, audio_rate)
 
 
 def _read_size(size: str, recipe: Recipe, compression: Compression) -> tuple[int, int]:

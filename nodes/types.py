@@ -151,7 +151,11 @@ def stands_for_none(mask_BHW: Tensor | None) -> bool:
 
 
 def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
-    if mask_BHW is None or not (mask_BHW > 0.5).any():
+    if mask_BHW is None:
+        return None
+    if not mask_BHW.isfinite().all():
+        raise MediaError("mask holds values that are no numbers: look at the node that made it")
+    if not (mask_BHW > 0.5).any():
         return None
     if mask_BHW.ndim != 3 or mask_BHW.shape[0] != 1:
         raise MediaError(
@@ -306,13 +310,11 @@ def to_extended(
         )
     shape = video.shape
     added = max(seconds, shape.compression.time / shape.fps)
+    _check_room(video, added, model)
     try:
         longer = model.shape(f"{shape.width}x{shape.height}", shape.seconds + added, shape.fps)
     except ShapeError as error:
-        raise ShapeError(
-            f"{video.name} lasts {shape.seconds:g} s, with {added:g} s more it would be {shape.seconds + added:g} s: {error} "
-            "(to go on from a long clip, encode its last pictures and sound alone)"
-        ) from error
+        raise ShapeError(f"{video.name} cannot go on: {error}") from error
     room = model.empty_latents(longer)
     masks = []
     for samples, stream in ((room.video, video), (room.audio, audio)):
@@ -326,6 +328,20 @@ def to_extended(
         masks.append(mask)
     joint = to_latents(room, join, video.origin.counted_fps)[2]
     return joint | {"noise_mask": join((masks[0], masks[1]))}
+
+
+def _check_room(video: Stream, added: float, model: Any) -> None:
+    """Raises ShapeError with the seconds that may come after, where the whole would be longer than the model's clips."""
+    limits, shape = model.recipe.seconds_limits, video.shape
+    if not limits or shape.seconds + added <= limits[1]:
+        return
+    left = math.floor((limits[1] - shape.seconds) * 10) / 10
+    fits = left >= shape.compression.time / shape.fps
+    raise ShapeError(
+        f"{video.name} lasts {shape.seconds:g} s, with {added:g} s more it would be {shape.seconds + added:g} s, this model makes "
+        f"up to {limits[1]:g} s: {f'use up to {left:g} for seconds, or ' if fits else ''}encode the clip's last pictures and sound "
+        "alone, and go on from them"
+    )
 
 
 def _is_blank(stream: Stream) -> bool:
@@ -500,6 +516,10 @@ def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin
         )
     if mask is None:
         return Stream(samples, None, origin, name)
+    if not mask.isfinite().all():
+        raise NotFiniteError(
+            f"the noise mask of {name} holds values that are no numbers: look at the node that made it"
+        )
     fitted = _fit_video_mask(mask, samples, origin) if samples.ndim == 5 else _fit_audio_mask(mask, samples)
     return Stream(samples, None if fitted.min() == 1 else fitted, origin, name)
 
@@ -584,16 +604,45 @@ def to_pixels(
     shape_of: the model's, from (size, seconds, fps). Raises ShapeError with the nearest size or count that works.
     """
     images_FHWC = _to_rgb("images", images_FHWC).clamp(0, 1)
+    _check_numbers(images_FHWC)
     frames, height, width, _ = images_FHWC.shape
-    rate = shape_of(None, None, fps or None).fps
+    own = shape_of(None, None, fps or None)
     try:
-        shape = replace(shape_of(f"{width}x{height}", frames / rate, rate), frames=frames)
+        sized = shape_of(f"{width}x{height}", None, own.fps)
     except ShapeError as error:
-        raise ShapeError(
-            f"images: {error} (ImageFromBatch takes some of them, ImageScale changes their size)"
-        ) from error
+        raise ShapeError(f"images: {error} (ImageScale changes their size)") from error
+    _check_count(frames, own, shape_of)
+    shape = replace(sized, frames=frames)
     pixels = rearrange(images_FHWC, "F H W C -> 1 C F H W") * 2 - 1
     return pixels, shape
+
+
+def _check_numbers(images_FHWC: Tensor) -> None:
+    # frame by frame: of all at once the answer would take a quarter of their room
+    if not all(frame.isfinite().all() for frame in images_FHWC):
+        raise MediaError("images hold values that are no numbers: look at the node that made them")
+
+
+def _check_count(frames: int, own: ClipShape, shape_of: Callable[..., ClipShape]) -> None:
+    """Raises ShapeError with the nearest counts that the model makes; own: a clip of it at the same rate."""
+
+    def is_made(count: int) -> bool:
+        try:
+            return shape_of(None, count / own.fps, own.fps).frames == count
+        except ShapeError:
+            return False
+
+    if is_made(frames):
+        return
+    time = own.compression.time
+    below = max(0, (frames - 1) // time) * time + 1
+    fewer, more = range(below, 0, -time), range(below + time, max(below + time, own.frames) + 1, time)
+    near = [next((count for count in counts if is_made(count)), None) for counts in (fewer, more)]
+    what = f"frames must be {time}k+1, got {frames}"
+    if (frames - 1) % time == 0:
+        what = f"{frames} frames at {own.fps:g} fps are no clip of this model"
+    hint = " (ImageFromBatch takes some of them)" if near[0] else ""
+    raise ShapeError(f"images: {what}: use {' or '.join(str(count) for count in near if count)}{hint}")
 
 
 def to_clip(images_FHWC: Tensor, fps: float, audio: dict[str, Any] | None) -> Clip:
@@ -639,9 +688,20 @@ def _rate_of(audio: Mapping[str, Any]) -> int:
 
 
 def to_encodable(clip: Clip) -> Clip:
-    """The same clip with sound that an mp4 can hold: one or two channels, at the nearest rate that AAC has."""
+    """The same clip with sound that an mp4 can hold: one or two channels, at the nearest rate that AAC has.
+
+    Raises MediaError, naming the input, for odd sizes and for values that are no numbers.
+    """
+    height, width = clip.frames.shape[1:3]
+    if height % 2 or width % 2:
+        even = f"{max(2, width - width % 2)}x{max(2, height - height % 2)}"
+        raise MediaError(
+            f"images are {width}x{height}, H.264 needs even sizes: bring them to {even} by ImageScale or ImageCrop"
+        )
+    _check_numbers(clip.frames)
     if clip.waveform is None:
         return clip
+    _check_samples(clip.waveform)
     channels, rate_hz = (
         min(2, len(clip.waveform)),
         min(AAC_RATES_HZ, key=lambda hz: abs(hz - clip.sample_rate_hz)),
@@ -655,9 +715,13 @@ def to_encodable(clip: Clip) -> Clip:
 def from_audio(audio: Any) -> tuple[Tensor, int]:
     """One AUDIO as (channels, S) and its rate. Raises MediaError for a batch, silence of no length or no numbers."""
     waveform_CS, rate_hz = _one_sound(audio)
+    _check_samples(waveform_CS)
+    return waveform_CS, rate_hz
+
+
+def _check_samples(waveform_CS: Tensor) -> None:
     if not waveform_CS.isfinite().all():
         raise MediaError("audio holds values that are no numbers: load it again")
-    return waveform_CS, rate_hz
 
 
 # What comes out

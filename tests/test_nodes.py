@@ -10,6 +10,7 @@ import re
 import sys
 import weakref
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
@@ -23,8 +24,8 @@ import lockstep
 from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import Engine, SampleSettings, latent_sha256
 from lockstep.model.errors import CheckpointError, MediaError, NotFiniteError, ShapeError, WorkflowError
-from lockstep.model.recipes import Recipe
-from lockstep.model.shapes import ClipShape, Compression
+from lockstep.model.recipes import Recipe, clip_shape
+from lockstep.model.shapes import AudioRate, ClipShape, Compression
 from lockstep.model.values import AVLatents, Conditioning, Context, Lora, ModelInfo, Progress
 from lockstep.nodes import history, types
 from lockstep.nodes.refining import refining_levels
@@ -227,6 +228,14 @@ def test_a_mask_that_leaves_nothing_or_is_several_is_refused(mask):
         types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, mask)
 
 
+@pytest.mark.parametrize("places", [slice(None), slice(1)])
+def test_a_mask_without_numbers_is_refused(places):
+    mask = torch.rand(1, 4, 8)
+    mask[0, places] = torch.nan
+    with pytest.raises(MediaError, match="mask holds values that are no numbers"):
+        types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, mask)
+
+
 def test_frames_count_from_either_end():
     def at(frame: int) -> int:
         return types.frame_of(types.Picture(torch.zeros(2, 2, 3), frame, 1.0), latents().shape)
@@ -319,7 +328,7 @@ def model(model_id: str = "tiny/1") -> SimpleNamespace:
         sound = torch.zeros(1, 2, shape.audio_latents, 5)
         return AVLatents(torch.zeros(1, 8, *grid), sound, shape, model_id)
 
-    return SimpleNamespace(model_id=model_id, shape=shape_of, empty_latents=empty_latents)
+    return SimpleNamespace(model_id=model_id, shape=shape_of, empty_latents=empty_latents, recipe=Recipe())
 
 
 def join(video: dict, audio: dict) -> dict:
@@ -575,19 +584,42 @@ def test_a_mask_that_is_cut_to_nothing_is_refused():
         types.given_streams(parts()[0] | {"noise_mask": torch.zeros(0, 4, 4)}, None, model())
 
 
+@pytest.mark.parametrize("mask", [torch.full((1, 64, 96), torch.nan), torch.full((1, 1, 19, 1), torch.inf)])
+def test_a_noise_mask_without_numbers_is_refused(mask):
+    given = parts()[0 if mask.ndim == 3 else 1] | {"noise_mask": mask}
+    with pytest.raises(NotFiniteError, match="the noise mask of latent holds values that are no numbers"):
+        types.given_streams(given, None, model())
+
+
 def test_a_clip_that_cannot_go_on_is_refused():
     with pytest.raises(ShapeError, match="latent holds sound alone: connect an av_latent output"):
         extended(parts()[1], 1.0)
 
-    def short(size: str | None, seconds: float | None, fps: float | None) -> ClipShape:
-        raise ShapeError("seconds must lie between 1 and 4.2")
+    def wide(size: str | None, seconds: float | None, fps: float | None) -> ClipShape:
+        raise ShapeError("width 96 pixels is outside of 16 to 64")
 
     streams = types.given_streams(parts()[2], None, model())
-    limited = SimpleNamespace(**vars(model()) | {"shape": short})
-    with pytest.raises(
-        ShapeError, match=r"latent lasts 0\.75 s, with 9 s more it would be 9\.75 s: seconds must"
-    ):
+    limited = SimpleNamespace(**vars(model()) | {"shape": wide})
+    with pytest.raises(ShapeError, match=r"^latent cannot go on: width 96"):
         types.to_extended(streams, 9.0, limited, lambda both: Nested(*both))
+
+
+@pytest.mark.parametrize(
+    ("limit", "advice"),
+    [
+        (4.2, "use up to 3.4 for seconds, or encode the clip's last pictures"),
+        (0.9, "s: encode the clip's last"),
+    ],
+)
+def test_a_clip_that_would_get_too_long_is_told_by_how_much_it_may_grow(limit, advice):
+    """It lasts 0.75 s, and a latent 0.33 s."""
+    streams = types.given_streams(parts()[2], None, model())
+    limited = SimpleNamespace(**vars(model()) | {"recipe": Recipe(seconds_limits=(0.5, limit))})
+    with pytest.raises(ShapeError, match=r"latent lasts 0\.75 s, with 9 s more it would be 9\.75 s") as told:
+        types.to_extended(streams, 9.0, limited, lambda both: Nested(*both))
+    assert advice in str(told.value)
+    if "up to" in advice.partition("for")[0]:
+        types.to_extended(streams, 3.4, limited, lambda both: Nested(*both))
 
 
 # What the sampler is given
@@ -1001,6 +1033,39 @@ def test_pictures_that_the_codec_cannot_hold_are_refused(size, error, sentence):
         types.to_pixels(torch.zeros(size), 0.0, shape_of)
 
 
+@pytest.mark.parametrize(
+    ("frames", "sentence"),
+    [
+        (1, "images: 1 frames at 12 fps are no clip of this model: use 13$"),
+        (12, r"images: frames must be 4k.1, got 12: use 13$"),
+        (14, r"images: frames must be 4k.1, got 14: use 13 or 17 \(ImageFromBatch"),
+        (51, r"images: frames must be 4k.1, got 51: use 49 \(ImageFromBatch"),
+        (53, r"images: 53 frames at 12 fps are no clip of this model: use 49 \(ImageFromBatch"),
+    ],
+)
+def test_counts_of_frames_that_are_offered_are_within_the_model_s_limits(frames, sentence):
+    shape_of = partial(
+        clip_shape, Recipe(fps=12.0, frames=25, seconds_limits=(1.0, 4.2)), Compression(4, 16), AudioRate()
+    )
+    with pytest.raises(ShapeError, match=sentence):
+        types.to_pixels(torch.zeros(frames, 32, 48, 3), 0.0, shape_of)
+
+
+def test_pictures_and_sounds_without_numbers_are_refused_by_their_input_s_name():
+    frames = torch.zeros(9, 32, 48, 3)
+    frames[4, 3, 3, 0] = torch.nan
+    sound = {"waveform": torch.full((1, 1, 9), torch.inf), "sample_rate": 8000}
+    for refused, sentence in (
+        (lambda: types.to_pixels(frames, 0.0, shape_of), "images hold values that are no numbers"),
+        (lambda: types.to_encodable(types.to_clip(frames, 12.0, None)), "images hold values that are no"),
+        (lambda: types.to_encodable(types.to_clip(frames[:4], 12.0, sound)), "audio holds values that are no"),
+        (lambda: types.to_encodable(types.to_clip(frames[:4, :31, 1:], 12.0, None)),
+         "images are 47x31, H.264 needs even sizes: bring them to 46x30 by ImageScale or ImageCrop"),
+    ):  # fmt: skip
+        with pytest.raises(MediaError, match=sentence):
+            refused()
+
+
 def test_nodes_that_change_pictures_are_not_named_where_their_rate_is_refused():
     def refusing(_size, _seconds, fps) -> ClipShape:
         raise ShapeError(f"fps {fps:g} is too many: use 24")
@@ -1189,6 +1254,12 @@ def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, word
 def test_refining_by_other_words_is_refused(words):
     with pytest.raises(WorkflowError, match="use spatial or temporal after Lockstep Latent Upscale"):
         refining_levels(words, Recorder(), None, latents().shape)
+
+
+def test_long_words_for_refining_are_not_repeated_whole():
+    with pytest.raises(WorkflowError) as told:
+        refining_levels("a bit " * 1000, Recorder(), None, latents().shape)
+    assert len(str(told.value)) < 350
 
 
 @pytest.mark.parametrize("words", ["2, 1, 0", "0.9, 0.7", "0.5 0.5 0"])

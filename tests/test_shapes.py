@@ -117,6 +117,15 @@ def test_numbers_beyond_all_clips_are_refused_by_a_model_without_limits(asked, m
         clip_shape(Recipe(), Compression(8, 32), AudioRate(), **asked)
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("95x96", "width 95 .*use 96$"), ("96x1", "height 1 .*use 96$"), ("100x96", "got 100: use 96 or 112")],
+)
+def test_sides_that_are_offered_are_within_the_model_s_limits(size, message):
+    with pytest.raises(ShapeError, match=message):
+        clip_shape(Recipe(side_limits=(96, 176)), Compression(4, 16), AudioRate(), size)
+
+
 def test_video_positions_give_the_known_answers():
     bounds = video_positions(ClipShape(17, 64, 96, 24.0))
     assert bounds.shape == (1, 3, 18, 2)
