@@ -156,8 +156,27 @@ def check_choices(*choices: tuple[str, Any, Sequence[str]]) -> bool | str:
 
 def check_prefix(prefix: str | None) -> bool | str:
     """What validate_inputs returns for the beginning of a file's name; None is a linked one, not known yet."""
-    if prefix is not None and not os.path.normpath(prefix).strip(" ./\\"):
-        return "filename_prefix is empty: use a name such as 'lockstep/clip'"
-    if prefix is not None and "\0" in prefix:
-        return f"filename_prefix {shown(prefix)} holds a character that names no file: use a name such as 'lockstep/clip'"
+    return said_by(_check_prefix, prefix)
+
+
+def _check_prefix(prefix: Any) -> None:
+    name = text_of("filename_prefix", prefix)
+    wrong = ""
+    if "\0" in name or not _is_unicode(name):
+        wrong = f"{shown(name)} holds a character that names no file"
+    elif host.lies_outside(name):
+        wrong = f"{shown(name)} lies outside the output folder"
+    elif not os.path.normpath(name).strip(" ./\\"):
+        wrong = "is empty"
+    elif host.is_too_long(name):
+        wrong = f"{shown(name)} is longer than a file's name may be"
+    if wrong:
+        raise WorkflowError(f"filename_prefix {wrong}: use a name such as 'lockstep/clip'")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair, as JSON may hold it
+        return False
     return True

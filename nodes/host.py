@@ -50,7 +50,7 @@ LORAS, UPSCALERS = "loras", "latent_upscale_models"  # the host's names of folde
 _PREVIEW_PIXELS = 512
 _PREVIEW_FPS = 8.0
 _LISTED_SECONDS = 3.0  # for which a list of files is kept
-_LONGEST_NAME = 255  # of a file
+_LONGEST_NAME = 255  # of a file, in bytes
 _EVERYTHING = 1e30  # bytes to free: the host's own word for all
 _KEPT_FREE = 0.08  # of a device, for its driver and what allocators round up
 _SHORT = (memory.VRAMState.LOW_VRAM, memory.VRAMState.NO_VRAM)  # the user says that memory is short
@@ -290,7 +290,7 @@ def latent_choices() -> list[str]:
 
 @lru_cache(maxsize=2)
 def _latents_below(folder: str, _period: int) -> tuple[str, ...]:
-    paths = sorted(Path(folder).rglob("*" + LATENT_SUFFIX))
+    paths = sorted(path for path in Path(folder).rglob("*" + LATENT_SUFFIX) if path.is_file())
     return tuple(path.relative_to(folder).as_posix() for path in paths)
 
 
@@ -323,6 +323,20 @@ def _nearest(choice: str, known: list[str]) -> list[str]:
     return difflib.get_close_matches(choice[:_LONGEST_NAME], known, n=1, cutoff=0.0)
 
 
+def lies_outside(prefix: str) -> bool:
+    """Whether files of this prefix would not lie in the output folder; the host says so only where one is saved."""
+    output = os.path.abspath(folder_paths.get_output_directory())
+    folder = os.path.join(output, os.path.dirname(os.path.normpath(prefix)))
+    return not Path(os.path.abspath(folder)).is_relative_to(output)
+
+
+def is_too_long(prefix: str) -> bool:
+    """Whether a part of the path would be longer than file systems take; of names that the host fills in nobody knows yet."""
+    *folders, name = os.path.normpath(prefix).split(os.sep)
+    parts = [*folders, f"{name}_00001_{LATENT_SUFFIX}"]
+    return "%" not in prefix and any(len(part.encode()) > _LONGEST_NAME for part in parts)
+
+
 def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> tuple[Path, dict[str, str]]:
     """The next free file of the output folder for a prefix, and how the host's page calls it.
 
@@ -338,7 +352,8 @@ def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -
         path = next(path for path in numbered if not path.exists())
     except OSError as error:
         raise MediaError(
-            f"the output folder cannot take files of filename_prefix {shown(prefix)}: {error.strerror or error}"
+            f"the output folder cannot take files of filename_prefix {shown(prefix)} ({error.strerror or error}): "
+            "use another name or make that folder writable"
         ) from error
     except Exception as error:  # the host has no type of its own for it
         raise MediaError(

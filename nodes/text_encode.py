@@ -1,12 +1,16 @@
 """Lockstep Text Encode: prompt and negative prompt to a CONDITIONING."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..model.engine import Engine
+from ..model.errors import PromptError
 from . import host
-from .base import Node, all_wrong
+from .base import Node, all_wrong, said_by
 from .sockets import CATEGORY, LockstepModel
 from .types import Script, to_conditioning
+from .words import text_of
 
 _EMPTY = 'prompt is empty: say what is to be seen, such as "a red ball bounces"'
 
@@ -46,8 +50,7 @@ class LockstepTextEncode(Node):
 
     @classmethod
     def validate_inputs(cls, input_types: dict | None = None, prompt: str | None = None) -> bool | str:
-        empty = prompt is not None and not prompt.strip()
-        return all_wrong(super().validate_inputs(input_types), _EMPTY if empty else True)
+        return all_wrong(super().validate_inputs(input_types), said_by(_check_prompt, prompt))
 
     @classmethod
     def run(cls, model: Engine, prompt: str, negative: str) -> io.NodeOutput:
@@ -56,3 +59,8 @@ class LockstepTextEncode(Node):
             text = model.encode_text(prompt, negative, report)
         host.warn(node_id, text.warnings)
         return io.NodeOutput(to_conditioning(Script(text)))
+
+
+def _check_prompt(prompt: Any) -> None:
+    if not text_of("prompt", prompt).strip():
+        raise PromptError(_EMPTY)

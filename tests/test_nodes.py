@@ -856,7 +856,10 @@ def test_constants_of_another_type_are_refused_before_the_run(pack, host):
     assert pack.loader.LockstepLoader.validate_inputs(model=5).startswith("model holds 5: ")
     assert pack.lora.LockstepLoRA.validate_inputs(lora=[5]).startswith("lora holds [5]: ")
     assert pack.load_av_latent.LockstepLoadAVLatent.validate_inputs(file={}).startswith("file holds {}: ")
+    assert pack.text_encode.LockstepTextEncode.validate_inputs(prompt=[5]).startswith("prompt holds [5]: ")
+    assert pack.base.check_prefix(["a"]).startswith("filename_prefix holds ['a']: ")
     assert pack.lora.LockstepLoRA.validate_inputs(lora=None) is True  # linked
+    assert pack.base.check_prefix(None) is True
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a" * 100_000])
@@ -903,6 +906,7 @@ def test_folders_of_latents_are_looked_through_once_in_a_few_seconds(host, monke
     (tmp_path / "input" / "b.latent").touch()
     (tmp_path / "output" / "clips").mkdir()
     (tmp_path / "output" / "clips" / "a.latent").touch()
+    (tmp_path / "output" / "folder.latent").mkdir()
     known = ["b.latent", "clips/a.latent [output]"]
     assert host.latent_choices() == known
     (tmp_path / "input" / "c.latent").touch()
@@ -930,6 +934,30 @@ def test_a_prefix_that_ends_in_a_folder_overwrites_nothing(pack, host, tmp_path)
     with pytest.raises(MediaError, match="cannot take files of filename_prefix"):
         host.new_output_path("x" * 300, ".mp4")
     assert pack.base.check_prefix("./") == pack.base.check_prefix("a/..") != True  # noqa: E712
+
+
+@pytest.mark.parametrize(
+    ("prefix", "sentence"),
+    [
+        ("../clip", "'../clip' lies outside the output folder"),
+        ("clips/../../clip", "lies outside the output folder"),
+        ("/etc/clip", "lies outside the output folder"),
+        ("x" * 300, "is longer than a file's name may be"),
+        (f"{'日' * 90}/clip", "is longer than a file's name may be"),
+        ("\ud800", "holds a character that names no file"),
+    ],
+)
+def test_a_place_where_nothing_can_be_saved_is_refused_before_the_run(pack, host, prefix, sentence):
+    said = pack.base.check_prefix(prefix)
+    assert sentence in said
+    assert said.endswith(": use a name such as 'lockstep/clip'")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["clip", "clips/../clip", "日" * 80, "%date%" + "x" * 300, "a/b/c", "..clip/x"]
+)
+def test_a_place_where_something_can_be_saved_is_taken(pack, host, prefix):
+    assert pack.base.check_prefix(prefix) is True
 
 
 # What a node shows
