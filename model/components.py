@@ -208,7 +208,8 @@ def read_upscaler(path: Path) -> Header:
     header = read_header(path)
     if keymap.UPSAMPLER not in index([header]):
         raise CheckpointError(
-            f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}"
+            f"{path}: no latent upscaler: it holds {', '.join(index([header])) or 'nothing known'}, "
+            "use a latent upscaler of this model's family"
         )
     return header
 

@@ -273,7 +273,7 @@ def _one(**changes):
 REFUSED = {
     "of another model": ({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(2, 2), "x.lora_up.weight": torch.zeros(2, 2)},
                          CheckpointError, "nothing in this LoRA fits this model: it begins with"),
-    "no LoRA at all": ({"weight": torch.zeros(2)}, CheckpointError, "nothing in this LoRA fits"),
+    "no LoRA at all": ({"weight": torch.zeros(2)}, CheckpointError, "nothing in this LoRA fits this model: it begins with weight, use one that was made for"),
     "half a pair": ({f"diffusion_model.{TO_Q}.lora_A.weight": torch.zeros(2, 32)}, CheckpointError, "a LoRA needs both its matrices"),
     "other widths": (_one(**{"lora_A.weight": torch.ones(RANK, 48)}), CheckpointError,
                      "32 outputs and 48 inputs with rank 2 and 2, this model's has 32 and 32: it belongs to another model"),

@@ -290,7 +290,9 @@ def test_second_stages_take_the_short_lists_unguided_with_pictures_of_their_own_
 
 def test_what_is_no_upscaler_of_this_model_is_refused_before_any_work(engine, files, tmp_path):
     request = replace(REQUEST, size="64x64")
-    with pytest.raises(CheckpointError, match=r"no latent upscaler: it holds language_model"):
+    with pytest.raises(
+        CheckpointError, match=r"no latent upscaler: it holds language_model.*, use a latent upscaler of"
+    ):
         engine.generate(replace(request, upscalers=(files[1],)))
     other = UPSCALERS["x2"] | {"in_channels": 6}
     save_file(state("upsampler", other), tmp_path / "other.safetensors", {"config": json.dumps(other)})

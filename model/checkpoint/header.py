@@ -181,7 +181,7 @@ def _header_length(path: Path, head: bytes, file_bytes: int) -> int:
     if length < 2 or length > MAX_HEADER_BYTES or head[8:9] != b"{":
         raise CheckpointError(
             f"{path}: not a safetensors file: 2 to {MAX_HEADER_BYTES} bytes from '{{' on expected, "
-            f"found {length} bytes that begin with {head[8:9]!r}"
+            f"found {length} bytes that begin with {head[8:9]!r}, fetch it again"
         )
     if 8 + length > file_bytes:
         raise CheckpointError(

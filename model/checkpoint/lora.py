@@ -135,7 +135,9 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
         raise CheckpointError(f"{header.path}: a tensor of this LoRA cannot be read: {error}") from error
     if not changes:
         first = ", ".join(list(header.tensors)[:3]) or "no tensor"
-        raise CheckpointError(f"{header.path}: nothing in this LoRA fits this model: it begins with {first}")
+        raise CheckpointError(
+            f"{header.path}: nothing in this LoRA fits this model: it begins with {first}, use one that was made for this model"
+        )
     facts = (f"{key} {header.metadata[key]}" for key in _REFERENCE if key in header.metadata)
     return LoraFile(header.path, changes, tuple(sorted(unmatched)), ", ".join(facts))
 
