@@ -25,7 +25,7 @@ class Trajectory:
     """
 
     def __init__(self, steps: str, progress: ProgressCallback):
-        self._chosen = _read_steps(steps)
+        self._chosen = read_steps(steps)
         self._progress = progress
         self.estimates: dict[int, Tensor] = {}  # by step from 1, in order: video tokens (B, T, C) on the CPU
 
@@ -46,8 +46,8 @@ class Trajectory:
         return bool({progress.step, progress.step - progress.steps - 1} & self._chosen)
 
 
-def _read_steps(text: str) -> set[int] | None:
-    """Step numbers; None is all of them."""
+def read_steps(text: str) -> set[int] | None:
+    """Step numbers, None is all of them. Raises WorkflowError for other words."""
     words = text.replace(",", " ").split()
     if words == [EVERY]:
         return None

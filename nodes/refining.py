@@ -16,15 +16,14 @@ _HELP = (
 )
 
 
-def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipShape) -> tuple[float, ...]:
-    """Noise levels, falling, the last 0.
+def read_refining(words: str) -> str | tuple[float, ...]:
+    """What the input says: a name in STAGES, one share from 0.01 to 1, or falling noise levels of which the last is 0.
 
-    words: a name in STAGES for the model's own second stage; a share from 0.01 to 1, of whose levels the last `steps`
-    are taken; or the levels themselves. Raises WorkflowError for anything else.
+    Raises WorkflowError for anything else.
     """
     name = words.strip().lower()
     if name in STAGES:
-        return model.recipe.refine_sigmas if name == SPATIAL else model.recipe.temporal_sigmas
+        return name
     try:
         numbers = tuple(float(word) for word in name.replace(",", " ").split())
     except ValueError:
@@ -35,10 +34,22 @@ def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipSha
         falling = all(one > other for one, other in pairwise(numbers))
         if not falling or numbers[0] > 1 or numbers[-1] != 0:
             raise WorkflowError(f"refine {shown(words)} does not fall from 1 or less to 0: {_HELP}")
-        return numbers
-    (share,) = numbers
-    if not _LEAST_SHARE <= share <= 1:
+    elif not _LEAST_SHARE <= numbers[0] <= 1:
         raise WorkflowError(f"refine {shown(words)} lies outside {_LEAST_SHARE} to 1: {_HELP}")
+    return numbers
+
+
+def refining_levels(words: str, model: Engine, steps: int | None, shape: ClipShape) -> tuple[float, ...]:
+    """Noise levels, falling, the last 0: the model's own second stage, the last `steps` of those of a share, or as they are said.
+
+    Raises as read_refining does.
+    """
+    asked = read_refining(words)
+    if isinstance(asked, str):
+        return model.recipe.refine_sigmas if asked == SPATIAL else model.recipe.temporal_sigmas
+    if len(asked) != 1:
+        return asked
+    (share,) = asked
     count = len(model.sigmas(steps, shape)) - 1
     if share == 1:
         return model.sigmas(steps, shape)

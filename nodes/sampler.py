@@ -19,12 +19,12 @@ from ..model.engine import (
 )
 from ..model.errors import CheckpointError, UnsupportedModelError, WorkflowError
 from ..model.shapes import ClipShape
-from ..model.trajectory import Trajectory
+from ..model.trajectory import Trajectory, read_steps
 from ..model.values import AVLatents, Guide
 from . import history, host
-from .base import Node, all_wrong, check_choices
+from .base import Node, all_wrong, check_choices, said_by
 from .clip_inputs import ASPECTS, clip_inputs
-from .refining import STAGES, TEMPORAL, refining_levels
+from .refining import STAGES, TEMPORAL, read_refining, refining_levels
 from .sockets import CATEGORY, LockstepModel
 from .types import (
     Picture,
@@ -33,10 +33,12 @@ from .types import (
     frame_of,
     from_conditioning,
     given_streams,
+    is_blank,
     kept_streams,
     size_of,
     to_latents,
 )
+from .words import text_of
 
 _logger = logging.getLogger("lockstep")
 
@@ -185,10 +187,20 @@ class LockstepSampler(Node):
 
     @classmethod
     def validate_inputs(
-        cls, input_types: dict | None = None, aspect: str | None = None, sampler: str | None = None
+        cls,
+        input_types: dict | None = None,
+        aspect: str | None = None,
+        sampler: str | None = None,
+        trajectory: str | None = None,
+        refine: str | None = None,
     ) -> bool | str:
         choices = ("aspect", aspect, ASPECTS), ("sampler", sampler, SAMPLERS)
-        return all_wrong(super().validate_inputs(input_types), check_choices(*choices))
+        return all_wrong(
+            super().validate_inputs(input_types),
+            check_choices(*choices),
+            said_by(_check_trajectory, trajectory),
+            said_by(_check_refine, refine),
+        )
 
     @classmethod
     def run(
@@ -284,6 +296,16 @@ class LockstepSampler(Node):
         return io.NodeOutput(*to_latents(latents, host.join_latents, counted_fps, whole), pictures)
 
 
+def _check_trajectory(words: Any) -> None:
+    if text_of("trajectory", words).strip():
+        read_steps(words)
+
+
+def _check_refine(words: Any) -> None:
+    if text_of("refine", words).strip():
+        read_refining(words)
+
+
 def preview_of(model: Engine, shape: ClipShape) -> Callable[[Tensor], Tensor | None] | None:
     """What shows a clip in the making; None where nobody looks, or where the model's files lack what it needs."""
     if not host.is_watched():
@@ -336,6 +358,10 @@ def latents_to_refine(given: dict[str, Stream], shape: ClipShape) -> AVLatents:
             "Lockstep Latent Upscale or of another Lockstep Sampler"
         )
     video, audio = given["video"], fit_sound_to(given["audio"], shape)
+    if is_blank(video):
+        raise WorkflowError(
+            f"{video.name} is an empty latent, from which nothing is refined: leave refine empty, or connect a sampled clip"
+        )
     return AVLatents(video.samples, audio.samples, shape, video.origin.model_id)
 
 

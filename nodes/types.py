@@ -105,9 +105,23 @@ def _asks(name: str, value: Any) -> bool:
 
 
 def with_picture(conditioning: Any, picture: Picture) -> list:
-    """The same conditioning with one picture more; the given one stays as it is."""
+    """The same conditioning with one picture more; the given one stays as it is.
+
+    Raises WorkflowError for a picture that no clip can hold beside those before it.
+    """
     script = from_conditioning(conditioning)
+    if picture.strength > 0:
+        _check_place(picture, [other for other in script.pictures if other.strength > 0])
     return to_conditioning(replace(script, pictures=(*script.pictures, picture)))
+
+
+def _check_place(picture: Picture, others: list[Picture]) -> None:
+    if picture.frame == 0 and picture.attention != 1:
+        raise WorkflowError(
+            "a picture at frame 0 is part of the clip, which always sees it: give it attention 1, or another frame"
+        )
+    if picture.frame is not None and any(picture.frame == other.frame for other in others):
+        raise WorkflowError(f"two pictures at frame {picture.frame}: give one of them another frame")
 
 
 def to_picture(
@@ -304,7 +318,7 @@ def to_extended(
             "latent holds sound alone: connect an av_latent output or Lockstep Video Encode, and the sound to audio_latent"
         )
     video, audio = streams["video"], streams.get("audio")
-    if _is_blank(video):
+    if is_blank(video):
         raise ShapeError(
             f"{video.name} is an empty latent, from which nothing goes on: sample or encode it first"
         )
@@ -321,7 +335,7 @@ def to_extended(
         mask = (
             torch.ones_like(samples[:, :1]) if samples.ndim == 5 else torch.ones_like(samples[:, :1, :, :1])
         )
-        if stream is not None and not _is_blank(stream):
+        if stream is not None and not is_blank(stream):
             kept = min(stream.samples.shape[2], samples.shape[2])
             samples[:, :, :kept] = stream.samples[:, :, :kept]
             mask[:, :, :kept] = 0 if stream.mask is None else stream.mask[:, :, :kept]
@@ -344,7 +358,7 @@ def _check_room(video: Stream, added: float, model: Any) -> None:
     )
 
 
-def _is_blank(stream: Stream) -> bool:
+def is_blank(stream: Stream) -> bool:
     """Whether these are latents that nobody has made yet, as nodes for empty latents give them."""
     return stream.mask is None and not stream.samples.any()
 

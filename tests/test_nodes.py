@@ -236,6 +236,24 @@ def test_a_mask_without_numbers_is_refused(places):
         types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, mask)
 
 
+def test_pictures_that_no_clip_can_hold_are_refused_by_the_node_that_adds_them():
+    def held(*pictures: types.Picture) -> list:
+        conditioning = types.to_conditioning(script())
+        for picture in pictures:
+            conditioning = types.with_picture(conditioning, picture)
+        return conditioning
+
+    at_5 = types.to_picture(torch.rand(1, 4, 8, 3), 5, 1.0)
+    ignored, last = replace(at_5, strength=0.0), replace(at_5, frame=-1)
+    held(at_5, ignored, last, replace(at_5, frame=None, attention=0.5))
+    for others in ([at_5, last, at_5], [last, last]):
+        with pytest.raises(WorkflowError, match=r"two pictures at frame (5|-1): give one of them another"):
+            held(*others)
+    with pytest.raises(WorkflowError, match="a picture at frame 0 is part of the clip"):
+        held(replace(at_5, frame=0, attention=0.5))
+    held(replace(at_5, frame=0, attention=0.5, strength=0.0))
+
+
 def test_frames_count_from_either_end():
     def at(frame: int) -> int:
         return types.frame_of(types.Picture(torch.zeros(2, 2, 3), frame, 1.0), latents().shape)
@@ -1248,7 +1266,7 @@ def test_refining_starts_at_the_levels_asked_for(words, levels):
 @pytest.mark.parametrize("words", ["temporal", "spatial"])
 def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, words):
     grown, seen = of_length(17, 48.0), {}
-    grown = replace(grown, audio=torch.randn_like(grown.audio))
+    grown = replace(grown, video=torch.randn_like(grown.video), audio=torch.randn_like(grown.audio))
 
     def sample(_text, shape, _guides, _settings, _seed, **named):
         seen.update(named)
@@ -1282,6 +1300,28 @@ def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, word
 def test_refining_by_other_words_is_refused(words):
     with pytest.raises(WorkflowError, match="use spatial or temporal after Lockstep Latent Upscale"):
         refining_levels(words, Recorder(), None, latents().shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right", "sentence"),
+    [
+        ("refine", "a bit", ("", " ", "0.5", "Spatial", "0.9, 0"), "refine 'a bit' is not understood"),
+        ("refine", ["0.5"], ("1",), "refine holds ['0.5']: text"),
+        ("trajectory", "first", ("", " ", "all", "1, -1"), "trajectory: got 'first', step numbers such as"),
+    ],
+)
+def test_words_of_the_sampler_are_read_before_the_run(pack, name, wrong, right, sentence):
+    check = pack.sampler.LockstepSampler.validate_inputs
+    assert check(**{name: wrong}).startswith(sentence)
+    assert [check(**{name: words}) for words in (*right, None)] == [True] * (len(right) + 1)
+
+
+def test_of_an_empty_latent_nothing_is_refined(pack):
+    streams = types.given_streams(
+        parts(replace(latents(), video=torch.zeros(1, 8, 3, 4, 6)))[2], None, model()
+    )
+    with pytest.raises(WorkflowError, match="latent is an empty latent, from which nothing is refined"):
+        pack.sampler.latents_to_refine(streams, streams["video"].shape)
 
 
 def test_long_words_for_refining_are_not_repeated_whole():

@@ -75,9 +75,9 @@ TYPE_IN = "type a value into the node or connect an output of type"
         ("held", "", {"image": ["file", 1], "strength": ["loader", 0]},
          "image is linked to MASK, IMAGE is needed: connect the images output of Lockstep VAE Decode or the IMAGE of Load Image; "
          f"strength is linked to LOCKSTEP_MODEL, FLOAT is needed: {TYPE_IN} FLOAT"),
-        ("sampler", "aspect sampler", {"latent": ["file", 0]},
+        ("sampler", "aspect sampler trajectory refine", {"latent": ["file", 0]},
          "latent is linked to IMAGE, LATENT is needed: connect a latent, such as av_latent of Lockstep Sampler"),
-        ("sampler", "aspect sampler", {"latent": ["file", 0], "aspect": "5:1"},
+        ("sampler", "aspect sampler trajectory refine", {"latent": ["file", 0], "aspect": "5:1"},
          "latent is linked to IMAGE, LATENT is needed: connect a latent, such as av_latent of Lockstep Sampler; "
          "unknown aspect '5:1': use model default, 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16 or custom"),
         ("decoded", "", {"video": ["text", 0]},

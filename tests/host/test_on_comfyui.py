@@ -562,6 +562,10 @@ def test_ten_runs_take_no_more_memory_than_three(server: ComfyUI, graph: dict):
         ("3", {"latent": ["4", 0]}, "LATENT"),
         ("3", {"trajectory_moment": 1.5}, "trajectory_moment"),
         ("3", {"step_cache": 1.5}, "step_cache"),
+        ("3", {"trajectory": "first"}, "trajectory: got 'first', step numbers such as"),
+        ("3", {"refine": "a bit"}, "refine 'a bit' is not understood: use spatial"),
+        ("3", {"refine": "1.5"}, "refine '1.5' lies outside 0.01 to 1"),
+        ("3", {"refine": "0.5, 0.7, 0"}, "refine '0.5, 0.7, 0' does not fall from 1 or less to 0"),
         ("4", {"video": ["2", 0]}, "LATENT"),
         ("late", {"strength": 1.5}, "strength"),
         ("late", {"attention": 1.5}, "attention"),
@@ -654,7 +658,6 @@ def test_an_input_that_is_missing_is_told_as_such(server: ComfyUI, graph: dict, 
         ("3", {"model": ["other", 0]}, "this conditioning was encoded by"),
         ("4", {"model": ["other", 0]}, "these latents were sampled by"),
         ("4", {"video": ["sound", 0]}, "connect the sampler's video output"),
-        ("3", {"trajectory": "first"}, "step numbers such as"),
         ("3", {"trajectory": "7"}, "use 1 to 2"),
         ("late", {"mask": ["white", 0]}, "mask frees the whole image"),
         ("4", {"video": ["empty", 0]}, "is needed: connect a latent of this model"),
@@ -667,14 +670,16 @@ def test_an_input_that_is_missing_is_told_as_such(server: ComfyUI, graph: dict, 
         ("3", {"conditioning": ["twice", 0]}, "two pictures at frame 0"),
         ("3", {"refine": "0.5"}, "latent holds no video and no audio"),
         ("3", {"latent": ["clip", 0], "refine": "0.5"}, "latent holds no audio: connect the av_latent of"),
-        ("3", {"latent": ["long", 0], "refine": "a bit"}, "refine 'a bit' is not understood: use spatial"),
-        ("3", {"latent": ["long", 0], "refine": "1.5"}, "refine '1.5' lies outside 0.01 to 1"),
         (
             "3",
-            {"latent": ["long", 0], "refine": "0.5, 0.7, 0"},
-            "refine '0.5, 0.7, 0' does not fall from 1 or less to 0",
+            {"latent": ["long", 0], "refine": "0.5"},
+            "latent is an empty latent, from which nothing is refined",
         ),
-        ("3", {"latent": ["long", 0], "refine": "0.5", "step_cache": 0.1}, "for clips made from noise"),
+        (
+            "3",
+            {"latent": ["clip", 0], "audio_latent": ["sound", 0], "refine": "0.5", "step_cache": 0.1},
+            "for clips made from noise",
+        ),
         ("3", {"conditioning": ["weak", 0]}, "a picture at frame 0 is part of the clip"),
         ("3", {"model": ["foreign", 0]}, "nothing in this LoRA fits this model"),
         ("4", {"video": ["mistaken", 0]}, "no latent upscaler: it holds"),
@@ -718,7 +723,7 @@ def test_what_shows_only_in_the_run_is_told_in_one_sentence(
 
 
 # spare nodes that cannot do what they are for, whoever is connected to them
-WRONG_THEMSELVES = {"short", "odd", "mute", "batch", "foreign", "mistaken", "silent"}
+WRONG_THEMSELVES = {"short", "odd", "mute", "batch", "foreign", "mistaken", "silent", "twice", "weak"}
 
 
 def test_after_errors_the_server_makes_the_same_clip(server: ComfyUI, graph: dict):
