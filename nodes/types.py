@@ -454,7 +454,7 @@ def read_latent(name: str, latent: dict[str, Any], model: Any = None, fps: float
     """
     tensors = _tensors(latent)
     mask = latent.get("noise_mask")
-    masks = list(mask.unbind()) if mask is not None and getattr(mask, "is_nested", False) else [mask, None]
+    masks = [*mask.unbind(), None] if mask is not None and getattr(mask, "is_nested", False) else [mask, None]
     streams = {}
     if any(getattr(tensor, "is_nested", False) for tensor in tensors):
         raise ShapeError(
@@ -515,8 +515,9 @@ def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin
     audio = (1, origin.audio_channels, *samples.shape[2:3], origin.audio_bins)
     needed = {5: video, 4: audio}.get(samples.ndim)
     if needed is None or tuple(samples.shape[1:]) != needed[1:]:
+        what = needed or f"(1, {origin.video_channels}, frames, rows, columns)"
         raise ShapeError(
-            f"{name} has the shape {tuple(samples.shape)}, {needed or video} is needed: connect a latent of this model"
+            f"{name} has the shape {tuple(samples.shape)}, {what} is needed: connect a latent of this model"
         )
     if not samples.numel():
         raise ShapeError(f"{name} is empty: connect a latent that is not cut to nothing")
@@ -530,6 +531,15 @@ def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin
         )
     if mask is None:
         return Stream(samples, None, origin, name)
+    if not isinstance(mask, Tensor) or not 3 <= mask.ndim <= 5:
+        given = (
+            f"the shape {tuple(mask.shape)}"
+            if isinstance(mask, Tensor)
+            else f"the type {type(mask).__name__}"
+        )
+        raise ShapeError(
+            f"the noise mask of {name} has {given}, a MASK (pictures, rows, columns) is needed: put it on by SetLatentNoiseMask"
+        )
     if not mask.isfinite().all():
         raise NotFiniteError(
             f"the noise mask of {name} holds values that are no numbers: look at the node that made it"

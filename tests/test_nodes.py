@@ -484,7 +484,11 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
     [
         (0, {"samples": torch.zeros(2, 8, 3, 4, 6)}, ShapeError, "video holds 2 clips"),
         (0, {"samples": torch.zeros(1, 4, 3, 4, 6)}, ShapeError, "connect a latent of this model"),
-        (0, {"samples": torch.zeros(1, 8, 3)}, ShapeError, "connect a latent of this model"),
+        (0, {"samples": torch.zeros(1, 8, 3)}, ShapeError, r"\(1, 8, frames, rows, columns\) is needed"),
+        (0, {"noise_mask": torch.ones(5)}, ShapeError, r"noise mask of video has the shape \(5,\), a MASK"),
+        (0, {"noise_mask": torch.ones(64, 96)}, ShapeError, "put it on by SetLatentNoiseMask"),
+        (1, {"noise_mask": torch.ones(1, 1, 1, 1, 1, 1)}, ShapeError, "noise mask of audio has the shape"),
+        (0, {"noise_mask": "all"}, ShapeError, "noise mask of video has the type str"),
         (0, {"samples": torch.zeros(1, 2, 19, 5)}, ShapeError, "video output, not audio"),
         (1, {"samples": torch.zeros(1, 8, 3, 4, 6)}, ShapeError, "audio output, not video"),
         (1, {"samples": torch.zeros(1, 2, 9, 5)}, ShapeError, "the sampler made 19"),
@@ -689,6 +693,15 @@ def test_masks_of_a_joint_latent_belong_to_their_streams():
     alone = types.given_streams(parts()[2] | {"noise_mask": torch.zeros(1, 1, 8, 8)}, None, model())
     assert alone["audio"].mask is None
     assert not alone["video"].mask.any()
+
+
+def test_a_joint_mask_for_the_pictures_alone_leaves_the_sound_free():
+    given = parts()[2] | {
+        "noise_mask": SimpleNamespace(is_nested=True, unbind=lambda: [torch.zeros(1, 1, 3, 1, 1)])
+    }
+    streams = types.given_streams(given, None, model())
+    assert streams["video"].mask is not None
+    assert streams["audio"].mask is None
 
 
 def test_a_mask_with_the_channels_of_its_latent_is_read():
