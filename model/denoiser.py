@@ -45,7 +45,8 @@ def starting_state(
     )
     assert audio_noise is not None, "the audio's shape was given"
     guide_noise = draw_noise((1, video.clean.shape[1] - video.own_tokens, channels), generator)
-    noises = torch.cat([video_to_tokens(video_noise), guide_noise], dim=1), audio_to_tokens(audio_noise)
+    own_noise = video_to_tokens(video_noise)[:, : video.own_tokens]
+    noises = torch.cat([own_noise, guide_noise], dim=1), audio_to_tokens(audio_noise)
     inits = [None, None] if start is None else [*_started(start, video)]
     return JointState(
         *(

@@ -33,7 +33,7 @@ from .codec.latent_upsampler import LatentUpsampler
 from .codec.streaming import WINDOW_BYTES, encode_stream
 from .codec.video_vae import VideoVAE
 from .codec.vocoder import Generator
-from .conditioning.layout import Layout, lay_out_audio, lay_out_video
+from .conditioning.layout import Layout, held, lay_out_audio, lay_out_video
 from .embedded import WEIGHTS
 from .errors import NotFiniteError, UnsupportedModelError, WorkflowError
 from .forecast import Forecast
@@ -394,8 +394,8 @@ class Engine:
         start: AVLatents | None = None,
         sound_alone: bool = False,
     ) -> AVLatents:
-        """Noise to the latents of one clip, picture and sound together; by a recipe that wants the sound first, the sound and
-        then the pictures to it, unless pictures are given to which it has to be made.
+        """Noise to the latents of one clip, picture and sound together; by a recipe that wants the sound first, the sound,
+        which sees of pictures the guides alone, and then the pictures to it, unless a video is given to which it has to be made.
 
         given_video, given_audio: latents of a stream that stays as it is, while the other is made to fit it.
         video_mask (1, 1, F, H, W), audio_mask (1, 1, L, 1): where the given stream is made anew, 1 wholly, 0 not at all.
@@ -425,7 +425,7 @@ class Engine:
         with self._lock:
             self._tell_host(shape, settled.guidance, settled.step_cache, settled.loras, progress)
             if sound_first:
-                given = replace(given, audio=self._sound(run, given), audio_mask=None)
+                given = replace(given, audio=self._sound(run, given, guides), audio_mask=None)
             layouts = self._layouts(run.inside, guides, given)
             latents = None if start is None else (start.video, carried_audio(start.audio, run.inside))
             report = self._probed(run, sound_first)
@@ -488,14 +488,17 @@ class Engine:
         made = replace(empty, audio=tokens_to_audio(audio, z))
         return made if run.sound_alone else replace(made, video=clip_video(video, run.shape))
 
-    def _sound(self, run: Run, given: Given) -> Tensor:
+    def _sound(self, run: Run, given: Given, guides: Sequence[Guide] = ()) -> Tensor:
         """The audio latents (1, C, L, M) that the run's pictures are then made to, as sound_alone makes them.
 
-        given: of whose sound a part may stay.
+        given: of whose sound a part may stay. guides: pictures that it sees, for a thing sounds as it looks.
         """
         alone = run.of_sound()
-        layouts = self._layouts(alone.inside, (), replace(given, video=None, video_mask=None))
-        return self._denoised(alone, layouts).audio
+        video, audio = self._layouts(alone.inside, (), replace(given, video=None, video_mask=None))
+        seen = [guide for guide in guides if guide.strength and guide.attention]
+        if seen:
+            video = held(self._layouts(run.inside, seen, Given())[0])
+        return self._denoised(alone, (video, audio)).audio
 
     def _probed(self, run: Run, sound_first: bool) -> StepCacheReport | None:
         """Whether the step cache may be trusted, None if it is off; a short clip tells it, once for the same words."""

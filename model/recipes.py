@@ -35,7 +35,7 @@ class Recipe:
     temporal_sigmas: Sigmas = TEMPORAL_UPSAMPLE
     fast_fps: float | None = None  # after more frames, what rates above 30 count as; None: themselves
     schedule_tokens: int | None = 4096  # None: the clip's own count
-    sound_first: bool = False  # the sound is sampled by itself, then the pictures to it
+    sound_first: bool = False  # the sound is sampled first, to given pictures alone, then the pictures to it
     text_length: int = 1024
     image_crf: int = 0  # H.264 quality of given pictures, as in training; 0 leaves them as they are
     side_limits: tuple[int, int] | None = None  # pixels

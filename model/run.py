@@ -156,8 +156,9 @@ class Run:
         self, transformer: AVTransformer, layouts: tuple[Layout, Layout], cache: StepCache | None
     ) -> JointDenoiser:
         blocks, passes = self.settings.guidance.stg_blocks, self.settings.guidance.passes
+        apart = self.sound_alone and not layouts[0].frozen  # of pictures that are given a sound sees all
         return JointDenoiser(
-            transformer, *layouts, self.conditioning, blocks, passes, apart=self.sound_alone, cache=cache
+            transformer, *layouts, self.conditioning, blocks, passes, apart=apart, cache=cache
         )
 
     def denoised(self, state: JointState, denoiser: JointDenoiser) -> tuple[Tensor, ...]:

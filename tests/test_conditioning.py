@@ -5,7 +5,7 @@ import torch
 from test_audio_codec import assert_near, seeded
 from tiny_models import TRANSFORMERS
 
-from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
+from lockstep.model.conditioning.layout import held, lay_out_audio, lay_out_video
 from lockstep.model.denoiser import JointDenoiser, starting_state
 from lockstep.model.errors import ShapeError, WorkflowError
 from lockstep.model.latents.patchify import audio_to_tokens, video_to_tokens
@@ -96,6 +96,25 @@ def test_several_guides_keep_their_order_strength_and_length():
     assert torch.equal(layout.clean[:, 18:24], video_to_tokens(guides[0].latent))
     assert torch.equal(layout.clean[:, 24:], video_to_tokens(guides[2].latent))
     assert torch.equal(layout.positions[:, :, 24:], frame_positions(SHAPE, 4, 2))
+
+
+def test_what_a_sound_sees_of_pictures_is_what_is_given_of_them_whole_and_still():
+    first, later, object_ = latent(), latent(), latent()
+    guides = [Guide(first, 0, 1.0), Guide(later, 9, 0.5), Guide(object_, None, 1.0, attention=0.5)]
+    layout = lay_out_video(SHAPE, 4, guides)
+    seen = held(layout)
+    assert torch.equal(seen.clean, torch.cat([video_to_tokens(x) for x in (first, later, object_)], 1))
+    assert (seen.masks, seen.frozen, seen.own_tokens, seen.groups) == ((0.0,), True, 0, None)
+    assert not seen.mask.any()
+    assert torch.equal(seen.positions[:, :, :6], video_positions(SHAPE)[:, :, :6])
+    assert torch.equal(seen.positions[:, :, 6:12], frame_positions(SHAPE, 9))
+    # alone, at its own place, a reference would be the clip's first picture
+    moved = reference_positions(SHAPE, 1, 2, 3) - torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
+    assert torch.equal(seen.positions[:, :, 12:], moved)
+    masked = torch.zeros(1, 1, 1, 2, 3)
+    masked[..., 1:] = 1
+    assert held(lay_out_video(SHAPE, 4, [Guide(first, 0, 1.0, mask=masked)])).clean.shape[1] == 2
+    assert held(lay_out_video(SHAPE, 4, [])).clean.shape[1] == 0
 
 
 def test_levels_say_of_every_token_what_its_mask_is():

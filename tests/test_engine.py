@@ -25,7 +25,7 @@ from lockstep.model.sampler.guidance import Guidance
 from lockstep.model.text.tokenizer import Tokens
 from lockstep.model.transformer.block import Block
 from lockstep.model.transformer.model import AVTransformer
-from lockstep.model.values import GenerateRequest, Lora, Progress
+from lockstep.model.values import GenerateRequest, Guide, Lora, Progress
 
 RED_BALL = GenerateRequest("a red ball bounces on a gray background", steps=2, seed=7, seconds=1.0)
 UNGUIDED = SampleSettings(steps=2, guidance=Guidance())
@@ -257,6 +257,25 @@ def test_the_sound_comes_first_where_the_recipe_says_so(engine, monkeypatch):
     other = engine.sample(prompt, shape, settings=UNGUIDED, seed=3, progress=ticks.append)
     assert {tick.stage for tick in ticks} == {"sample"}
     assert not torch.equal(other.audio, made.audio)
+
+
+def test_a_sound_that_comes_first_sees_the_given_pictures_and_nothing_of_those_that_do_not_count(engine):
+    prompt, shape = engine.encode_text("it bounces"), engine.shape(seconds=1.0)
+    picture, ticks = torch.rand(96, 96, 3, generator=torch.Generator().manual_seed(0)), list[Progress]()
+
+    def sound(*guides: Guide) -> torch.Tensor:
+        made = engine.sample(prompt, shape, guides, UNGUIDED, seed=3, progress=ticks.append)
+        return made.audio
+
+    alone = sound()
+    for frame in (0, 12, None):
+        shown = engine.encode_image(picture, shape, frame=frame)
+        assert (sound(shown) - alone).abs().max() > 1e-3
+        assert torch.equal(sound(replace(shown, strength=0.0)), alone)
+    assert torch.equal(sound(replace(shown, attention=0.0)), alone)
+    other = engine.encode_image(1 - picture, shape, frame=None)
+    assert not torch.equal(sound(other), sound(shown))
+    assert {tick.stage for tick in ticks} == {"sound", "sample"}
 
 
 def test_a_sound_that_goes_on_is_finished_first_but_not_one_that_given_pictures_decide(engine):

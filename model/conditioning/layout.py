@@ -25,8 +25,9 @@ class Layout:
     positions: Tensor  # (1, axes, T, 2) float32 bounds
     masks: tuple[float, ...]  # the distinct values of mask, known to the host
     level_of_token: Tensor  # (1, T) int64 into masks
-    own_tokens: int  # the clip's own
+    own_tokens: int  # the clip's own; none in what another stream sees alone
     marked: Tensor  # (1, T) bool, tokens that carry the keyframe marker
+    timeless: Tensor  # (1, T) bool, tokens of references, which are of no moment of the clip
     groups: Groups | None = None  # which tokens see which; None: each sees all
 
     @property
@@ -72,10 +73,16 @@ def lay_out_video(
         cleans.append(video_to_tokens(guide.latent.float()))
         masks.append(video_to_tokens(_freedom(guide)))
         positions.append(_appended_positions(guide, shape, channels))
-    total = sum(tokens.shape[1] for tokens in cleans)
-    marked = torch.arange(total) < shape.latent_height * shape.latent_width
-    layout = _layout(cleans, masks, positions, shape.video_tokens, marked.unsqueeze(0))
-    return replace(layout, groups=_groups([tokens.shape[1] for tokens in cleans], appended))
+    counts = [tokens.shape[1] for tokens in cleans]
+    marked = torch.arange(sum(counts)) < shape.latent_height * shape.latent_width
+    of_reference = torch.tensor([False, *(guide.frame is None for guide in appended)])
+    layout = _layout(cleans, masks, positions, shape.video_tokens)
+    return replace(
+        layout,
+        groups=_groups(counts, appended),
+        marked=marked.unsqueeze(0),
+        timeless=of_reference.repeat_interleave(torch.tensor(counts)).unsqueeze(0),
+    )
 
 
 def lay_out_audio(
@@ -97,16 +104,38 @@ def lay_out_audio(
     mask = torch.full_like(tokens[..., :1], 1.0 if given is None else 0.0)
     if given is not None and given_mask is not None:
         mask = _checked_mask("audio", given_mask, torch.ones(1, 1, shape.audio_latents, 1))[:, 0]
-    marked = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-    return _layout(
-        [tokens], [mask], [audio_positions(shape.audio_latents, shape.audio_rate)], tokens.shape[1], marked
+    positions = audio_positions(shape.audio_latents, shape.audio_rate)
+    return _layout([tokens], [mask], [positions], tokens.shape[1])
+
+
+def held(layout: Layout) -> Layout:
+    """The tokens of a layout that are given, wholly or in part, as what another stream that is made first sees of it.
+
+    A reference is moved a second ahead of the clip: without the clip's own tokens it would be taken for its first picture.
+    """
+    given = held_tokens(layout)
+    positions = layout.positions.clone()
+    positions[:, 0] -= layout.timeless.to(positions).unsqueeze(-1)
+    return Layout(
+        clean=layout.clean[:, given],
+        mask=torch.zeros_like(layout.mask[:, given]),
+        positions=positions[:, :, given],
+        masks=(0.0,),
+        level_of_token=torch.zeros_like(layout.level_of_token[:, given]),
+        own_tokens=0,
+        marked=layout.marked[:, given],
+        timeless=layout.timeless[:, given],
     )
 
 
-def _layout(
-    cleans: list[Tensor], masks: list[Tensor], positions: list[Tensor], own_tokens: int, marked: Tensor
-) -> Layout:
+def held_tokens(layout: Layout) -> Tensor:
+    """Which tokens are given, wholly or in part: (T,) bool."""
+    return layout.mask[0, :, 0] < 1
+
+
+def _layout(cleans: list[Tensor], masks: list[Tensor], positions: list[Tensor], own_tokens: int) -> Layout:
     mask = torch.cat(masks, dim=1)
+    none = torch.zeros(mask.shape[:2], dtype=torch.bool)
     values, index = torch.unique(mask[..., 0], return_inverse=True)
     return Layout(
         clean=torch.cat(cleans, dim=1),
@@ -115,7 +144,8 @@ def _layout(
         masks=tuple(values.tolist()),
         level_of_token=index,
         own_tokens=own_tokens,
-        marked=marked,
+        marked=none,
+        timeless=none,
     )
 
 

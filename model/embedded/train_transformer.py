@@ -5,7 +5,7 @@ B batch, T video tokens, S audio tokens.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..codec.audio_vae import AudioVAE
 from ..codec.video_vae import VideoVAE
-from ..conditioning.layout import Layout, lay_out_audio, lay_out_video
+from ..conditioning.layout import Layout, held, held_tokens, lay_out_audio, lay_out_video
 from ..latents.patchify import audio_to_tokens, video_to_tokens
 from ..text.connector import Connectors, ConnectorsConfig
 from ..text.encoder import WordEncoder, WordEncoderConfig
@@ -47,23 +47,28 @@ _USUAL_MODES = {
 _MODES = {
     "nothing": 0.01,
     "first": 0.01,
-    "audio": 0.16,
+    "audio": 0.11,
     "video": 0.02,
     "beginning": 0.01,  # of both streams, a clip that goes on
-    "beginning and audio": 0.02,
-    "beginning and sound": 0.03,
-    "guide": 0.01,
+    "beginning and audio": 0.015,
+    "beginning and sound": 0.02,
+    "guide": 0.005,
     "first and guide": 0.005,
     "reference": 0.01,
-    "first and audio": 0.04,
-    "first and guide and audio": 0.02,
-    "reference and audio": 0.04,
-    "apart": 0.03,  # no attention between the streams: what modality guidance compares with
-    # no pictures: nearly all that is wrong in a clip is wrong in its sound, to which pictures keep
-    "sound": 0.585,
+    "first and audio": 0.03,
+    "first and guide and audio": 0.015,
+    "reference and audio": 0.06,
+    "apart": 0.01,  # no attention between the streams: what modality guidance compares with
+    # no pictures, or given ones alone: nearly all that is wrong in a clip is wrong in its sound, to which pictures keep
+    "sound": 0.07,
+    "first and sound": 0.2,
+    "guide and sound": 0.05,
+    "first and guide and sound": 0.1,
+    "reference and sound": 0.25,
 }
+_PICTURES = {"first", "guide", "reference"}
 # how often the prompt leaves colour and shape to the picture
-_NAMELESS = {"reference": 0.7, "first": 0.25}
+_NAMELESS = {"reference": 0.7, "first": 0.35, "guide": 0.35}
 
 
 def tokenizer() -> WordTokenizer:
@@ -125,17 +130,16 @@ def draw_sigma(count: int) -> Tensor:
     return torch.where(torch.rand(count) < 0.1, torch.rand(count), sigma).clamp(1e-3, 1.0)
 
 
-def _layouts(batch: Batch, mode: str, rng: random.Random) -> tuple[Layout, Layout]:
-    """Where tokens stand in this mode; values come later, so a single clip stands for all."""
+def _layouts(batch: Batch, given: Collection[str], rng: random.Random) -> tuple[Layout, Layout]:
+    """Where tokens stand if this is given; values come later, so a single clip stands for all."""
     shape, channels, (_, z, _, bins) = batch.shape, batch.video.shape[1], batch.audio.shape
-    given = mode.split(" and ")
     pictures = {
         "first": Guide(batch.video[:1, :, :1], 0, 1.0),
         "guide": Guide(batch.guide[:1], batch.guide_frame, 1.0),
         "reference": Guide(batch.reference[:1], None, 1.0),
     }
     guides = [guide for name, guide in pictures.items() if name in given]
-    given_video = batch.video[:1] if "video" in given or "sound" in given else None
+    given_video = batch.video[:1] if "video" in given or _sound_alone(given) else None
     given_audio, audio_mask = batch.audio[:1] if "audio" in given else None, None
     if "beginning" in given:
         heard = rng.randrange(1, shape.audio_latents)
@@ -149,6 +153,11 @@ def _layouts(batch: Batch, mode: str, rng: random.Random) -> tuple[Layout, Layou
             audio_mask[:, :, :heard] = 0
     video = lay_out_video(shape, channels, guides, given_video)
     return video, lay_out_audio(shape, z, bins, given_audio, audio_mask)
+
+
+def _sound_alone(given: Collection[str]) -> bool:
+    """Whether no pictures are there, not even given ones that the sound sees."""
+    return "sound" in given and _PICTURES.isdisjoint(given)
 
 
 def _stream(
@@ -191,12 +200,15 @@ def flow_loss(
     """Squared error of both velocities over the tokens that are noised; network: the transformer, compiled."""
     device = batch.video.device
     sigma = draw_sigma(len(batch.scenes)).to(device)
-    alone = "sound" in mode
+    given = mode.split(" and ")
+    alone = _sound_alone(given)
     if alone:
         batch = replace(batch, video=batch.video[:, :, :1, :1, :1], shape=batch.shape.sound_alone())
-    video_layout, audio_layout = _layouts(batch, mode, rng)
-    beside = [getattr(batch, name) for name in ("guide", "reference") if name in mode]
+    video_layout, audio_layout = _layouts(batch, given, rng)
+    beside = [getattr(batch, name) for name in ("guide", "reference") if name in given]
     clean_video = torch.cat([video_to_tokens(latent) for latent in (batch.video, *beside)], dim=1)
+    if "sound" in given and not alone:
+        clean_video, video_layout = clean_video[:, held_tokens(video_layout)], held(video_layout)
     forward = model.transformer if network is None else network
     with torch.autocast(device.type, torch.bfloat16):
         video_context, audio_context = model.contexts(ids, mask)
@@ -236,7 +248,7 @@ def _draw_format(paths: list[Path], rng: random.Random) -> tuple[int, int, int, 
 def _clips_in_step(mode: str, form: tuple[int, int, int, float], batch: int) -> int:
     """As many as cost about what a compiled step does: what is not usual is never compiled."""
     if "sound" in mode:
-        return 2 * batch
+        return 2 * batch if _sound_alone(mode.split(" and ")) else batch
     height, width, frames, _ = form
     usual_height, usual_width, usual_frames, _ = _USUAL_FORMAT
     size = height * width * frames / (usual_height * usual_width * usual_frames)

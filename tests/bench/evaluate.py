@@ -19,7 +19,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +207,11 @@ class Model:
         )  # fmt: skip
         return self.engine.generate(request).clip
 
+    def from_first(self, case: Case) -> Clip:
+        """The case asked for as "this thing", its object shown in the true first frame alone."""
+        prompt = language.describe(case.scene, random.Random(f"{case.seed}/first"), nameless=True)
+        return self.clip(replace(case, prompt=prompt), draw(case, self.shape(case))[0])
+
     def sound_alone(self, case: Case) -> Clip:
         request = GenerateRequest(
             case.prompt, sound_alone=True, seconds=4, steps=self._steps, cfg=self._cfg, seed=case.seed
@@ -377,11 +382,11 @@ def measure(judged: Sequence[Judged], pictured: Sequence[float], truth: bool) ->
 
 
 def measure_given(model: Model, cases: Sequence[Case], folder: Path) -> list[Figure]:
-    """What a reference keeps of its object, whether a sound alone keeps its motion's time, what is made to a given stream or goes on."""
-    shown = [
-        make_and_judge(model.from_reference, case, folder / "shown.mp4")
-        for case in cases[: max(2, len(cases) // 6)]
-    ]
+    """What a picture keeps of its object, whether a sound alone keeps its motion's time, what is made to a given stream or goes on."""
+    shown, begun = (
+        [make_and_judge(make, case, folder / "shown.mp4") for case in cases[: max(2, len(cases) // 6)]]
+        for make in (model.from_reference, model.from_first)
+    )
     eventful = [case for case in cases if case.scene.motion in EVENTFUL][: max(2, len(cases) // 6)]
     kept = [keeps_time(model.sound_alone(case), case.scene) for case in eventful]
     heard, seen = (
@@ -405,6 +410,10 @@ def measure_given(model: Model, cases: Sequence[Case], folder: Path) -> list[Fig
         ),
         Figure("reference picture: shape kept", share([one.right("shape") for one in shown]), None, None, "%"),
         Figure("reference picture: motion right", share([one.right("motion") for one in shown]), None, None, "%"),
+        Figure(
+            "first picture alone: shape kept", share([one.right("shape") for one in begun]), None, None, "%",
+            note=f"{len(begun)} clips whose prompt names neither shape nor colour",
+        ),
         Figure(
             "sound alone keeps its motion's time", share(kept), None, None, "%", note=f"{len(kept)} sounds of 4 s"
         ),
