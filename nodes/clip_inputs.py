@@ -8,7 +8,8 @@ from torch import Tensor
 from ..model.values import Progress
 from .types import CUSTOM_ASPECT, OWN_ASPECT
 
-ASPECTS = (OWN_ASPECT, "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", CUSTOM_ASPECT)
+_SIZES = ("768x512", "512x768", "1280x704", "704x1280", "1920x1088")  # usual ones of published models
+ASPECTS = (OWN_ASPECT, "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", *_SIZES, CUSTOM_ASPECT)
 _PIECE_FRAMES = 8  # of a finished clip that are looked at or written between two ticks
 
 
@@ -19,7 +20,8 @@ def clip_inputs() -> list:
             "aspect",
             options=list(ASPECTS),
             default=OWN_ASPECT,
-            tooltip="Width to height, at the model's own short side. custom: width and height below.",
+            tooltip="Width to height, at the model's own short side, or a usual size of published models. custom: width and height "
+            "below.",
         ),
         io.Int.Input(
             "width",

@@ -24,7 +24,7 @@ import lockstep
 from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import Engine, SampleSettings, latent_sha256
 from lockstep.model.errors import CheckpointError, MediaError, NotFiniteError, ShapeError, WorkflowError
-from lockstep.model.recipes import Recipe, clip_shape
+from lockstep.model.recipes import Recipe, clip_shape, published_recipe
 from lockstep.model.shapes import AudioRate, ClipShape, Compression
 from lockstep.model.values import AVLatents, Conditioning, Context, Lora, ModelInfo, Progress
 from lockstep.nodes import history, types
@@ -291,6 +291,16 @@ def test_upscaled_latents_tell_at_which_rate_pictures_count_their_frames(pack, h
         12,
         24,
     )
+
+
+def test_presets_of_sizes_are_of_the_published_grid_and_refused_by_a_model_that_is_small(pack):
+    sizes = [aspect for aspect in pack.sampler.ASPECTS if "x" in aspect]
+    assert {"768x512", "1280x704", "1920x1088"} < set(sizes)
+    for size in sizes:
+        shape = clip_shape(published_recipe("full", "2.3"), Compression(), AudioRate(), size)
+        assert f"{shape.width}x{shape.height}" == size == types.size_of(size, 16, 16)
+        with pytest.raises(ShapeError, match="outside what this model was trained on"):
+            Engine("embedded", device="cpu").shape(size)
 
 
 def test_size_is_what_the_three_inputs_say():

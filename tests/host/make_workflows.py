@@ -151,13 +151,13 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
         """**A published LTX-2.x checkpoint** in place of the embedded model, in one stage.
 
 - Put the file into `models/checkpoints` (or `models/diffusion_models`), press R and choose it in Lockstep Loader; the page offers the addresses of files that are missing. Its text encoder, a Gemma folder or file, belongs in `models/text_encoders`; parts that come in files of their own are found in `models/vae`.
-- **Aspect, steps, cfg, stg** at their defaults take the recipe of the checkpoint.
+- **Aspect** offers the usual sizes of these models. **Steps, cfg, stg** at their defaults take the recipe of the checkpoint.
 - In Lockstep Loader **offload** *auto* brings blocks one by one where the whole does not fit on the GPU, *stream* always does, **attention** takes another kernel, **compile** spends a minute or more first and says what it saved.
 - Read the terms of these weights before you use them. No published weight was run for this workflow.""",
         [
             {"loader": loader(CHECKPOINT)},
             {"text": text("a red ball bounces on a wooden table, a dull thud at every bounce")},
-            {"sampler": sampler()},
+            {"sampler": sampler(aspect="768x512")},
             *clip_out(),
         ],
     ),

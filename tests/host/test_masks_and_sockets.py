@@ -79,7 +79,8 @@ TYPE_IN = "type a value into the node or connect an output of type"
          "latent is linked to IMAGE, LATENT is needed: connect a latent, such as av_latent of Lockstep Sampler"),
         ("sampler", "aspect sampler trajectory refine", {"latent": ["file", 0], "aspect": "5:1"},
          "latent is linked to IMAGE, LATENT is needed: connect a latent, such as av_latent of Lockstep Sampler; "
-         "unknown aspect '5:1': use model default, 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16 or custom"),
+         "unknown aspect '5:1': use model default, 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16, 768x512, 512x768, "
+         "1280x704, 704x1280, 1920x1088 or custom"),
         ("decoded", "", {"video": ["text", 0]},
          "video is linked to CONDITIONING, LATENT is needed: connect a latent, such as av_latent of Lockstep Sampler"),
         ("encoded", "", {"audio": ["file", 0]},
