@@ -600,32 +600,64 @@ def test_the_shipped_file_is_small_whole_and_says_what_it_is():
         assert all(torch.isfinite(file.get_tensor(name).float()).all() for name in list(file.keys()))
 
 
-def test_the_shipped_sound_is_told_by_given_pictures_and_the_pictures_by_given_sound():
+class Shipped:
+    """The shipped weights as training has them."""
+
+    def __init__(self) -> None:
+        states, _ = unpack(WEIGHTS)
+        self.model = Generator()
+        self.model.load_state_dict(states["transformer"])
+        self._video_vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE)).eval()
+        self._video_vae.load_state_dict(states["video"])
+        self._audio_vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE)).eval()
+        self._audio_vae.load_state_dict(states["audio"])
+
+    @torch.no_grad()
+    def batch(self, scenes: list[world.Scene]) -> Batch:
+        """Their clips of 25 frames, with a reference for each."""
+        audio_config = self._audio_vae.config
+        shape = ClipShape(25, 96, 96, 12.0, self._video_vae.config.compression, audio_config.rate)
+        samples = (audio_config.mel_frames(shape.audio_latents) - 1) * audio_config.mel.hop_samples
+        waves = torch.stack([synthesize(scene, samples, 1.0, 1.0) for scene in scenes])
+        others = [world.draw_reference(scene, random.Random(0)) for scene in scenes]
+        video, reference = self._seen(scenes, 25), self._seen(others, 1)
+        audio = self._audio_vae.encode(LogMel(audio_config.mel)(waves))
+        return Batch(video, audio, video[:, :, :1], 0, reference, scenes, shape)
+
+    def _seen(self, scenes: list[world.Scene], frames: int) -> torch.Tensor:
+        pixels = torch.stack([world.render(scene, frames, 96, 96, 12.0) for scene in scenes])
+        return self._video_vae.encode(pixels.permute(0, 4, 1, 2, 3) * 2 - 1)
+
+    @torch.no_grad()
+    def error(self, batch: Batch, mode: str, nameless: float = 0.0) -> dict[str, float]:
+        ids, mask = encode_prompts(batch, random.Random(11), tokenizer(), nameless)
+        torch.manual_seed(0)
+        return flow_loss(self.model, batch, ids, mask, mode, random.Random(0))[1]
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Shipped:
+    return Shipped()
+
+
+def test_the_shipped_sound_is_told_by_given_pictures_and_the_pictures_by_given_sound(shipped):
     """Attention from pictures to sound has died in training before, unseen by any figure of whole clips."""
-    states, _ = unpack(WEIGHTS)
-    model = Generator()
-    model.load_state_dict(states["transformer"])
-    video_vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE)).eval()
-    video_vae.load_state_dict(states["video"])
-    audio_vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE)).eval()
-    audio_vae.load_state_dict(states["audio"])
     rng = random.Random(11)
     eventful = [world.draw_scene(rng, motion=motion) for motion in ("bounces", "slides", "pulses") * 4]
-    shape = ClipShape(25, 96, 96, 12.0, video_vae.config.compression, audio_vae.config.rate)
-    with torch.no_grad():
-        pixels = torch.stack([world.render(scene, 25, 96, 96, 12.0) for scene in eventful])
-        video = video_vae.encode(pixels.permute(0, 4, 1, 2, 3) * 2 - 1)
-        samples = (audio_vae.config.mel_frames(shape.audio_latents) - 1) * audio_vae.config.mel.hop_samples
-        waves = torch.stack([synthesize(scene, samples, 1.0, 1.0) for scene in eventful])
-        audio = audio_vae.encode(LogMel(audio_vae.config.mel)(waves))
-        batch = Batch(video, audio, video[:, :, :1], 0, video[:, :, :1], eventful, shape)
-        ids, mask = encode_prompts(batch, rng, tokenizer())
-        error = {}
-        for mode in ("apart", "video", "audio"):
-            torch.manual_seed(0)
-            error[mode] = flow_loss(model, batch, ids, mask, mode, random.Random(0))[1]
+    batch = shipped.batch(eventful)
+    error = {mode: shipped.error(batch, mode) for mode in ("apart", "video", "audio")}
     assert error["video"]["audio"] < 0.9 * error["apart"]["audio"]
     assert error["audio"]["video"] < 0.9 * error["apart"]["video"]
+
+
+@pytest.mark.parametrize("mode", ["first and sound", "reference and sound"])
+def test_the_shipped_sound_is_told_by_a_picture_of_its_thing(shipped, mode):
+    """Its timbre, where the prompt names no shape: by a picture of its own thing rather than one of another shape."""
+    rng = random.Random(12)
+    batch = shipped.batch([world.draw_scene(rng, motion="pulses", shape=shape) for shape in world.SHAPES * 4])
+    other = replace(batch, video=batch.video.roll(1, 0), reference=batch.reference.roll(1, 0))
+    own, others = (shipped.error(seen, mode, nameless=1.0)["audio"] for seen in (batch, other))
+    assert own < 0.85 * others
 
 
 def test_training_goes_on_from_the_shipped_file(tmp_path):
