@@ -4,7 +4,7 @@ python -m lockstep.model.embedded.train video       RUNS --steps 3500
 python -m lockstep.model.embedded.train audio       RUNS --steps 1500
 python -m lockstep.model.embedded.train decoder     RUNS --steps 500    # if wanted: the video decoder alone, latents stay
 python -m lockstep.model.embedded.train shards      RUNS --steps 200
-python -m lockstep.model.embedded.train transformer RUNS --steps 16480
+python -m lockstep.model.embedded.train transformer RUNS --steps 18430
 python -m lockstep.model.embedded.train pack        RUNS
 """
 

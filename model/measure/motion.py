@@ -273,12 +273,15 @@ def _extremes(signal: np.ndarray, least: float) -> tuple[list[int], list[int]]:
 def _crossings(
     times: np.ndarray, signal: np.ndarray, turns: list[int], keep: np.ndarray, curved: bool
 ) -> tuple[tuple[float, ...], float]:
-    """Where neighbouring pieces of a path cross, and the sum of squares that the pieces leave; no events unless all are sure."""
+    """Where neighbouring pieces of a path cross, as far as both are sure, and the sum of squares that the pieces leave.
+
+    The sum is that of all frames, made up for what so many pieces fit by chance; without end where they could fit anything.
+    """
     count, step = len(turns) + 1, times[1] - times[0]
     if not turns:
         return (), math.inf
     rough = meets = times[turns]
-    left = math.inf
+    clear, left = keep, 0.0
     for _ in range(5):
         piece = np.searchsorted(meets, times)
         # the frame of the turn itself shows neither of its sides
@@ -287,7 +290,7 @@ def _crossings(
         columns = [own, own * times[clear, None]] + [np.square(times[clear, None])] * curved
         matrix = np.concatenate(columns, 1)
         factors = np.linalg.lstsq(matrix, signal[clear], rcond=None)[0]
-        left = float(np.square(signal[clear] - matrix @ factors).sum()) * len(times) / max(1, clear.sum())
+        left = float(np.square(signal[clear] - matrix @ factors).sum())
         level, slope = factors[:count], factors[count : 2 * count]
         bend = np.diff(slope)
         meets = np.where(np.abs(bend) > 1e-6, -np.diff(level) / np.where(bend == 0, 1, bend), rough)
@@ -297,7 +300,7 @@ def _crossings(
     if freedom < count:
         return (), math.inf
     sure = (frames[1:] >= 2) & (frames[:-1] >= 2)
-    return tuple(meets[sure].tolist()), left * clear.sum() / freedom
+    return tuple(meets[sure].tolist()), left * len(times) / freedom
 
 
 def _tops(times: np.ndarray, signal: np.ndarray, highs: list[int]) -> tuple[tuple[float, ...], float]:
