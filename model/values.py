@@ -3,12 +3,13 @@
 B batch, C channels, F frames (pixels or latents), H rows, W columns, L latent or text steps, M mel bins, S samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from .errors import WorkflowError
 from .shapes import ClipShape
 
 
@@ -54,6 +55,19 @@ class Guide:
     strength: float  # 0 ignores it, 1 keeps it untouched
     mask: Tensor | None = None  # (1, 1, f, H, W), 1 where nothing is held; None holds all of it
     attention: float = 1.0  # how much clip and guide see of each other, 0..1; 1 for one at frame 0
+
+
+def check_places(places: Iterable[tuple[int | None, float]]) -> None:
+    """Raises WorkflowError for pictures, each a frame (None: a reference) and its attention, that no clip can hold together."""
+    taken = set()
+    for frame, attention in places:
+        if frame == 0 and attention != 1:
+            raise WorkflowError(
+                "a picture at frame 0 is part of the clip, which always sees it: give it attention 1, or another frame"
+            )
+        if frame in taken:
+            raise WorkflowError(f"two pictures at frame {frame}: give one of them another frame")
+        taken |= {frame} - {None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from ..model.engine import carried_audio
 from ..model.errors import MediaError, NotFiniteError, ShapeError, WorkflowError
 from ..model.media import AAC_RATES_HZ, fit_sound
 from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape, nearest_frames
-from ..model.values import AVLatents, Clip, Conditioning
+from ..model.values import AVLatents, Clip, Conditioning, check_places
 
 _KEY = "lockstep"
 _ORIGINS = {
@@ -111,17 +111,9 @@ def with_picture(conditioning: Any, picture: Picture) -> list:
     """
     script = from_conditioning(conditioning)
     if picture.strength > 0:
-        _check_place(picture, [other for other in script.pictures if other.strength > 0])
+        pictures = [other for other in (*script.pictures, picture) if other.strength > 0]
+        check_places((other.frame, other.attention) for other in pictures)
     return to_conditioning(replace(script, pictures=(*script.pictures, picture)))
-
-
-def _check_place(picture: Picture, others: list[Picture]) -> None:
-    if picture.frame == 0 and picture.attention != 1:
-        raise WorkflowError(
-            "a picture at frame 0 is part of the clip, which always sees it: give it attention 1, or another frame"
-        )
-    if picture.frame is not None and any(picture.frame == other.frame for other in others):
-        raise WorkflowError(f"two pictures at frame {picture.frame}: give one of them another frame")
 
 
 def to_picture(

@@ -13,7 +13,7 @@ from ..errors import ShapeError, WorkflowError
 from ..latents.patchify import audio_to_tokens, video_to_tokens
 from ..layers.attention_groups import Groups
 from ..shapes import ClipShape, audio_positions, frame_positions, reference_positions, video_positions
-from ..values import Guide
+from ..values import Guide, check_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,19 +171,12 @@ def _at_start(guides: Sequence[Guide], shape: ClipShape) -> list[Guide]:
             raise WorkflowError(f"guide strength {guide.strength} must lie between 0 and 1")
         if not 0 <= guide.attention <= 1:
             raise WorkflowError(f"guide attention {guide.attention} must lie between 0 and 1")
-        if guide.attention != 1 and guide.frame == 0:
-            raise WorkflowError(
-                "a picture at frame 0 is part of the clip, which always sees it: give it attention 1, or another frame"
-            )
         if guide.latent.shape[2] > shape.latent_frames:
             raise WorkflowError(
                 f"a guide of {guide.latent.shape[2]} latent frames does not fit {shape.latent_frames}"
             )
-    frames = [guide.frame for guide in guides]
-    twice = sorted({frame for frame in frames if frame is not None and frames.count(frame) > 1})
-    if twice:
-        raise WorkflowError(f"two pictures at frame {twice[0]}: give one of them another frame")
-    if frames.count(None) > 1:
+    check_places((guide.frame, guide.attention) for guide in guides)
+    if [guide.frame for guide in guides].count(None) > 1:
         raise WorkflowError("two reference pictures, a clip takes one: leave one of them out")
     return [guide for guide in guides if guide.frame == 0]
 
@@ -200,10 +193,10 @@ def _appended_positions(guide: Guide, shape: ClipShape, channels: int) -> Tensor
 
 def _freedom(guide: Guide) -> Tensor:
     """How far each latent of a guide may change: (1, 1, f, H, W), 1 wholly."""
-    held = torch.ones_like(guide.latent[:, :1], dtype=torch.float32)
+    kept = torch.ones_like(guide.latent[:, :1], dtype=torch.float32)
     if guide.mask is not None:
-        held = 1 - _checked_mask("guide", guide.mask, held)
-    return 1 - guide.strength * held
+        kept = 1 - _checked_mask("guide", guide.mask, kept)
+    return 1 - guide.strength * kept
 
 
 def _checked_mask(name: str, mask: Tensor, like: Tensor) -> Tensor:

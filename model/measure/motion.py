@@ -21,6 +21,7 @@ _PLAIN_SHARE = 0.55  # of all pixels that must have the background's colour
 _LONGEST_PERIODIC_SECONDS = 8.0
 _ENERGY_GRID = 16
 _PACKED = 65535
+_LEAST_MOVE = 0.015  # short sides, root mean square; less is rest
 _PART_FRAMES = 16  # of thumbnails that are looked at together
 
 
@@ -191,14 +192,19 @@ def _joined(parts: list[Motion], starts: np.ndarray, seconds: float) -> Motion:
     return Motion(parts[0].kind, unexplained, period, tuple(events))
 
 
+def _clear_of_edges(path: Path) -> np.ndarray:
+    """The frames to judge by: those that show the whole object, or all where too few do."""
+    return path.whole if path.whole.mean() > 0.6 else np.ones(len(path.x), bool)
+
+
 def _name_part(path: Path) -> Motion:
     signals = np.stack([path.x, path.y, path.size])
-    keep = path.whole if path.whole.mean() > 0.6 else np.ones(len(path.x), bool)
+    keep = _clear_of_edges(path)
     times, signals = path.times[keep], signals[:, keep]
     signals = signals - signals.mean(1, keepdims=True)
     power = np.square(signals).sum(1)
     total = float(power.sum())
-    if math.sqrt(total / len(times)) < 0.015 or len(times) < 8:
+    if math.sqrt(total / len(times)) < _LEAST_MOVE or len(times) < 8:
         return Motion("rest", 1.0)
     step = times[1] - times[0]
     periods = np.geomspace(max(4 * step, 0.2), max(2.5 * times[-1], 0.5), 120)
@@ -237,13 +243,13 @@ def find_turns(path: Path) -> Motion:
     Between turns a bounce is a parabola, of one gravity all along, and a zigzag a straight line; a largest size is the top
     of a parabola through an eighth of the time to the next one. Less exact than name_motion where time is kept.
     """
-    keep = path.whole if path.whole.mean() > 0.6 else np.ones(len(path.x), bool)
+    keep = _clear_of_edges(path)
     signals = {"bounce": path.y, "zigzag x": path.x, "zigzag y": path.y, "pulse": path.size}
     power = {
         name: float(np.square(signal[keep] - signal[keep].mean()).sum()) for name, signal in signals.items()
     }
     total = power["zigzag x"] + power["zigzag y"] + power["pulse"]
-    if len(path.times) < 8 or math.sqrt(total / keep.sum()) < 0.015:
+    if len(path.times) < 8 or math.sqrt(total / keep.sum()) < _LEAST_MOVE:
         return Motion("rest", 1.0)
     found = []
     for name, signal in signals.items():
