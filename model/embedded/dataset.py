@@ -1,6 +1,6 @@
 """Scenes as latents: encoded once by the finished codecs, kept as safetensors shards, one format each.
 
-F frames, H rows, W columns, L audio latents, M latent mel bins.
+F frames, H rows, W columns, L audio latents, M latent mel bins, N mel frames.
 """
 
 import json
@@ -14,12 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..codec.audio_vae import AudioVAE
+from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.mel import LogMel
-from ..codec.video_vae import VideoVAE
+from ..codec.video_vae import VideoVAE, VideoVAEConfig
 from ..shapes import ClipShape
-from . import world
+from . import config, world
 from .sound import synthesize
+from .training import drawn_ahead
 
 # (rows, columns, frames, fps); the first is the usual one
 FORMATS = (
@@ -45,7 +46,7 @@ SHARD = 48
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Clips of one format, all tensors float32."""
+    """Clips of one format, as latents; half precision in shards, float32 in training."""
 
     video: Tensor  # (B, C, F, H, W), normalized
     audio: Tensor  # (B, z, L, M), normalized
@@ -56,41 +57,81 @@ class Batch:
     shape: ClipShape
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """SHARD drawn scenes before they are encoded; pixels in -1..1, half precision."""
+
+    index: int
+    scenes: list[world.Scene]
+    pixels: Tensor  # (B, 3, F, H, W)
+    guide_frame: int
+    reference: Tensor  # (B, 3, 1, H, W)
+    mel: Tensor  # (B, 1, N, mel bins), float32
+
+
+@dataclass(frozen=True, slots=True)
+class DrawShard:
+    """Draws one shard; its number and the seed alone decide what is in it."""
+
+    seed: int
+
+    def __call__(self, index: int) -> Shard:
+        rng = random.Random(f"{self.seed}/shard/{index}")
+        height, width, frames, fps = format_of(index)
+        # half of the guides are the last picture, which is what users give
+        guide_frame = frames - 1 if rng.random() < 0.5 else rng.randrange(1, frames)
+        scenes = [world.draw_scene(rng) for _ in range(SHARD)]
+        others = [world.draw_reference(scene, rng) for scene in scenes]
+        audio = AudioVAEConfig.from_published(config.AUDIO_VAE)
+        samples = (audio.mel_frames(shape_of(index).audio_latents) - 1) * audio.mel.hop_samples
+        short = min(height, width)
+        waves = torch.stack([synthesize(scene, samples, width / short, height / short) for scene in scenes])
+        return Shard(
+            index,
+            scenes,
+            _pixels(scenes, frames, height, width, fps),
+            guide_frame,
+            _pixels(others, 1, height, width, fps),
+            LogMel(audio.mel)(waves),
+        )
+
+
+def _pixels(scenes: list[world.Scene], frames: int, height: int, width: int, fps: float) -> Tensor:
+    clips = torch.stack([world.render(scene, frames, height, width, fps) for scene in scenes])
+    return (rearrange(clips, "B F H W C -> B C F H W") * 2 - 1).half()
+
+
 @torch.no_grad()
-def encode_shard(index: int, folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, seed: int) -> None:
-    """Draws and encodes one shard of SHARD scenes; its number alone decides what is in it."""
-    rng = random.Random(f"{seed}/shard/{index}")
-    height, width, frames, fps = format_of(index)
-    shape = ClipShape(frames, height, width, fps, video_vae.config.compression, audio_vae.config.rate)
-    # half of the guides are the last picture, which is what users give
-    guide_frame = frames - 1 if rng.random() < 0.5 else rng.randrange(1, frames)
-    scenes = [world.draw_scene(rng) for _ in range(SHARD)]
-    pixels = torch.stack([world.render(scene, frames, height, width, fps) for scene in scenes])
-    pixels = rearrange(pixels, "B F H W C -> B C F H W") * 2 - 1
-    mel_frames = audio_vae.config.mel_frames(shape.audio_latents)
-    samples = (mel_frames - 1) * audio_vae.config.mel.hop_samples
-    short = min(height, width)
-    waves = torch.stack([synthesize(scene, samples, width / short, height / short) for scene in scenes])
-    video = torch.cat([video_vae.encode(part) for part in pixels.split(8)])
-    guide = video_vae.encode(pixels[:, :, guide_frame : guide_frame + 1])
-    audio = audio_vae.encode(LogMel(audio_vae.config.mel)(waves))
-    others = [world.render(world.draw_reference(scene, rng), 1, height, width, fps) for scene in scenes]
-    reference = video_vae.encode(rearrange(torch.stack(others), "B F H W C -> B C F H W") * 2 - 1)
-    encoded = {"video": video, "audio": audio, "guide": guide, "reference": reference}
+def encode_shard(shard: Shard, folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, device: str) -> None:
+    """Writes a shard's latents to a file of its number."""
+    at = shard.guide_frame
+    encoded = {
+        "video": torch.cat([video_vae.encode(part.to(device).float()) for part in shard.pixels.split(8)]),
+        "audio": audio_vae.encode(shard.mel.to(device)),
+        "guide": video_vae.encode(shard.pixels[:, :, at : at + 1].to(device).float()),
+        "reference": video_vae.encode(shard.reference.to(device).float()),
+    }
     tensors = {name: tensor.half().contiguous() for name, tensor in encoded.items()}
-    truth = {"scenes": [asdict(scene) for scene in scenes], "guide_frame": guide_frame}
-    save_file(tensors, folder / f"{index:05}.partial", {"truth": json.dumps(truth)})
-    (folder / f"{index:05}.partial").rename(folder / f"{index:05}.safetensors")
+    truth = {"scenes": [asdict(scene) for scene in shard.scenes], "guide_frame": at}
+    save_file(tensors, folder / f"{shard.index:05}.partial", {"truth": json.dumps(truth)})
+    (folder / f"{shard.index:05}.partial").rename(folder / f"{shard.index:05}.safetensors")
 
 
 def encode_shards(
-    folder: Path, shards: range, video_vae: VideoVAE, audio_vae: AudioVAE, seed: int = 0
+    folder: Path,
+    shards: range,
+    video_vae: VideoVAE,
+    audio_vae: AudioVAE,
+    device: str = "cpu",
+    workers: int = 0,
+    seed: int = 0,
 ) -> None:
-    """Encodes the shards that are not there yet."""
+    """Encodes shards of these numbers, after those that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index in shards:
-        if not (folder / f"{index:05}.safetensors").exists():
-            encode_shard(index, folder, video_vae, audio_vae, seed)
+    there = [index for index in shards if (folder / f"{index:05}.safetensors").exists()]
+    missing = range(max(there, default=shards.start - 1) + 1, shards.stop)
+    for shard in drawn_ahead(DrawShard(seed), missing, workers):
+        encode_shard(shard, folder, video_vae, audio_vae, device)
 
 
 def format_of(index: int) -> tuple[int, int, int, float]:
@@ -104,14 +145,21 @@ def shards_in_round(form: tuple[int, int, int, float]) -> int:
     return _SHARDS[FORMATS.index(form)]
 
 
-def load_shard(path: Path, video_vae: VideoVAE, audio_vae: AudioVAE) -> Batch:
-    """One encoded shard as a batch."""
-    height, width, frames, fps = format_of(int(path.stem))
+def shape_of(index: int) -> ClipShape:
+    """The clips of a shard, by its number."""
+    height, width, frames, fps = format_of(index)
+    compression = VideoVAEConfig.from_published(config.VIDEO_VAE).compression
+    return ClipShape(
+        frames, height, width, fps, compression, AudioVAEConfig.from_published(config.AUDIO_VAE).rate
+    )
+
+
+def load_shard(path: Path) -> Batch:
+    """One encoded shard as a batch, in half precision."""
     with safe_open(path, "pt") as file:
         truth = json.loads(file.metadata()["truth"])
         video, audio, guide, reference = (
-            file.get_tensor(key).float() for key in ("video", "audio", "guide", "reference")
+            file.get_tensor(key) for key in ("video", "audio", "guide", "reference")
         )
-    shape = ClipShape(frames, height, width, fps, video_vae.config.compression, audio_vae.config.rate)
     scenes = [world.Scene(**scene) for scene in truth["scenes"]]
-    return Batch(video, audio, guide, truth["guide_frame"], reference, scenes, shape)
+    return Batch(video, audio, guide, truth["guide_frame"], reference, scenes, shape_of(int(path.stem)))

@@ -32,21 +32,35 @@ def main() -> None:
     parser.add_argument("stage", choices=list(_STAGES))
     parser.add_argument("runs", type=Path, help="folder that holds one folder per stage")
     parser.add_argument("--steps", type=int, default=0, help="training steps, or shards to encode")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="clips in a step (default: what suits two cores)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes ahead, for a GPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the transformer's blocks, for a GPU"
+    )
     parser.add_argument("--first", type=int, default=0, help="first shard to encode")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's usual step")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     _STAGES[given.stage](given)
 
 
+def _how(given: argparse.Namespace) -> dict:
+    """The options of every trained stage, as its function wants them."""
+    return {"workers": given.workers, "seconds": given.seconds} | (
+        {"batch": given.batch} if given.batch else {}
+    )
+
+
 def _video(given: argparse.Namespace) -> None:
     vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
     initialise(vae, seed=0)
     settings = TrainSettings(given.steps, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995)
-    train_video_vae(Run(given.runs / "video", vae.to(given.device), settings), given.device)
+    run = Run(given.runs / "video", vae.to(given.device), settings)
+    train_video_vae(run, given.device, **_how(given))
 
 
 def _decoder(given: argparse.Namespace) -> None:
@@ -56,21 +70,22 @@ def _decoder(given: argparse.Namespace) -> None:
     settings = TrainSettings(
         given.steps, learning_rate=5e-4, matrix_rate=0.008, warmup_steps=50, ema_decay=0.995
     )
-    train_video_decoder(Run(given.runs / "decoder", vae.to(given.device), settings), given.device)
+    run = Run(given.runs / "decoder", vae.to(given.device), settings)
+    train_video_decoder(run, given.device, **_how(given))
 
 
 def _audio(given: argparse.Namespace) -> None:
     vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE))
     initialise_audio_vae(vae, seed=0)
     settings = TrainSettings(given.steps, warmup_steps=50, ema_decay=0.99)
-    train_audio_vae(Run(given.runs / "audio", vae.to(given.device), settings), given.device)
+    run = Run(given.runs / "audio", vae.to(given.device), settings)
+    train_audio_vae(run, given.device, **_how(given))
 
 
 def _shards(given: argparse.Namespace) -> None:
     shards = range(given.first, given.first + given.steps)
-    encode_shards(
-        given.runs / "shards", shards, finished_video_vae(given.runs), finished_audio_vae(given.runs)
-    )
+    codecs = (finished_video_vae(given.runs, given.device), finished_audio_vae(given.runs, given.device))
+    encode_shards(given.runs / "shards", shards, *codecs, given.device, given.workers)
 
 
 def _transformer(given: argparse.Namespace) -> None:
@@ -80,9 +95,7 @@ def _transformer(given: argparse.Namespace) -> None:
         given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.998
     )
     run = Run(given.runs / "transformer", model.to(given.device), settings)
-    video_vae, audio_vae = finished_video_vae(given.runs), finished_audio_vae(given.runs)
-    shards = given.runs / "shards"
-    train_transformer(run, shards, video_vae, audio_vae, given.device, compiled=given.compile)
+    train_transformer(run, given.runs / "shards", given.device, **_how(given), compiled=given.compile)
 
 
 def _pack(given: argparse.Namespace) -> None:
@@ -102,9 +115,9 @@ def _unpack(given: argparse.Namespace) -> None:
         save_start(given.runs / stage, state, record[stage])
 
 
-def finished_video_vae(runs: Path) -> VideoVAE:
-    """The trained video VAE with measured statistics, on the CPU."""
-    vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
+def finished_video_vae(runs: Path, device: str = "cpu") -> VideoVAE:
+    """The trained video VAE with measured statistics."""
+    vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE)).to(device)
     vae.load_state_dict(averaged_state(runs / "video"))
     measure_statistics(vae.eval().requires_grad_(False))
     if (runs / "decoder" / "state.safetensors").exists():
@@ -113,9 +126,9 @@ def finished_video_vae(runs: Path) -> VideoVAE:
     return vae
 
 
-def finished_audio_vae(runs: Path) -> AudioVAE:
-    """The trained audio VAE with measured statistics, on the CPU."""
-    vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE))
+def finished_audio_vae(runs: Path, device: str = "cpu") -> AudioVAE:
+    """The trained audio VAE with measured statistics."""
+    vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE)).to(device)
     vae.load_state_dict(averaged_state(runs / "audio"))
     measure_audio_statistics(vae.eval().requires_grad_(False))
     return vae

@@ -1,6 +1,7 @@
 """Trains the audio VAE on sounds synthesised on the fly."""
 
 import random
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -8,10 +9,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..codec.audio_vae import AudioVAE
+from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.mel import LogMel
-from . import world
-from .config import SAMPLE_RATE_HZ
+from . import config, world
 from .sound import synthesize
 from .training import Run
 
@@ -31,7 +31,21 @@ def _draw_window(rng: random.Random, samples: int) -> Tensor:
     return synthesize(scene, start + samples, *size)[:, start:] * level
 
 
-def audio_vae_loss(vae: AudioVAE, mel: Tensor) -> tuple[Tensor, dict[str, float]]:
+@dataclass(frozen=True, slots=True)
+class DrawMels:
+    """Draws the log-mels of a step (B, 1, frames, M)."""
+
+    seed: str
+    batch: int
+    frames: int = 65
+
+    def __call__(self, step: int) -> Tensor:
+        mel = AudioVAEConfig.from_published(config.AUDIO_VAE).mel
+        samples = (self.frames - 1) * mel.hop_samples
+        return LogMel(mel)(draw_waveforms(random.Random(f"{self.seed}/{step}"), self.batch, samples))
+
+
+def audio_vae_loss(vae: AudioVAE, mel: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 of the log-mel plus a faint KL; (B, 1, 4k + 1, M)."""
     with torch.autocast(mel.device.type, torch.bfloat16):
         mean, log_variance = vae.encoder(mel).float().chunk(2, dim=1)
@@ -41,28 +55,26 @@ def audio_vae_loss(vae: AudioVAE, mel: Tensor) -> tuple[Tensor, dict[str, float]
     l1 = (restored - mel).abs().mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     loss = l1 + 0.2 * functional.mse_loss(restored, mel) + _KL_WEIGHT * kl * 4
-    return loss, {"mel_l1": l1.item(), "kl": kl.item()}
+    return loss, {"mel_l1": l1.detach(), "kl": kl.detach()}
 
 
-def train_audio_vae(run: Run[AudioVAE], device: str, batch: int = 16, frames: int = 65) -> None:
+def train_audio_vae(
+    run: Run[AudioVAE], device: str, batch: int = 16, workers: int = 0, seconds: float = 0.0
+) -> None:
     """Trains until the run's last step; run.model is an AudioVAE."""
-    log_mel = LogMel(run.model.config.mel)
-    hop = run.model.config.mel.hop_samples
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"{run.settings.seed}/audio/{step}")
-        torch.manual_seed(rng.randrange(2**31))
-        return audio_vae_loss(run.model, log_mel(draw_waveforms(rng, batch, (frames - 1) * hop)).to(device))
+    def loss_of(mel: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return audio_vae_loss(run.model, mel.to(device))
 
-    run.train(loss_of_step)
+    run.train(DrawMels(f"{run.settings.seed}/audio", batch), loss_of, workers, seconds)
 
 
 @torch.no_grad()
 def measure_audio_statistics(vae: AudioVAE, seed: int = 1) -> None:
     """Writes mean and standard deviation of the latents of fresh scenes into the VAE's statistics."""
     rng = random.Random(f"{seed}/audio statistics")
-    mel = LogMel(vae.config.mel)(draw_waveforms(rng, 192, 2 * SAMPLE_RATE_HZ))
-    mean = vae.encoder(mel).chunk(2, dim=1)[0]
+    mel = LogMel(vae.config.mel)(draw_waveforms(rng, 192, 2 * config.SAMPLE_RATE_HZ))
+    mean = vae.encoder(mel.to(next(vae.parameters()).device)).chunk(2, dim=1)[0]
     tokens = rearrange(mean, "B z L W -> (B L) (z W)")
     vae.per_channel_statistics.get_buffer("mean-of-means").copy_(tokens.mean(0))
     # bins that hardly ever change would otherwise be blown up to unit size

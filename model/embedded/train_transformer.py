@@ -7,7 +7,8 @@ B batch, T video tokens, S audio tokens.
 import random
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..codec.audio_vae import AudioVAE
-from ..codec.video_vae import VideoVAE
 from ..conditioning.layout import Layout, held, held_tokens, lay_out_audio, lay_out_video
 from ..latents.patchify import audio_to_tokens, video_to_tokens
 from ..text.connector import Connectors, ConnectorsConfig
 from ..text.encoder import WordEncoder, WordEncoderConfig
 from ..text.tokenizer import FIRST_ID, WordTokenizer
+from ..transformer.block import StreamState
 from ..transformer.config import TransformerConfig
 from ..transformer.model import AVTransformer, StreamInput
 from ..values import Guide
@@ -31,46 +31,37 @@ from .readings import readings
 from .training import Run
 
 _DROP_PROMPT = 0.1
-# so many steps are of the usual format without tokens beside the clip's own: one layout, which can be compiled
-_USUAL_SHARE = 0.03
-_USUAL_FORMAT = FORMATS[0]
 _TENSORS = ("video", "audio", "guide", "reference")
 # what is given in a step, and how often; "audio" with pictures beside it: as a clip is made whose sound comes first
-_USUAL_MODES = {
-    "nothing": 0.05,
-    "first": 0.04,
-    "audio": 0.6,
-    "video": 0.09,
-    "first and audio": 0.16,
-    "beginning": 0.06,
-}
 _MODES = {
-    "nothing": 0.01,
-    "first": 0.01,
-    "audio": 0.11,
-    "video": 0.02,
-    "beginning": 0.01,  # of both streams, a clip that goes on
-    "beginning and audio": 0.015,
-    "beginning and sound": 0.02,
-    "guide": 0.005,
-    "first and guide": 0.005,
+    "nothing": 0.03,
+    "first": 0.02,
+    "audio": 0.21,
+    "video": 0.045,
+    "beginning": 0.015,  # of both streams, a clip that goes on
+    "beginning and audio": 0.025,
+    "beginning and sound": 0.025,
+    "guide": 0.01,
+    "first and guide": 0.01,
     "reference": 0.01,
-    "first and audio": 0.03,
-    "first and guide and audio": 0.015,
-    "reference and audio": 0.06,
-    "apart": 0.01,  # no attention between the streams: what modality guidance compares with
+    "first and audio": 0.055,
+    "guide and audio": 0.015,
+    "first and guide and audio": 0.03,
+    "reference and audio": 0.05,
+    "apart": 0.015,  # no attention between the streams: what modality guidance compares with
     # no pictures, or given ones alone: nearly all that is wrong in a clip is wrong in its sound, to which pictures keep
-    "sound": 0.07,
-    "first and sound": 0.2,
-    "guide and sound": 0.05,
-    "first and guide and sound": 0.1,
-    "reference and sound": 0.25,
+    "sound": 0.3,
+    "first and sound": 0.05,
+    "guide and sound": 0.02,
+    "first and guide and sound": 0.015,
+    "reference and sound": 0.05,
 }
 _PICTURES = {"first", "guide", "reference"}
 # how often the prompt leaves colour and shape to the picture
 _NAMELESS = {"reference": 0.7, "first": 0.35, "guide": 0.35}
 
 
+@cache
 def tokenizer() -> WordTokenizer:
     """The embedded model's tokenizer."""
     words, content = tuple(language.vocabulary()), frozenset(language.content_words())
@@ -160,13 +151,8 @@ def _sound_alone(given: Collection[str]) -> bool:
     return "sound" in given and _PICTURES.isdisjoint(given)
 
 
-def _stream(
-    layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor, one_form: bool
-) -> tuple[StreamInput, Tensor]:
-    """Noisy tokens as the network reads them, and the velocity that it should answer.
-
-    one_form: the same kinds of tensors in all modes, so that one compiled layout serves them.
-    """
+def _stream(layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor) -> tuple[StreamInput, Tensor]:
+    """Noisy tokens as the network reads them, and the velocity that it should answer."""
     noise = torch.randn_like(clean)
     level = sigma.view(-1, 1, 1) * layout.mask.to(clean)
     stream = StreamInput(
@@ -174,7 +160,7 @@ def _stream(
         context=context,
         sigma=torch.zeros_like(sigma) if layout.frozen else sigma,
     )
-    if one_form or len(layout.masks) > 1:
+    if len(layout.masks) > 1:
         levels = torch.stack([torch.zeros_like(sigma), sigma], dim=1)
         of_token = (layout.mask[..., 0] > 0).long().to(sigma.device).expand(len(sigma), -1)
         stream = replace(stream, levels=levels, level_of_token=of_token)
@@ -195,9 +181,8 @@ def flow_loss(
     mask: Tensor,
     mode: str,
     rng: random.Random,
-    network: Callable | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """Squared error of both velocities over the tokens that are noised; network: the transformer, compiled."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Squared error of both velocities over the tokens that are noised."""
     device = batch.video.device
     given = mode.split(" and ")
     alone = _sound_alone(given)
@@ -211,20 +196,20 @@ def flow_loss(
     clean_video = torch.cat([video_to_tokens(latent) for latent in (batch.video, *beside)], dim=1)
     if seeing:
         clean_video, video_layout = clean_video[:, held_tokens(video_layout)], held(video_layout)
-    forward = model.transformer if network is None else network
     with torch.autocast(device.type, torch.bfloat16):
         video_context, audio_context = model.contexts(ids, mask)
-        clean_audio, one_form = audio_to_tokens(batch.audio), network is not None
-        video, video_wanted = _stream(video_layout, clean_video, sigma, video_context, one_form)
-        audio, audio_wanted = _stream(audio_layout, clean_audio, sigma, audio_context, one_form)
+        clean_audio = audio_to_tokens(batch.audio)
+        video, video_wanted = _stream(video_layout, clean_video, sigma, video_context)
+        audio, audio_wanted = _stream(audio_layout, clean_audio, sigma, audio_context)
         rope = model.transformer.rope_tables(video_layout.positions, audio_layout.positions).to(device)
-        video_velocity, audio_velocity = forward(video, audio, rope, isolated=alone or mode == "apart")
+        apart = alone or mode == "apart"
+        video_velocity, audio_velocity = model.transformer(video, audio, rope, isolated=apart)
     video_loss = _error(video_velocity, video_wanted, video_layout)
     audio_loss = _error(audio_velocity, audio_wanted, audio_layout)
     # a gradient of nothing would still be a step: Muon gives every update the same size
     asked = [(video_layout, video_loss), (audio_layout, audio_loss)]
     loss = torch.stack([error for layout, error in asked if not layout.frozen]).sum()
-    return loss, {"video": video_loss.item(), "audio": audio_loss.item()}
+    return loss, {"video": video_loss.detach(), "audio": audio_loss.detach()}
 
 
 def _part(batch: Batch, rows: list[int]) -> Batch:
@@ -234,7 +219,7 @@ def _part(batch: Batch, rows: list[int]) -> Batch:
 
 
 def _to(batch: Batch, device: str) -> Batch:
-    return replace(batch, **{name: getattr(batch, name).to(device) for name in _TENSORS})
+    return replace(batch, **{name: getattr(batch, name).to(device).float() for name in _TENSORS})
 
 
 def _format(path: Path) -> tuple[int, int, int, float]:
@@ -248,66 +233,113 @@ def _draw_format(paths: list[Path], rng: random.Random) -> tuple[int, int, int, 
 
 
 def _clips_in_step(mode: str, form: tuple[int, int, int, float], batch: int) -> int:
-    """As many as cost about what a compiled step does: what is not usual is never compiled."""
+    """As many as cost about what a batch of the usual format does; sounds cost little."""
     if "sound" in mode:
-        return 2 * batch if _sound_alone(mode.split(" and ")) else batch
+        return (4 if _sound_alone(mode.split(" and ")) else 2) * batch
     height, width, frames, _ = form
-    usual_height, usual_width, usual_frames, _ = _USUAL_FORMAT
+    usual_height, usual_width, usual_frames, _ = FORMATS[0]
     size = height * width * frames / (usual_height * usual_width * usual_frames)
-    return min(batch // 2, round(0.65 * batch / size))
+    return max(2, min(batch, round(1.3 * batch / size)))
 
 
-def _draw_clips(
-    paths: list[Path], rng: random.Random, count: int, mode: str, video_vae: VideoVAE, audio_vae: AudioVAE
-) -> Batch:
+def _draw_clips(paths: list[Path], rng: random.Random, count: int, mode: str) -> Batch:
     """Clips from two or more of these shards, or from one if a guide is given: it stands at one frame for all."""
     shards = 1 if "guide" in mode else max(2, count // SHARD)
     chosen = [rng.choice(paths) for _ in range(shards)]
     parts = []
     for path in chosen:
-        shard = load_shard(path, video_vae, audio_vae)
-        parts.append(_part(shard, rng.sample(range(SHARD), min(count // shards, SHARD))))
+        parts.append(_part(load_shard(path), rng.sample(range(SHARD), min(count // shards, SHARD))))
     scenes = [scene for part in parts for scene in part.scenes]
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
     return replace(parts[0], scenes=scenes, **joined)
 
 
+def compile_blocks(transformer: AVTransformer) -> None:
+    """From now on the blocks run through torch.compile in steps of the usual kinds: thousands of small kernels leave a GPU idle.
+
+    All blocks and sizes share one compilation of each kind. Steps with tokens of several noise levels, or in groups, are fewer and stay
+    as they are.
+    """
+    torch._dynamo.config.recompile_limit = 32
+    # sizes that happen to be equal are not the same size: a batch of 48 clips of 48 tokens is no kind of its own
+    torch.fx.experimental._config.use_duck_shape = False
+    for block in transformer.transformer_blocks:
+        block.forward = _where_usual(torch.compile(block.forward, dynamic=True), block.forward)
+
+
+def _where_usual(fast: Callable, plain: Callable) -> Callable:
+    def forward(
+        video_BTD: Tensor,
+        audio_BSD: Tensor,
+        video: StreamState,
+        audio: StreamState,
+        perturbed: bool,
+        isolated: bool,
+        *memories: None,
+    ) -> tuple[Tensor, Tensor]:
+        levels = (stream.modulation.rows.level_of_token_BT for stream in (video, audio))
+        usual = video.groups is None and all(level is None for level in levels)
+        usual = usual and not (isolated and video_BTD.shape[1] > 1)
+        run = fast if usual else plain
+        return run(video_BTD, audio_BSD, video, audio, perturbed, isolated, *memories)
+
+    return forward
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The data of one step."""
+
+    mode: str
+    clips: Batch
+    ids: Tensor  # (B, L)
+    mask: Tensor  # (B, L)
+    seed: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrawStep:
+    """Draws the data of a step from the shards in a folder; batch: clips of the usual format in a step."""
+
+    folder: Path
+    seed: str
+    batch: int
+    rank: int
+    processes: int
+
+    def __call__(self, step: int) -> Step:
+        seed = f"{self.seed}/{step}"
+        rng = random.Random(seed)
+        mode = rng.choices(list(_MODES), weights=list(_MODES.values()))[0]
+        paths = sorted(self.folder.glob("*.safetensors"))
+        form = _draw_format(paths, rng)
+        alike = [path for path in paths if _format(path) == form]
+        # all processes share the format, so that none waits for another; each has clips of its own
+        clips = _draw_clips(alike, rng, _clips_in_step(mode, form, self.batch) * self.processes, mode)
+        clips = _part(clips, list(range(len(clips.scenes)))[self.rank :: self.processes])
+        rng = random.Random(f"{seed}/{self.rank}")
+        ids, mask = encode_prompts(clips, rng, tokenizer(), _NAMELESS.get(mode.split(" and ")[0], 0.0))
+        return Step(mode, clips, ids, mask, f"{seed}/{self.rank}/layouts")
+
+
 def train_transformer(
     run: Run[Generator],
     folder: Path,
-    video_vae: VideoVAE,
-    audio_vae: AudioVAE,
     device: str,
-    batch: int = 48,
+    batch: int = 24,
+    workers: int = 0,
+    seconds: float = 0.0,
     compiled: bool = False,
 ) -> None:
-    """Trains until the run's last step on the shards in `folder`; run.model is a Generator.
+    """Trains until the run's last step on the shards in `folder`; run.model is a Generator."""
+    if compiled:
+        compile_blocks(run.model.transformer)
 
-    compiled: the usual steps run through torch.compile, which needs a C++ compiler on CPUs and takes minutes at first.
-    """
-    words = tokenizer()
-    fast = torch.compile(run.model.transformer, dynamic=False) if compiled else None
-
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"{run.settings.seed}/flow/{step}")
-        paths = sorted(folder.glob("*.safetensors"))
-        usual = rng.random() < _USUAL_SHARE
-        modes = _USUAL_MODES if usual else _MODES
-        mode = rng.choices(list(modes), weights=list(modes.values()))[0]
-        of_usual_format = usual or rng.random() < 0.12
-        chosen = [path for path in paths if (_format(path) == _USUAL_FORMAT) == of_usual_format]
-        form = _draw_format(chosen, rng)
-        alike = [path for path in chosen if _format(path) == form]
-        # all processes share the format, so that none waits for another; each has clips of its own
-        count = batch if usual else _clips_in_step(mode, form, batch)
-        clips = _draw_clips(alike, rng, count * run.processes, mode, video_vae, audio_vae)
-        clips = _to(_part(clips, list(range(len(clips.scenes)))[run.rank :: run.processes]), device)
-        rng = random.Random(f"{run.settings.seed}/flow/{step}/{run.rank}")
-        torch.manual_seed(rng.randrange(2**31))
-        ids, mask = encode_prompts(clips, rng, words, _NAMELESS.get(mode.split(" and ")[0], 0.0))
-        network = fast if usual else None
+    def loss_of(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        clips, ids, mask = _to(step.clips, device), step.ids.to(device), step.mask.to(device)
         # on CPUs the fused attention's backward takes longer than that of plain products
         with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
-            return flow_loss(run.model, clips, ids.to(device), mask.to(device), mode, rng, network)
+            return flow_loss(run.model, clips, ids, mask, step.mode, random.Random(step.seed))
 
-    run.train(loss_of_step)
+    draw = DrawStep(folder, f"{run.settings.seed}/flow", batch, run.rank, run.processes)
+    run.train(draw, loss_of, workers, seconds)

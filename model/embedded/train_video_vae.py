@@ -1,6 +1,7 @@
 """Trains the video VAE on scenes drawn on the fly: short clips and single pictures, a few formats, any fps."""
 
 import random
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,13 +13,13 @@ from ..codec.video_vae import VideoVAE
 from . import world
 from .training import Run
 
-# (batch, frames, height, width) and how often
-_BATCHES = [
-    ((8, 9, 96, 96), 5),
-    ((32, 1, 96, 96), 1),
-    ((4, 17, 96, 96), 2),
-    ((5, 9, 96, 176), 1),
-    ((5, 9, 176, 96), 1),
+# (frames, height, width), so many of them for one of the usual clips, and how often
+_FORMATS = [
+    ((9, 96, 96), 1.0, 5),
+    ((1, 96, 96), 4.0, 1),
+    ((17, 96, 96), 0.5, 2),
+    ((9, 96, 176), 0.6, 1),
+    ((9, 176, 96), 0.6, 1),
 ]
 _KL_WEIGHT = 5e-5
 
@@ -37,6 +38,19 @@ def draw_pixels(rng: random.Random, batch: int, frames: int, height: int, width:
     return rearrange(torch.stack(clips), "B F H W C -> B C F H W") * 2 - 1
 
 
+@dataclass(frozen=True, slots=True)
+class DrawClips:
+    """Draws the clips of a step (B, 3, F, H, W), half precision; batch: of those of nine square frames."""
+
+    seed: str
+    batch: int
+
+    def __call__(self, step: int) -> Tensor:
+        rng = random.Random(f"{self.seed}/{step}")
+        ((size, share, _),) = rng.choices(_FORMATS, weights=[often for *_, often in _FORMATS])
+        return draw_pixels(rng, round(share * self.batch), *size).half()
+
+
 def reconstruct(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels through sampled latents: reconstruction, latent mean and log-variance."""
     channels = vae.config.latent_channels
@@ -46,7 +60,7 @@ def reconstruct(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return vae.decoder(latent).float(), mean, log_variance
 
 
-def pixel_loss(restored: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
+def pixel_loss(restored: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 plus squared error, the object's surroundings weighted up; the squares push where corners are still blurred."""
     error = restored - pixels
     paper = pixels[..., :1, :1]
@@ -54,57 +68,56 @@ def pixel_loss(restored: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, floa
     near = functional.max_pool3d(object_mask, (1, 5, 5), 1, (0, 2, 2))
     weighted = ((1 + 4 * near) * (error.abs() + 8 * error.square())).mean()
     mse = error.detach().square().mean() / 4
-    return weighted, {"psnr": -10 * mse.log10().item()}
+    return weighted, {"psnr": -10 * mse.log10()}
 
 
-def video_loss(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
+def video_loss(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The pixel loss plus a faint KL that keeps latents near unit size."""
     with torch.autocast(pixels.device.type, torch.bfloat16):
         restored, mean, log_variance = reconstruct(vae, pixels)
     loss, figures = pixel_loss(restored, pixels)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return loss + _KL_WEIGHT * kl * mean.shape[1], figures | {"kl": kl.item()}
+    return loss + _KL_WEIGHT * kl * mean.shape[1], figures | {"kl": kl.detach()}
 
 
-def train_video_vae(run: Run[VideoVAE], device: str) -> None:
+def train_video_vae(
+    run: Run[VideoVAE], device: str, batch: int = 8, workers: int = 0, seconds: float = 0.0
+) -> None:
     """Trains until the run's last step; run.model is a VideoVAE."""
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"{run.settings.seed}/video/{step}")
-        torch.manual_seed(rng.randrange(2**31))
-        (shape,) = rng.choices([b for b, _ in _BATCHES], weights=[w for _, w in _BATCHES])
-        return video_loss(run.model, draw_pixels(rng, *shape).to(device))
+    def loss_of(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return video_loss(run.model, pixels.to(device).float())
 
-    run.train(loss_of_step)
+    run.train(DrawClips(f"{run.settings.seed}/video", batch), loss_of, workers, seconds)
 
 
-def train_video_decoder(run: Run[VideoVAE], device: str) -> None:
+def train_video_decoder(
+    run: Run[VideoVAE], device: str, batch: int = 8, workers: int = 0, seconds: float = 0.0
+) -> None:
     """Polishes the decoder alone: latents stay what they are, so a transformer trained on them stays valid.
 
     A little more noise than the encoder's own makes the decoder forgive the transformer's errors.
     """
     run.model.encoder.requires_grad_(False)
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"{run.settings.seed}/decoder/{step}")
-        torch.manual_seed(rng.randrange(2**31))
-        (shape,) = rng.choices([b for b, _ in _BATCHES], weights=[w for _, w in _BATCHES])
-        pixels = draw_pixels(rng, *shape).to(device)
+    def loss_of(drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = drawn.to(device).float()
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
                 latent = run.model.encoder(pixels)[:, : run.model.config.latent_channels]
-            restored = run.model.decoder(latent + rng.choice([0.0, 0.04, 0.08]) * torch.randn_like(latent))
+            noise = torch.randint(3, (len(latent), 1, 1, 1, 1)).to(device) * 0.04
+            restored = run.model.decoder(latent + noise * torch.randn_like(latent))
         return pixel_loss(restored.float(), pixels)
 
-    run.train(loss_of_step)
+    run.train(DrawClips(f"{run.settings.seed}/decoder", batch), loss_of, workers, seconds)
 
 
 @torch.no_grad()
 def measure_statistics(vae: VideoVAE, seed: int = 1, clips: int = 96) -> None:
     """Writes mean and standard deviation of the latents of fresh scenes into the VAE's statistics."""
-    rng = random.Random(f"{seed}/video statistics")
+    rng, device = random.Random(f"{seed}/video statistics"), next(vae.parameters()).device
     latents = [
-        vae.encoder(draw_pixels(rng, 8, 17, 96, 96))[:, : vae.config.latent_channels]
+        vae.encoder(draw_pixels(rng, 8, 17, 96, 96).to(device))[:, : vae.config.latent_channels]
         for _ in range(clips // 8)
     ]
     flat = rearrange(torch.cat(latents), "B C F H W -> C (B F H W)")

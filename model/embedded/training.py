@@ -1,14 +1,16 @@
 """The training loop that every stage of the embedded model shares: seeded, resumable, with EMA, logs and a curve.
 
 A run is a folder: `state.safetensors` (weights, EMA, optimizer), `log.jsonl`, `curve.png`. Every step draws its data from a
-generator seeded by (seed, step), so a resumed run sees what an unbroken one would have seen.
+generator seeded by (seed, step), so a resumed run sees what an unbroken one would have seen. The data of later steps are drawn by
+worker processes meanwhile, if there are any: a GPU would wait for them.
 """
 
 import json
 import math
 import os
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -18,6 +20,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class TrainSettings:
     warmup_steps: int = 100
     ema_decay: float = 0.998
     clip_norm: float = 1.0
-    save_every: int = 200
+    save_seconds: float = 60.0  # between two saved states
     seed: int = 0
 
 
@@ -46,26 +49,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                momentum = state.setdefault("momentum", torch.zeros_like(weight))
-                momentum.lerp_(weight.grad, 0.05)
-                update = orthogonal(torch.lerp(weight.grad, momentum, 0.95).flatten(1))
-                gain = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                weight.add_(update.view_as(weight), alpha=-group["lr"] * gain)
+                if weight.grad is not None:
+                    alike.setdefault(tuple(weight.shape), []).append(weight)
+            for weights in alike.values():
+                self._step_together(weights, group["lr"])
+
+    def _step_together(self, weights: list[nn.Parameter], rate: float) -> None:
+        """One batched product for all matrices of a shape: each by itself is too small for a GPU."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+        torch._foreach_lerp_(momenta, gradients, 0.05)
+        updates = orthogonal(torch.stack(torch._foreach_lerp(gradients, momenta, 0.95)).flatten(2))
+        gain = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+        torch._foreach_add_(weights, updates.view(-1, *weights[0].shape).unbind(), alpha=-rate * gain)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly, by five Newton-Schulz steps in bf16; same shape, dtype float32."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
-    x = x / (x.norm() + 1e-7)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrices, roughly, by five Newton-Schulz steps in bf16: (..., rows, columns), float32."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return (x.T if tall else x).float()
+    return (x.mT if tall else x).float()
 
 
 def is_hidden_matrix(name: str, weight: Tensor) -> bool:
@@ -85,6 +94,33 @@ def is_hidden_matrix(name: str, weight: Tensor) -> bool:
 
 
 Model = TypeVar("Model", bound=nn.Module)
+Data = TypeVar("Data")
+
+
+class _OfStep(Dataset):
+    """What `draw` gives for a number, as a DataLoader wants it."""
+
+    def __init__(self, draw: Callable[[int], object]):
+        self._draw = draw
+
+    def __getitem__(self, number: int) -> object:
+        return self._draw(number)
+
+
+def _as_it_is(drawn: object) -> object:
+    return drawn
+
+
+def drawn_ahead(draw: Callable[[int], Data], numbers: range, workers: int) -> Iterator[Data]:
+    """What `draw` gives for each number, in order; by so many processes that run ahead, or by this one if 0.
+
+    draw: picklable, no CUDA in it.
+    """
+    ahead = {"prefetch_factor": 4} if workers else {}
+    loader = DataLoader(
+        _OfStep(draw), sampler=numbers, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **ahead
+    )
+    return iter(loader)
 
 
 class Run(Generic[Model]):
@@ -107,13 +143,27 @@ class Run(Generic[Model]):
         if (folder / "state.safetensors").exists():
             self._load()
 
-    def train(self, loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]]) -> None:
-        """Runs the remaining steps; loss_of_step(step) returns the loss and figures to log."""
-        started, first = time.monotonic(), self.step
-        sums: dict[str, float] = {}
-        while self.step < self.settings.steps:
-            self._set_rate()
-            loss, figures = loss_of_step(self.step)
+    def train(
+        self,
+        draw: Callable[[int], Data],
+        loss_of: Callable[[Data], tuple[Tensor, dict[str, Tensor]]],
+        workers: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Runs the remaining steps.
+
+        draw(step): its data; loss_of(data): the loss and figures to log; workers: processes that draw ahead. seconds: after which
+        it ends earlier, with the learning rate decayed by then; 0 for any time.
+        """
+        started = saved = time.monotonic()
+        first, sums = self.step, {}
+        for data in drawn_ahead(draw, range(self.step, self.settings.steps), workers):
+            ran = (time.monotonic() - started) / seconds if seconds else 0.0
+            self._set_rate(max(self.step / self.settings.steps, min(ran, 1.0)))
+            torch.manual_seed(
+                random.Random(f"{self.settings.seed}/noise/{self.step}/{self.rank}").randrange(2**31)
+            )
+            loss, figures = loss_of(data)
             self.model.zero_grad(set_to_none=True)
             loss.backward()
             self._average_gradients()
@@ -123,14 +173,19 @@ class Run(Generic[Model]):
                     optimizer.step()
             self.step += 1
             self._average()
-            for name, value in ({"loss": loss.item(), "grad_norm": norm.item()} | figures).items():
+            for name, value in ({"loss": loss.detach(), "grad_norm": norm} | figures).items():
                 sums[name] = sums.get(name, 0.0) + value / 20
             if self.step % 20 == 0:
                 seconds = (time.monotonic() - started) / (self.step - first)
-                self._log(sums | {"step": self.step, "seconds_per_step": seconds})
+                means = {name: float(value) for name, value in sums.items()}
+                self._log(means | {"step": self.step, "seconds_per_step": seconds})
                 sums = {}
-            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
+            ended = self.step == self.settings.steps or ran >= 1
+            if ended or time.monotonic() - saved > self.settings.save_seconds:
                 self._save()
+                saved = time.monotonic()
+            if ended:
+                break
 
     def _average_gradients(self) -> None:
         """The mean over all processes of a torchrun, so that each takes the same step."""
@@ -142,10 +197,11 @@ class Run(Generic[Model]):
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient) / self.processes)
 
-    def _set_rate(self) -> None:
+    def _set_rate(self, done: float) -> None:
+        """done: the part of the run that lies behind, 0..1."""
         s = self.settings
         warm = min(1.0, (self.step + 1) / s.warmup_steps)
-        decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / s.steps))
+        decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done))
         for optimizer, rate in zip(self.optimizers, (s.learning_rate, s.matrix_rate), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = rate * warm * decay
@@ -154,8 +210,7 @@ class Run(Generic[Model]):
     def _average(self) -> None:
         # a young average follows fast, or the random start would linger in it
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        for name, average in self.ema.items():
-            average.lerp_(self.weights[name], 1 - decay)
+        torch._foreach_lerp_(list(self.ema.values()), [self.weights[name] for name in self.ema], 1 - decay)
 
     def _log(self, figures: dict[str, float]) -> None:
         if self.rank:
