@@ -104,10 +104,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether this error says that memory has ended, of a GPU or of the machine."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = (
-        "can't allocate memory",
-        "not enough memory",
-    )  # as torch's allocators of Linux and Windows have it
+    # torch's allocators of Linux and Windows; then CUDA itself, and its libraries, which take memory beside torch's allocator
+    said = ("can't allocate memory", "not enough memory", "error: out of memory", "_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
@@ -319,11 +317,14 @@ class HostWeights:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._host)
 
-    def bring(self, device: torch.device, non_blocking: bool = False) -> None:
-        """Copies to the device, all or none; weights that are there already, as a CPU's are, stay as they are."""
+    def bring(self, device: torch.device, copies: torch.cuda.Stream | None = None) -> None:
+        """Copies to the device, all or none; weights that are there already, as a CPU's are, stay as they are.
+
+        copies: the stream that copies, for whose end the caller waits; None: the computation's own.
+        """
         try:
             for tensor, host in zip(self._tensors, self._host, strict=True):
-                tensor.data = host.to(device, non_blocking=non_blocking)
+                tensor.data = host.to(device) if copies is None else _copied(host, device, copies)
         except BaseException:
             self.let_go()  # or those that came already would stay for good
             raise
@@ -337,6 +338,13 @@ class HostWeights:
         """Back to the tensors that were found here: page-locked copies are freed, too."""
         self._host = self._own
         self.let_go()
+
+
+def _copied(host: Tensor, device: torch.device, copies: torch.cuda.Stream) -> Tensor:
+    # in memory of the computation's stream: once let go, it is given or unmapped only behind the block that reads it
+    made = torch.empty_like(host, device=device)
+    with torch.cuda.stream(copies):
+        return made.copy_(host, non_blocking=True)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -433,6 +441,8 @@ class BlockStream:
         """Everything back on the host, hooks gone."""
         for hook in self._hooks:
             hook.remove()
+        if self._copies is not None:  # what is on its way must not arrive in memory that others have by then
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
         for weights in (*self._weights, self._embedders, *([self._rest] if self._rest else [])):
             weights.release()
         self._here.clear()
@@ -450,9 +460,7 @@ class BlockStream:
             self._embedders.let_go()
             self._embeds = False
         self._fetch(index, running=index)
-        event = self._here[index]
-        if isinstance(event, torch.cuda.Event):
-            torch.cuda.current_stream(self._device).wait_event(event)
+        self._wait_for(index)
         following = index + 1 if index + 1 < len(self._blocks) else 1
         if following != index:
             self._fetch(following, running=index)
@@ -468,13 +476,24 @@ class BlockStream:
             self._here[index] = None
             return
         # memory that the computation has just given back may be written only after it
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._copies):
-            self._weights[index].bring(self._device, non_blocking=True)
-            self._here[index] = self._copies.record_event()
+        computation = torch.cuda.current_stream(self._device)
+        self._copies.wait_stream(computation)
+        try:
+            self._weights[index].bring(self._device, self._copies)
+        except BaseException:
+            computation.wait_stream(self._copies)  # before anybody else has the memory of those that came
+            raise
+        self._here[index] = self._copies.record_event()
+
+    def _wait_for(self, index: int) -> None:
+        event = self._here[index]
+        if isinstance(event, torch.cuda.Event):
+            torch.cuda.current_stream(self._device).wait_event(event)
 
     def _after(self, index: int) -> None:
-        if self._here.pop(index, False) is not False:
+        if index in self._here:
+            self._wait_for(index)  # a block that never ran may still be on its way
+            del self._here[index]
             self._weights[index].let_go()
 
 

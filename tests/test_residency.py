@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lockstep.model.residency import (
     choose_pinned,
     level_embedders,
     make_plan,
+    out_of_memory,
     stack_need,
     stepping_down,
     weight_bytes,
@@ -64,6 +66,19 @@ def test_what_never_fits_ends_in_one_sentence():
         MemoryShortError, match=r"decoding in bands of rows of 0\.\d MB, frames on the host does not fit"
     ):
         list(stepping_down(stream, Window(2**24)))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_gpu_s_libraries_that_get_no_memory_are_told_of_as_well(said):
+    assert out_of_memory(RuntimeError(said))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_other_errors_pass_through():
@@ -255,7 +270,7 @@ def test_only_as_much_is_page_locked_as_the_machine_can_spare(caplog):
 
 def test_resident_weights_are_brought_once(monkeypatch):
     brought = []
-    monkeypatch.setattr(HostWeights, "bring", lambda self, device, non_blocking=False: brought.append(self))
+    monkeypatch.setattr(HostWeights, "bring", lambda self, device, copies=None: brought.append(self))
     residence, module = Residence(torch.device("cpu")), torch.nn.Linear(4, 4)
     for _ in range(3):
         residence.use("transformer", module)
@@ -295,6 +310,50 @@ def test_a_plan_waits_while_another_run_moves_weights(engine):
             with pytest.raises(TimeoutError):
                 other.result(timeout=0.2)
         assert other.result(timeout=60).policy == "resident"
+
+
+def test_copies_go_into_the_computation_s_memory_and_end_before_it_is_given_away(monkeypatch):
+    log, module, copying = [], Stack(), []
+
+    class Event:
+        def __init__(self, number: int):
+            self.number = number
+
+    class Stream:
+        made = 0
+
+        def record_event(self) -> Event:
+            self.made += 1
+            return Event(self.made)
+
+        def wait_stream(self, _other) -> None:
+            log.append("copies wait")
+
+        def wait_event(self, event: Event) -> None:
+            log.append(f"computation waits for copy {event.number}")
+
+    @contextmanager
+    def entered(stream):
+        copying.append(stream)
+        yield
+        copying.clear()
+
+    def empty(host, device):
+        assert not copying, "memory of the copies' stream is unmapped while the computation reads it"
+        return host.clone()
+
+    stream = BlockStream.of(module, torch.device("cpu"))
+    stream._copies, computation, let_go = Stream(), Stream(), HostWeights.let_go
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: computation)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch, "empty_like", empty)
+    monkeypatch.setattr(HostWeights, "let_go", lambda weights: log.append("let go") or let_go(weights))
+    module.model.layers[1](torch.zeros(4))
+    assert log[:3] == ["copies wait", "computation waits for copy 1", "copies wait"]
+    log.clear()
+    module.model.layers[4](torch.zeros(4))  # the second copy was for another block, which does not run
+    assert log[:3] == ["computation waits for copy 2", "let go", "copies wait"]
 
 
 @pytest.mark.parametrize("seconds", [1, 3])

@@ -1,5 +1,6 @@
 """What passes and steps share changes nothing, and is really computed once."""
 
+import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -171,12 +172,16 @@ def test_a_wrong_or_failing_kernel_is_never_chosen(monkeypatch):
     query, key, value = (torch.randn(1, 2, 200, 16).bfloat16() for _ in range(3))
 
     def fails(*_):
+        warnings.warn("Flash attention kernel not used because: dtype", stacklevel=1)
         raise RuntimeError("no such hardware")
 
     usual = torch.nn.functional.scaled_dot_product_attention
     kernels = {"usual": usual, "fast and wrong": lambda q, k, v: q, "absent": fails}
     monkeypatch.setattr(backends, "candidates", lambda _query: kernels)
-    assert backends.choose(query, key, value) is usual
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert backends.choose(query, key, value) is usual
+    assert told == []
 
 
 def test_a_user_s_choice_of_attention_serves_or_says_why_not(monkeypatch, caplog):

@@ -9,6 +9,7 @@ B batch, N heads, T query tokens, L keys, K head width.
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -115,8 +116,9 @@ def choose(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Kernel:
     seconds: dict[str, float] = {}
     kernels = candidates(query_BNTK)
     for name, kernel in kernels.items():
-        # whatever a kernel that cannot serve these tensors raises, it is not chosen
-        with suppress(Exception):
+        # whatever a kernel that cannot serve these tensors raises, it is not chosen; torch warns of each reason besides
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             made = kernel(query_BNTK, key_BNLK, value_BNLK)[_PROBE].float()
             error = (made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
             if float(error) <= TOLERANCES[query_BNTK.dtype]:
