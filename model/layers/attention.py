@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .attention_backends import attend
 from .attention_groups import Groups, attend_in_groups
+from .fused import norm_and_turn
 from .inference import writes_in_place
 from .linear import Linear
 from .norms import inverse_rms
@@ -92,8 +93,13 @@ class Attention(nn.Module):
     def _positioned(self, x_BTD: Tensor, norm: nn.RMSNorm, rope: Rope | None) -> Tensor:
         """Norm, heads, rotation; in inference on a CPU all of it in one float32 copy."""
         if x_BTD.device.type != "cpu" or not writes_in_place():
-            x_BNTK = self._heads(norm(x_BTD))
-            return x_BNTK if rope is None else rotate(x_BNTK, rope)
+            if rope is None:
+                return self._heads(norm(x_BTD))
+            if not writes_in_place():
+                return rotate(self._heads(norm(x_BTD)), rope)
+            return norm_and_turn(
+                x_BTD, norm, rope, self.heads, lambda: rotate(self._heads(norm(x_BTD)), rope)
+            )
         normed = (
             x_BTD.float()
         )  # x itself if it is float32: the projection's own result, which nobody else reads
