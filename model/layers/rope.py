@@ -64,7 +64,8 @@ def rotate(x_BNTK: Tensor, rope: Rope) -> Tensor:
 
     In inference a float32 x holds the result.
     """
-    if writes_in_place() and x_BNTK.dtype != torch.float32:
+    # not every device mixes dtypes in one kernel
+    if writes_in_place() and x_BNTK.dtype != torch.float32 and x_BNTK.device.type in ("cpu", "cuda"):
         return _rotate_16_bit(x_BNTK, rope)
     x = x_BNTK.float()
     first, second = x.chunk(2, dim=-1)
@@ -74,7 +75,7 @@ def rotate(x_BNTK: Tensor, rope: Rope) -> Tensor:
     turned = (first * rope.cos).addcmul_(second, rope.sin, value=-1)
     second.mul_(rope.cos).addcmul_(first, rope.sin)
     first.copy_(turned)
-    return x
+    return x.to(x_BNTK.dtype)
 
 
 def _rotate_16_bit(x_BNTK: Tensor, rope: Rope) -> Tensor:
