@@ -107,20 +107,19 @@ def _has_product(device: torch.device) -> bool:
 
 def pack_input(x: Tensor, scale: Tensor | None = None) -> PackedInput:
     """x in fp8 by this scale, or by its largest value; the latter in two passes over x that write fp8 alone."""
-    largest = scale is None
-    if scale is None:
-        # the norm that is the largest absolute value writes none of x again
-        spread = torch.linalg.vector_norm(x, float("inf"), dim=None).float()
-        scale = (spread / _LARGEST).clamp(min=1e-12)
     # one axis instead of none makes the quotient float32, whatever x is
-    scale = scale.reshape(1)
-    if not writes_in_place():
-        values = (x / scale).clamp(-_LARGEST, _LARGEST).to(_PRODUCT_DTYPE)
-    elif largest:
-        values = torch.div(x, scale, out=torch.empty_like(x, dtype=_PRODUCT_DTYPE))
+    by = (_fitting_scale(x) if scale is None else scale).reshape(1)
+    if scale is None and writes_in_place():
+        values = torch.div(x, by, out=torch.empty_like(x, dtype=_PRODUCT_DTYPE))
     else:
-        values = (x / scale).clamp_(-_LARGEST, _LARGEST).to(_PRODUCT_DTYPE)
-    return PackedInput(values, scale, x.dtype)
+        values = (x / by).clamp(-_LARGEST, _LARGEST).to(_PRODUCT_DTYPE)
+    return PackedInput(values, by, x.dtype)
+
+
+def _fitting_scale(x: Tensor) -> Tensor:
+    # the norm that is the largest absolute value writes none of x again
+    largest = torch.linalg.vector_norm(x, float("inf"))
+    return (largest.float() / _LARGEST).clamp(min=1e-12)
 
 
 def packed_once(x: Tensor, *layers: nn.Module) -> Tensor | PackedInput:

@@ -44,7 +44,7 @@ def norm_and_turn(x_BTD: Tensor, weight: Tensor, eps: float, rope: Rope, heads: 
     assert rope.sin.stride() == rope.cos.stride()
     assert rope.cos.shape[1:] == (heads, tokens, half), f"{rope.cos.shape=} {x_BTD.shape=} {heads=}"
     with torch.cuda.device(x_BTD.device if x_BTD.is_cuda else -1):  # -1: as it is
-        _norm_and_turn[(batch * tokens,)](
+        _norm_and_turn[(batch * tokens,)](  # pyright: ignore[reportIndexIssue]
             *(x_BTD, weight, rope.cos, rope.sin, made, tokens, eps),
             *(batch_stride if len(rope.cos) == batch > 1 else 0, head_stride, token_stride),
             HEADS=heads,
