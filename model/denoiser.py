@@ -101,8 +101,7 @@ class JointDenoiser:
 
     def __post_init__(self) -> None:
         first = next(self.transformer.parameters())
-        tables = self.transformer.rope_tables(self.video.positions, self.audio.positions)
-        self._rope = tables.to(first.device)
+        self._rope = self.transformer.rope_tables(self.video.positions, self.audio.positions, first.device)
         contexts = {"positive": self.conditioning.positive, "negative": self.conditioning.negative}
         self._streams = (
             _Stream(self.video, {name: c.video.to(first) for name, c in contexts.items()}),

@@ -19,7 +19,9 @@ from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import read_header
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, UnsupportedModelError
-from lockstep.model.layers.scaled_linear import ScaledLinear, pack_linears
+from lockstep.model.layers import scaled_linear
+from lockstep.model.layers.attention import Attention
+from lockstep.model.layers.scaled_linear import ScaledLinear, pack_input, pack_linears
 from lockstep.model.sampler.guidance import Guidance
 from lockstep.model.transformer.config import TransformerConfig
 from lockstep.model.transformer.model import AVTransformer
@@ -161,6 +163,58 @@ def test_the_product_is_taken_only_where_it_fits():
     ):
         assert not other._multiplies_on(torch.device("meta"))
         assert other(torch.randn(2, other.packed.shape[1], dtype=other.dtype)).shape == (2, 32)
+
+
+@pytest.fixture
+def multiplying(monkeypatch):
+    """A CPU that multiplies fp8 as a GPU does."""
+    monkeypatch.setitem(scaled_linear._products, torch.device("cpu"), True)
+
+
+def packed_attention() -> Attention:
+    attention = seeded(Attention(64, 64, 4, 16, gated=True)).bfloat16().requires_grad_(False)
+    pack_linears(attention)
+    return attention
+
+
+@torch.inference_mode()
+def test_queries_keys_and_values_of_one_input_pack_it_once(multiplying, monkeypatch):
+    attention, x, packings = packed_attention(), torch.randn(1, 8, 64).bfloat16(), []
+    apart = attention(x, x.clone())
+
+    def counted(*given):
+        packings.append(given)
+        return pack_input(*given)
+
+    monkeypatch.setattr(scaled_linear, "pack_input", counted)
+    assert torch.equal(attention(x), apart)
+    assert len(packings) == 2  # of what goes in, and of what goes out
+    handle = attention.to_k.register_forward_hook(lambda _layer, given, made: made + given[0].sum() * 0)
+    assert torch.equal(attention(x), apart)  # a LoRA reads what the layer reads
+    assert len(packings) == 2 + 4
+    handle.remove()
+
+
+@torch.inference_mode()
+def test_packed_layers_are_traced_in_one_piece(multiplying):
+    attention, x = packed_attention(), torch.randn(1, 8, 64).bfloat16()
+    wanted = attention(x)
+    torch._dynamo.reset()
+    made = torch.compile(attention.forward, backend="eager", fullgraph=True, dynamic=False)(x)
+    torch.testing.assert_close(made, wanted, atol=2**-7, rtol=2**-7)
+
+
+@pytest.mark.parametrize("given", [None, 0.001], ids=["by its largest value", "by a scale that is too small"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_inputs_are_packed_to_the_bit_as_defined(dtype, given):
+    x = torch.randn(5, 64).to(dtype)
+    scale = x.float().abs().amax() / 448 if given is None else torch.tensor(given)
+    wanted = (x.float() / scale).clamp(-448, 448).to(FP8).float()
+    for mode in (torch.inference_mode(), torch.no_grad()):
+        with mode:
+            made = pack_input(x, None if given is None else torch.tensor([given]))
+            assert torch.equal(made.values.float(), wanted)
+            assert made.scale.item() == pytest.approx(float(scale))
 
 
 @pytest.mark.gpu

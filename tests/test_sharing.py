@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_audio_codec import assert_near, seeded
 from tiny_models import TRANSFORMERS
+from torch.nn.attention import SDPBackend
 
 from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
 from lockstep.model.denoiser import JointDenoiser
@@ -232,3 +233,19 @@ def test_a_chosen_kernel_serves_its_class_of_shapes(monkeypatch):
     assert list(backends._chosen) == [("auto", *backends.shape_class(query, key))]
     wanted = backends.plain_attention(query, key, value)
     assert (made.float() - wanted).abs().max() < 0.03
+
+
+def test_what_a_compiler_writes_down_begins_with_the_kernel_chosen_for_the_most_tokens(monkeypatch):
+    order, cpu = torch._C._get_sdp_priority_order, torch.device("cpu")
+    usual = order()
+    few, many = backends._Forced(SDPBackend.EFFICIENT_ATTENTION), backends._Forced(SDPBackend.CUDNN_ATTENTION)
+    monkeypatch.setattr(backends, "_chosen", {})
+    with backends.torch_prefers_the_chosen(cpu):
+        assert order() == usual  # nothing was tried
+    for tokens, kernel in ((64, few), (4096, many)):
+        query = torch.empty(1, 1, tokens, 16, dtype=torch.bfloat16)
+        backends._chosen[("auto", *backends.shape_class(query, query))] = kernel
+    with backends.torch_prefers_the_chosen(cpu):
+        assert order()[0] == SDPBackend.CUDNN_ATTENTION.value
+        assert set(order()) >= {backend.value for backend in (*backends._BACKENDS, SDPBackend.MATH)}
+    assert order() == usual

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from .attention_backends import attend
 from .attention_groups import Groups, attend_in_groups
+from .fused import norm_and_turn
 from .inference import writes_in_place
 from .linear import Linear
 from .norms import inverse_rms
 from .rope import Rope, rotate
+from .scaled_linear import PackedInput, packed_once
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, N, L, K), keys normed and turned
 
@@ -62,12 +64,15 @@ class Attention(nn.Module):
         keys_values: of an earlier call of keys_values with this context; it is not read again then.
         groups: which tokens see which, in self-attention; in place of a bias.
         """
-        source = x_BTD if context_BLD is None else context_BLD
+        source: Tensor | PackedInput = x_BTD if context_BLD is None else context_BLD
         if values_only:
             mixed_BNTK = self._heads(self.to_v(source))
         else:
+            queries: Tensor | PackedInput = x_BTD
+            if keys_values is None and context_BLD is None:
+                queries = source = packed_once(x_BTD, self.to_q, self.to_k, self.to_v)
             key, value = keys_values or self.keys_values(source, context_rope or rope)
-            query = self._positioned(self.to_q(x_BTD), self.q_norm, rope)
+            query = self._positioned(self.to_q(queries), self.q_norm, rope)
             if groups is None:
                 mixed_BNTK = attend(query, key, value, bias)
             else:
@@ -78,17 +83,23 @@ class Attention(nn.Module):
             mixed_BNTK = mixed_BNTK.mul_(gate_BNT1) if writes_in_place() else mixed_BNTK * gate_BNT1
         return self.to_out[0](rearrange(mixed_BNTK, "B N T K -> B T (N K)"))
 
-    def keys_values(self, context_BLD: Tensor, rope: Rope | None = None) -> KeysValues:
+    def keys_values(self, context_BLD: Tensor | PackedInput, rope: Rope | None = None) -> KeysValues:
         """What queries of any number can attend to, for a context that serves more than one call."""
-        return self._positioned(self.to_k(context_BLD), self.k_norm, rope), self._heads(
-            self.to_v(context_BLD)
-        )
+        if isinstance(context_BLD, Tensor):
+            context_BLD = packed_once(context_BLD, self.to_k, self.to_v)
+        key, value = self.to_k(context_BLD), self.to_v(context_BLD)
+        return self._positioned(key, self.k_norm, rope), self._heads(value)
 
     def _positioned(self, x_BTD: Tensor, norm: nn.RMSNorm, rope: Rope | None) -> Tensor:
         """Norm, heads, rotation; in inference on a CPU all of it in one float32 copy."""
         if x_BTD.device.type != "cpu" or not writes_in_place():
-            x_BNTK = self._heads(norm(x_BTD))
-            return x_BNTK if rope is None else rotate(x_BNTK, rope)
+            if rope is None:
+                return self._heads(norm(x_BTD))
+            if not writes_in_place():
+                return rotate(self._heads(norm(x_BTD)), rope)
+            return norm_and_turn(
+                x_BTD, norm, rope, self.heads, lambda: rotate(self._heads(norm(x_BTD)), rope)
+            )
         normed = (
             x_BTD.float()
         )  # x itself if it is float32: the projection's own result, which nobody else reads

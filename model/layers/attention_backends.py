@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -32,6 +33,7 @@ _GAIN = 0.9  # another kernel must be this much faster than the usual one
 _QUERY_BLOCK = 512  # scores of one head and block stay in a CPU's cache
 # heads and queries that are compared with the plain path, few enough that their scores take no room
 _PROBE = (slice(None), slice(4), slice(128))
+_BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 _NAMED_ERROR = 0.1  # of a kernel that the user named: sageattention computes in 8 bits
 # auto: the fastest that agrees; pytorch: always torch's own choice; the others are packages
 PACKAGES = ("flash_attn", "sageattention")
@@ -101,8 +103,8 @@ def candidates(query_BNTK: Tensor) -> dict[str, Kernel]:
     kernels: dict[str, Kernel] = {"usual": functional.scaled_dot_product_attention}
     if query_BNTK.device.type == "cpu":
         return kernels | {"blocks": in_blocks}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        kernels[backend.name.lower()] = _forced(backend)
+    for backend in _BACKENDS:
+        kernels[backend.name.lower()] = _Forced(backend)
     if find_spec("flash_attn"):
         kernels["flash_attn"] = _flash_attn
     if find_spec("sageattention"):
@@ -189,12 +191,28 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _forced(backend: SDPBackend) -> Kernel:
-    def kernel(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
+@dataclass(frozen=True, slots=True)
+class _Forced:
+    """One of torch's own kernels."""
+
+    backend: SDPBackend
+
+    def __call__(self, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
+        with sdpa_kernel(self.backend):
             return functional.scaled_dot_product_attention(query_BNTK, key_BNLK, value_BNLK)
 
-    return kernel
+
+@contextmanager
+def torch_prefers_the_chosen(device: torch.device) -> Iterator[None]:
+    """In the body torch's own choice, which a compiler writes down, is the kernel chosen here for the most tokens, if it can."""
+    tried = {key: kernel for key, kernel in _chosen.items() if key[:2] == ("auto", str(device))}
+    chosen = tried[max(tried, key=lambda key: key[-2:])] if tried else None
+    if not isinstance(chosen, _Forced):
+        yield
+        return
+    others = (backend for backend in (*_BACKENDS, SDPBackend.MATH) if backend != chosen.backend)
+    with sdpa_kernel([chosen.backend, *others], set_priority=True):
+        yield
 
 
 def _flash_attn(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:

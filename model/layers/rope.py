@@ -31,11 +31,17 @@ def midpoints(bounds: Tensor) -> Tensor:
 
 
 def make_rope(
-    positions: Tensor, max_positions: tuple[float, ...], theta: float, width: int, heads: int
+    positions: Tensor,
+    max_positions: tuple[float, ...],
+    theta: float,
+    width: int,
+    heads: int,
+    device: torch.device | None = None,
 ) -> Rope:
     """Tables for `width` rotary channels over `heads` heads.
 
-    positions: (B, axes, T) float32 on the CPU, in the units of max_positions, one per axis.
+    positions: (B, axes, T) float32 on the CPU, in the units of max_positions, one per axis. device: where the tables are
+    made, which are thousands of times larger than what they are made of; the positions' if None.
     The order of float32 operations is fixed: angles reach 15,708 rad, where one ulp is 1e-3 rad.
     """
     axes = positions.shape[1]
@@ -43,7 +49,8 @@ def make_rope(
     exponents = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
     frequencies = (math.pi / 2 * theta**exponents).float()
     limits = torch.tensor(max_positions, dtype=torch.float32).view(1, axes, 1)
-    centered = positions.float() / limits * 2 - 1
+    centered = (positions.float() / limits * 2 - 1).to(device)
+    frequencies = frequencies.to(device)
     angles = rearrange(centered, "B dimension T -> B T 1 dimension") * rearrange(frequencies, "k -> k 1")
     angles = rearrange(angles, "B T k dimension -> B T (k dimension)")
     # slots that no axis fills stand still: angle 0 is cos 1, sin 0
@@ -57,6 +64,9 @@ def rotate(x_BNTK: Tensor, rope: Rope) -> Tensor:
 
     In inference a float32 x holds the result.
     """
+    # not every device mixes dtypes in one kernel
+    if writes_in_place() and x_BNTK.dtype != torch.float32 and x_BNTK.device.type in ("cpu", "cuda"):
+        return _rotate_16_bit(x_BNTK, rope)
     x = x_BNTK.float()
     first, second = x.chunk(2, dim=-1)
     if not writes_in_place():
@@ -66,3 +76,12 @@ def rotate(x_BNTK: Tensor, rope: Rope) -> Tensor:
     second.mul_(rope.cos).addcmul_(first, rope.sin)
     first.copy_(turned)
     return x.to(x_BNTK.dtype)
+
+
+def _rotate_16_bit(x_BNTK: Tensor, rope: Rope) -> Tensor:
+    """The same numbers without float32 copies of x: kernels widen what they read and round what they write."""
+    made = torch.empty_like(x_BNTK)
+    (first, second), (to_first, to_second) = x_BNTK.chunk(2, dim=-1), made.chunk(2, dim=-1)
+    torch.addcmul(first * rope.cos, second, rope.sin, value=-1, out=to_first)
+    torch.addcmul(second * rope.cos, first, rope.sin, out=to_second)
+    return made

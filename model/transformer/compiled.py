@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..layers.attention_backends import torch_prefers_the_chosen
 from ..values import CompileCost
 from .model import AVTransformer
 
@@ -99,7 +100,10 @@ def _reported(
             timing.fast_seconds.append(seconds)
             return made
         try:
-            with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS, skip_nnmodule_hook_guards=False):
+            with (
+                torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS, skip_nnmodule_hook_guards=False),
+                torch_prefers_the_chosen(video_BTD.device),
+            ):
                 seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
         except Exception as error:
             cause = getattr(error, "inner_exception", error)  # torch wraps what a backend raises

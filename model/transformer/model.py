@@ -155,14 +155,16 @@ class AVTransformer(nn.Module):
         """What the noise levels of both streams give each of them; tokens and contexts do not matter."""
         return self._modulation(video, audio, ""), self._modulation(audio, video, "audio_")
 
-    def rope_tables(self, video_bounds: Tensor, audio_bounds: Tensor) -> RopeTables:
-        """Tables for token bounds (B, 3, T, 2) and (B, 1, S, 2) (spec sections 2.3 and 2.4)."""
+    def rope_tables(
+        self, video_bounds: Tensor, audio_bounds: Tensor, device: torch.device | None = None
+    ) -> RopeTables:
+        """Tables for token bounds (B, 3, T, 2) and (B, 1, S, 2), made on the device (spec sections 2.3 and 2.4)."""
         config = self.config
         video, audio = midpoints(video_bounds), midpoints(audio_bounds)
         seconds = (max(config.video.max_positions[0], config.audio.max_positions[0]),)
 
         def table(positions: Tensor, limits: tuple[float, ...], stream: StreamConfig) -> Rope:
-            return make_rope(positions, limits, config.rope_theta, stream.width, stream.heads)
+            return make_rope(positions, limits, config.rope_theta, stream.width, stream.heads, device)
 
         return RopeTables(
             video=table(video, config.video.max_positions, config.video),
