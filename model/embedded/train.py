@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, default=0, help="clips in a step (default: what suits two cores)"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="end after so long at latest, fully decayed"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes ahead, for a GPU")

@@ -122,28 +122,30 @@ def draw_sigma(count: int, shift: float = 1.2) -> Tensor:
 
 
 def _layouts(batch: Batch, given: Collection[str], rng: random.Random) -> tuple[Layout, Layout]:
-    """Where tokens stand if this is given; values come later, so a single clip stands for all."""
+    """Where tokens stand if this is given; values come later, so blank ones on the CPU stand for all."""
     shape, channels, (_, z, _, bins) = batch.shape, batch.video.shape[1], batch.audio.shape
+    video, audio = (torch.zeros(1, *stream.shape[1:]) for stream in (batch.video, batch.audio))
+    picture = video[:, :, :1]
     pictures = {
-        "first": Guide(batch.video[:1, :, :1], 0, 1.0),
-        "guide": Guide(batch.guide[:1], batch.guide_frame, 1.0),
-        "reference": Guide(batch.reference[:1], None, 1.0),
+        "first": Guide(picture, 0, 1.0),
+        "guide": Guide(picture, batch.guide_frame, 1.0),
+        "reference": Guide(picture, None, 1.0),
     }
     guides = [guide for name, guide in pictures.items() if name in given]
-    given_video = batch.video[:1] if "video" in given or _sound_alone(given) else None
-    given_audio, audio_mask = batch.audio[:1] if "audio" in given else None, None
+    given_video = video if "video" in given or _sound_alone(given) else None
+    given_audio, audio_mask = audio if "audio" in given else None, None
     if "beginning" in given:
         heard = rng.randrange(1, shape.audio_latents)
         if "sound" not in given:
             latents = rng.randrange(1, shape.latent_frames - 1)
-            guides = [Guide(batch.video[:1, :, :latents], 0, 1.0)]
+            guides = [Guide(video[:, :, :latents], 0, 1.0)]
             seconds = (shape.compression.time * (latents - 1) + 1) / shape.fps
             heard = round(seconds * shape.audio_rate.latents_per_second)
         if given_audio is None:
-            given_audio, audio_mask = batch.audio[:1], torch.ones(1, 1, shape.audio_latents, 1)
+            given_audio, audio_mask = audio, torch.ones(1, 1, shape.audio_latents, 1)
             audio_mask[:, :, :heard] = 0
-    video = lay_out_video(shape, channels, guides, given_video)
-    return video, lay_out_audio(shape, z, bins, given_audio, audio_mask)
+    video_layout = lay_out_video(shape, channels, guides, given_video)
+    return video_layout, lay_out_audio(shape, z, bins, given_audio, audio_mask)
 
 
 def _sound_alone(given: Collection[str]) -> bool:

@@ -176,9 +176,9 @@ class Run(Generic[Model]):
             for name, value in ({"loss": loss.detach(), "grad_norm": norm} | figures).items():
                 sums[name] = sums.get(name, 0.0) + value / 20
             if self.step % 20 == 0:
-                seconds = (time.monotonic() - started) / (self.step - first)
+                each = (time.monotonic() - started) / (self.step - first)
                 means = {name: float(value) for name, value in sums.items()}
-                self._log(means | {"step": self.step, "seconds_per_step": seconds})
+                self._log(means | {"step": self.step, "seconds_per_step": each})
                 sums = {}
             ended = self.step == self.settings.steps or ran >= 1
             if ended or time.monotonic() - saved > self.settings.save_seconds:

@@ -55,7 +55,7 @@ def make_rope(
     angles = rearrange(angles, "B T k dimension -> B T (k dimension)")
     # slots that no axis fills stand still: angle 0 is cos 1, sin 0
     angles = functional.pad(angles, (width // 2 - angles.shape[-1], 0))
-    angles = rearrange(angles, "B T (N half) -> B N T half", N=heads)
+    angles = rearrange(angles, "B T (N half) -> B N T half", N=heads).contiguous()
     return Rope(angles.cos(), angles.sin())
 
 
