@@ -282,8 +282,11 @@ def _where_usual(fast: Callable, plain: Callable) -> Callable:
         levels = (stream.modulation.rows.level_of_token_BT for stream in (video, audio))
         usual = video.groups is None and all(level is None for level in levels)
         usual = usual and not (isolated and video_BTD.shape[1] > 1)
-        run = fast if usual else plain
-        return run(video_BTD, audio_BSD, video, audio, perturbed, isolated, *memories)
+        if not usual:
+            return plain(video_BTD, audio_BSD, video, audio, perturbed, isolated, *memories)
+        # what enters the first block is a view, whose base would be compiled along, and the first block apart
+        entering = (x.clone() if x._is_view() else x for x in (video_BTD, audio_BSD))
+        return fast(*entering, video, audio, perturbed, isolated, *memories)
 
     return forward
 
