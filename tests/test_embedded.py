@@ -6,7 +6,6 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from lockstep.model.embedded.train_transformer import (
     _MODES,
     Generator,
     _clips_in_step,
-    compile_blocks,
     encode_prompts,
     flow_loss,
     initialise_generator,
@@ -501,32 +499,6 @@ def test_every_mode_of_training_teaches_what_it_should(mode):
 
 def test_the_shares_of_modes_are_whole():
     assert sum(_MODES.values()) == pytest.approx(1)
-
-
-def test_the_compiled_blocks_answer_as_the_plain_ones_do():
-    batch, model = _random_batch(), Generator()
-    initialise_generator(model, seed=0)
-    nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
-    nn.init.normal_(model.transformer.audio_proj_out.weight, std=0.1)
-    ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
-    ran = []
-
-    def traced(forward, *, dynamic):
-        assert dynamic
-        return lambda *arguments: ran.append(mode) or forward(*arguments)
-
-    losses = {}
-    for compiler in ("none", "stand-in"):
-        if compiler == "stand-in":
-            with patch("torch.compile", traced):
-                compile_blocks(model.transformer)
-        for mode in ("nothing", "sound", "first and sound", "first", "reference", "apart"):
-            torch.manual_seed(0)
-            loss, _ = flow_loss(model, batch, ids, mask, mode, random.Random(1))
-            losses.setdefault(mode, []).append(loss.item())
-    assert all(plain == fast for plain, fast in losses.values())
-    # several noise levels, groups of tokens and a whole clip without attention between its streams are compiled never
-    assert set(ran) == {"nothing", "sound", "first and sound"}
 
 
 def test_no_format_has_more_shards_than_the_usual_one():

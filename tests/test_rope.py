@@ -116,3 +116,15 @@ def test_positions_are_the_middles_of_their_bounds():
     bounds = video_positions(ClipShape(17, 32, 32, 24.0))
     assert_near(midpoints(bounds)[0, 0] * 24, torch.tensor([0.5, 5.0, 13.0]), 1e-6)
     assert midpoints(bounds)[0, 1].tolist() == [16.0] * 3
+
+
+def test_the_gradient_of_a_16_bit_rotation_is_turned_back():
+    torch.manual_seed(0)
+    rope = make_rope(3 * torch.rand(1, 1, 5), (5.0,), 300.0, 48, 4)
+    x = torch.randn(2, 5, 4, 12).bfloat16().transpose(1, 2).requires_grad_()
+    gradient = torch.randn(2, 4, 5, 12).bfloat16()
+    rotate(x, rope).backward(gradient)
+    exact = x.detach().double().requires_grad_()
+    rotate(exact, Rope(rope.cos.double(), rope.sin.double())).backward(gradient.double())
+    # one rounding to bfloat16 of numbers below four
+    assert (x.grad - exact.grad).abs().max() < 2**-6

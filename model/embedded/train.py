@@ -41,9 +41,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes ahead, for a GPU")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the transformer's blocks, for a GPU"
-    )
     parser.add_argument("--first", type=int, default=0, help="first shard to encode")
     given = parser.parse_args()
     if given.threads:
@@ -98,7 +95,7 @@ def _transformer(given: argparse.Namespace) -> None:
         given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.998
     )
     run = Run(given.runs / "transformer", model.to(given.device), settings)
-    train_transformer(run, given.runs / "shards", given.device, **_how(given), compiled=given.compile)
+    train_transformer(run, given.runs / "shards", given.device, **_how(given))
 
 
 def _pack(given: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ B batch, T query tokens, L context tokens, D width, N heads, K head width.
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .attention_backends import attend
 from .attention_groups import Groups, attend_in_groups
@@ -94,11 +95,11 @@ class Attention(nn.Module):
         """Norm, heads, rotation; in inference on a CPU all of it in one float32 copy."""
         if x_BTD.device.type != "cpu" or not writes_in_place():
             if rope is None:
-                return self._heads(norm(x_BTD))
+                return self._heads(_normed(norm, x_BTD))
             if not writes_in_place():
-                return rotate(self._heads(norm(x_BTD)), rope)
+                return rotate(self._heads(_normed(norm, x_BTD)), rope)
             return norm_and_turn(
-                x_BTD, norm, rope, self.heads, lambda: rotate(self._heads(norm(x_BTD)), rope)
+                x_BTD, norm, rope, self.heads, lambda: rotate(self._heads(_normed(norm, x_BTD)), rope)
             )
         normed = (
             x_BTD.float()
@@ -109,3 +110,8 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "B T (N K) -> B N T K", N=self.heads)
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    # under autocast the weight is wider than x, and torch has no single kernel for the two
+    return functional.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
