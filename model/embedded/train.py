@@ -6,6 +6,8 @@ python -m lockstep.model.embedded.train decoder     RUNS --steps 500    # if wan
 python -m lockstep.model.embedded.train shards      RUNS --steps 200
 python -m lockstep.model.embedded.train transformer RUNS --steps 18430
 python -m lockstep.model.embedded.train pack        RUNS
+
+On a GPU --batch, --workers and --seconds make use of it.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python tests/bench/denoise.py                                     # CPU, float32: 8 blocks, 259 M parameters
     python tests/bench/denoise.py --dtype bfloat16
-    python tests/bench/denoise.py --device cuda --dtype bfloat16 --model 2.3 --steps 8 --ours-only \\
-        --sizes 768x512x121 1280x704x121 1920x1088x121                # and a distilled run
+    python tests/bench/denoise.py --device cuda --dtype bfloat16 --model 2.3 --steps 8 --ours-only --single-only --compile \\
+        --sizes 768x512x121 1280x704x121 1920x1088x121                # and a distilled run, with and without torch.compile
 
 Per size: `single` is one conditional forward, `guided` the four passes of a step (conditional, unconditional, STG,
 isolated). Sides alternate, medians count. `ceiling` is the share of the fastest large matmul of this machine and dtype,
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--single-only", action="store_true")
     parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
+    parser.add_argument("--compile", action="store_true", help="also ours with compiled blocks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.dtype == "float8" else getattr(torch, args.dtype)
@@ -269,7 +269,6 @@ def measure(
     shape, config = clip_of(size), transformer.config
     # as deep as 28 of 48 in the published recipe
     ours = Ours(transformer, shape, conditioning, stg=max(1, round(config.layers * 28 / 48)))
-    compilation = compile_blocks(transformer) if args.compile else None
     reference = None if args.ours_only else Reference(ours, shape)
     flop = forward_flop(config, shape.video_tokens, shape.audio_latents, conditioning.positive.video.shape[1])
     found: dict = {"size": size, "video_tokens": shape.video_tokens, "gflop": flop / 1e9}
@@ -284,25 +283,49 @@ def measure(
         found[f"{work}_peak_mb" if work != "single" else "peak_mb"] = peak.bytes / 2**20
         if reference is not None:
             found |= errors(args, work, ours, sides, passes)
-    if args.steps:
-        runs = timed(ours.run(args.steps), args.device, args.runs)
-        found |= {"run_steps": args.steps, "run_s": median(runs), "run_spread": spread(runs)}
-        print(f"| {size} | {args.steps} steps | {median(runs):.3f} | | | "
-              f"{flop * args.steps / median(runs) / ceiling:.0%} | | {spread(runs):.0%} |")  # fmt: skip
-    if compilation is not None:
-        cost = compilation.cost
-        print(cost.sentence())
-        found |= {"compile_s": cost.compile_seconds, "compile_saved_s": cost.saved_seconds}
+    found |= whole_run(args, ours, size, flop, ceiling)
+    if args.compile:
+        found |= {
+            f"compiled_{name}": value for name, value in compiled(args, ours, size, flop, ceiling).items()
+        }
     return found
 
 
-def report(size: str, work: str, seconds: dict[str, list[float]], flop: float, ceiling: float) -> dict:
+def compiled(args: argparse.Namespace, ours: Ours, size: str, flop: float, ceiling: float) -> dict:
+    """One forward and a whole run again, with compiled blocks; afterwards the blocks are as they were."""
+    compilation = compile_blocks(ours.transformer)
+    try:
+        seconds = alternate({"ours": ours.step(("cond",))}, args.device, args.runs)
+        found = report(size, "single", seconds, flop, ceiling, "compiled ")
+        found |= whole_run(args, ours, size, flop, ceiling, "compiled ")
+    finally:
+        for block in ours.transformer.transformer_blocks:
+            del block.forward
+    cost = compilation.cost
+    print(cost.sentence())
+    return found | {"seconds": cost.compile_seconds, "saved_s": cost.saved_seconds}
+
+
+def whole_run(
+    args: argparse.Namespace, ours: Ours, size: str, flop: float, ceiling: float, how: str = ""
+) -> dict:
+    if not args.steps:
+        return {}
+    runs = timed(ours.run(args.steps), args.device, args.runs)
+    print(f"| {size} | {how}{args.steps} steps | {median(runs):.3f} | | | "
+          f"{flop * args.steps / median(runs) / ceiling:.0%} | | {spread(runs):.0%} |")  # fmt: skip
+    return {"run_steps": args.steps, "run_s": median(runs), "run_spread": spread(runs)}
+
+
+def report(
+    size: str, work: str, seconds: dict[str, list[float]], flop: float, ceiling: float, how: str = ""
+) -> dict:
     ours, theirs = median(seconds["ours"]), median(seconds.get("reference", [math.nan]))
     print(
-        f"| {size} | {work} | {ours:.3f} | {theirs:.3f} | {ours / theirs:.3f} | {flop / ours / ceiling:.0%} | "
+        f"| {size} | {how}{work} | {ours:.3f} | {theirs:.3f} | {ours / theirs:.3f} | {flop / ours / ceiling:.0%} | "
         f"{flop / theirs / ceiling:.0%} | {max(map(spread, seconds.values())):.0%} |"
         if theirs == theirs
-        else f"| {size} | {work} | {ours:.3f} | | | {flop / ours / ceiling:.0%} | | {spread(seconds['ours']):.0%} |"
+        else f"| {size} | {how}{work} | {ours:.3f} | | | {flop / ours / ceiling:.0%} | | {spread(seconds['ours']):.0%} |"
     )
     prefix = "" if work == "single" else f"{work}_"
     found = {f"{prefix}ours_s": ours, f"{prefix}ours_of_ceiling": flop / ours / ceiling}
