@@ -17,7 +17,7 @@ from lockstep.model.checkpoint.header import read_header
 from lockstep.model.codec.audio_vae import AudioVAE, AudioVAEConfig
 from lockstep.model.codec.mel import LogMel
 from lockstep.model.codec.video_vae import VideoVAE, VideoVAEConfig
-from lockstep.model.embedded import WEIGHTS, config, language, world
+from lockstep.model.embedded import WEIGHTS, config, dataset, language, train, train_transformer, world
 from lockstep.model.embedded.dataset import FORMATS, Batch, format_of
 from lockstep.model.embedded.pack import pack, tokenizer_entry, unpack
 from lockstep.model.embedded.readings import readings
@@ -670,6 +670,36 @@ def test_the_shipped_sound_is_told_by_a_picture_of_its_thing(shipped, mode):
     other = replace(batch, video=batch.video.roll(1, 0), reference=batch.reference.roll(1, 0))
     own, others = (shipped.error(seen, mode, nameless=1.0)["audio"] for seen in (batch, other))
     assert own < 0.85 * others
+
+
+def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatch, capsys):
+    for module in (dataset, train_transformer):
+        monkeypatch.setattr(module, "SHARD", 4)
+    packed = tmp_path / "packed.safetensors"
+    monkeypatch.setattr(train, "WEIGHTS", packed)
+    for stage, *options in (
+        ("video", "--steps", "2", "--batch", "1", "--workers", "1"),
+        ("audio", "--steps", "1000", "--batch", "1", "--seconds", "0.1"),
+        ("shards", "--steps", "3", "--workers", "1"),
+        ("shards", "--steps", "4"),  # the fourth alone
+        ("transformer", "--steps", "2", "--batch", "4"),
+        ("transformer", "--steps", "3", "--batch", "4"),
+        ("pack",),
+    ):
+        monkeypatch.setattr("sys.argv", ["train", stage, str(tmp_path), *options, "--device", "cpu"])
+        train.main()
+    assert [path.stem for path in sorted((tmp_path / "shards").iterdir())] == [f"{i:05}" for i in range(4)]
+    assert describe(packed).missing == describe(packed).unexpected == ()
+    with safe_open(tmp_path / "transformer" / "state.safetensors", "pt") as state:
+        assert state.metadata() == {"step": "3"}
+
+
+def test_torchrun_ends_by_steps_alone(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["train", "video", "nowhere", "--seconds", "5"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "give --steps" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_the_shipped_file(tmp_path):

@@ -12,6 +12,7 @@ On a GPU --batch, --workers and --seconds make use of it.
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes ahead, for a GPU")
     parser.add_argument("--first", type=int, default=0, help="first shard to encode")
     given = parser.parse_args()
+    if given.seconds and "WORLD_SIZE" in os.environ:
+        parser.error("--seconds would end each of torchrun's processes at another step: give --steps")
     if given.threads:
         torch.set_num_threads(given.threads)
     _STAGES[given.stage](given)
