@@ -58,12 +58,14 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, weights: list[nn.Parameter], rate: float) -> None:
         """One batched product for all matrices of a shape: each by itself is too small for a GPU."""
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
-        torch._foreach_lerp_(momenta, gradients, 0.05)
-        updates = orthogonal(torch.stack(torch._foreach_lerp(gradients, momenta, 0.95)).flatten(2))
+        gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
+        momenta = torch.stack([self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights])
+        momenta.lerp_(gradients, 0.05)
+        updates = orthogonal(torch.lerp(gradients, momenta, 0.95).flatten(2))
         gain = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-        torch._foreach_add_(weights, updates.view(-1, *weights[0].shape).unbind(), alpha=-rate * gain)
+        for weight, momentum, update in zip(weights, momenta, updates, strict=True):
+            self.state[weight]["momentum"].copy_(momentum)
+            weight.add_(update.view_as(weight), alpha=-rate * gain)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -116,9 +118,13 @@ def drawn_ahead(draw: Callable[[int], Data], numbers: range, workers: int) -> It
 
     draw: picklable, no CUDA in it.
     """
-    ahead = {"prefetch_factor": 4} if workers else {}
     loader = DataLoader(
-        _OfStep(draw), sampler=numbers, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **ahead
+        _OfStep(draw),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=4 if workers else None,
     )
     return iter(loader)
 
@@ -210,7 +216,8 @@ class Run(Generic[Model]):
     def _average(self) -> None:
         # a young average follows fast, or the random start would linger in it
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [self.weights[name] for name in self.ema], 1 - decay)
+        weights: list[Tensor] = [self.weights[name] for name in self.ema]
+        torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def _log(self, figures: dict[str, float]) -> None:
         if self.rank:
