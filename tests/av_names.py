@@ -1,4 +1,4 @@
-"""Names of PyAV where the package is not: machines with a GPU that are lent for tests may lack it.
+"""Names of PyAV where the package is not: a machine with a GPU may have torch and little else.
 
 The engine imports it for files of clips; tests that import this module neither read nor write any.
 """

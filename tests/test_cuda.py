@@ -582,11 +582,11 @@ def used(device: torch.device, run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def assert_foretold(forecast: int, found: int, what: str, over: float = 0.15) -> None:
+def assert_foretold(forecast: int, found: int, what: str) -> None:
     said = f"{what}: {forecast / MEBI:.1f} MiB foretold, {found / MEBI:.1f} MiB held ({found / forecast:.3f} of it), "
     said += f"cuDNN {torch.backends.cudnn.version()}, torch {torch.__version__}"
     _logger.info("%s", said)
-    assert -0.15 <= found / forecast - 1 <= over, said
+    assert abs(found / forecast - 1) <= 0.15, said
 
 
 def test_a_plan_foretells_what_sampling_holds(device, middling):
@@ -602,14 +602,16 @@ def test_a_plan_foretells_what_sampling_holds(device, middling):
     assert_foretold(need.working, found, "sampling")
 
 
+@pytest.mark.xfail(
+    reason="an H100 with cuDNN 9.19 held 1.20 of the plan, perhaps for workspaces of convolutions"
+)
 def test_a_plan_foretells_what_decoding_pictures_holds(device, middling):
     shape = middling_shape(middling)
     empty = middling.empty_latents(shape)
     latents = replace(empty, video=torch.randn_like(empty.video))
     need = middling._forecast.video(shape)
     found = used(device, lambda: [len(piece) for piece in middling.video_frames(latents)])
-    # cuDNN's bfloat16 convolutions want workspaces of their own: an H100 with cuDNN 9.19 holds 1.20 of the plan
-    assert_foretold(need.working, found, "decoding pictures", over=0.3)
+    assert_foretold(need.working, found, "decoding pictures")
 
 
 # -- where memory ends ---------------------------------------------------------------------------------------------

@@ -126,10 +126,9 @@ def encode_shards(
     workers: int = 0,
     seed: int = 0,
 ) -> None:
-    """Encodes shards of these numbers, after those that are there."""
+    """Encodes the shards that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    there = [index for index in shards if (folder / f"{index:05}.safetensors").exists()]
-    missing = range(max(there, default=shards.start - 1) + 1, shards.stop)
+    missing = [index for index in shards if not (folder / f"{index:05}.safetensors").exists()]
     for shard in drawn_ahead(DrawShard(seed), missing, workers):
         encode_shard(shard, folder, video_vae, audio_vae, device)
 

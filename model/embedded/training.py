@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -113,7 +113,7 @@ def _as_it_is(drawn: object) -> object:
     return drawn
 
 
-def drawn_ahead(draw: Callable[[int], Data], numbers: range, workers: int) -> Iterator[Data]:
+def drawn_ahead(draw: Callable[[int], Data], numbers: Sequence[int], workers: int) -> Iterator[Data]:
     """What `draw` gives for each number, in order; by so many processes that run ahead, or by this one if 0.
 
     draw: picklable, no CUDA in it.
