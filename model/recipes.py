@@ -116,6 +116,23 @@ class Recipe:
             f"these weights are distilled for {own} steps without text guidance: {' with '.join(given)} may look worse",
         )
 
+    def untrained(self, shape: ClipShape) -> tuple[str, ...]:
+        """A sentence where a clip that is given, not asked for, has measures on which the model was not trained."""
+        measures = (
+            ("width", shape.width, self.side_limits, " pixels"),
+            ("height", shape.height, self.side_limits, " pixels"),
+            ("length", shape.frames / shape.fps, self.seconds_limits, " s"),
+            ("rate", shape.fps, self.fps_limits, " fps"),
+        )
+        outside = [
+            f"a {name} of {value:g}{unit} ({limits[0]:g} to {limits[1]:g}{unit})"
+            for name, value, limits, unit in measures
+            if limits and not limits[0] <= value <= limits[1]
+        ]
+        if not outside:
+            return ()
+        return (f"this model was not trained on clips with {' and '.join(outside)}: they may look worse",)
+
     def unrefined(self, loras: Iterable[Lora]) -> tuple[str, ...]:
         """A sentence where a second stage is to run on weights that are not distilled, with these LoRAs on."""
         if self.sigmas or any("distilled" in lora.path.name.lower() for lora in loras):

@@ -45,6 +45,9 @@ _logger = logging.getLogger("lockstep")
 OWN_STG, OWN_SAMPLER = -1.0, "model default"
 SAMPLERS = (OWN_SAMPLER, *SAMPLER_NAMES)
 _NOTHING_TO_MAKE = "picture and sound are both given and stay as they are: leave one of them out, or free a part by a noise mask"
+_SOUND_STAYS = (
+    "refine temporal keeps the sound as it is: the part of its noise mask that asks for more is not followed"
+)
 
 
 class LockstepSampler(Node):
@@ -251,6 +254,8 @@ class LockstepSampler(Node):
             given = {name: stream for name, stream in given.items() if name != "video" or name not in whole}
             whole -= {"video"}
             if temporal:  # all of the sound stays
+                mask = given["audio"].mask
+                warnings += (_SOUND_STAYS,) if mask is not None and mask.any() else ()
                 given = {name: stream for name, stream in given.items() if name != "audio"}
         elif whole == {"video", "audio"}:
             warnings += (_NOTHING_TO_MAKE,)
@@ -285,6 +290,7 @@ class LockstepSampler(Node):
             if way is not None:
                 pictures = model.trajectory(way, shape, trajectory_moment, report)
         approximation, cost = latents.step_cache, model.compile_cost
+        warnings += model.recipe.untrained(shape)
         warnings += model.recipe.unsuited(None if settings.sigmas else steps or None, guidance)
         warnings += approximation.warnings if approximation else ()
         host.warn(cls.hidden.unique_id, warnings)

@@ -1286,8 +1286,9 @@ def test_refining_starts_at_the_levels_asked_for(words, levels):
     assert refining_levels(words, model, None, latents().shape) == levels
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("words", ["temporal", "spatial"])
-def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, words):
+def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, words, masked):
     grown, seen = of_length(17, 48.0), {}
     grown = replace(grown, video=torch.randn_like(grown.video), audio=torch.randn_like(grown.audio))
 
@@ -1295,7 +1296,8 @@ def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, word
         seen.update(named)
         return replace(model().empty_latents(shape), video=torch.ones_like(grown.video))
 
-    recipe = Recipe(sigmas=(1.0, 0.0), fast_fps=60.0)
+    recipe = Recipe(sigmas=(1.0, 0.0), fast_fps=60.0, fps_limits=(12.0, 24.0))
+    warned = []
     engine = SimpleNamespace(
         **vars(model()) | {"sample": sample, "recipe": recipe, "blocks": 12, "compile_cost": None},
         info=ModelInfo("", "", ""),
@@ -1306,9 +1308,17 @@ def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, word
     engine.add_frames = MethodType(Engine.add_frames, engine)
     monkeypatch.setattr(host, "join_latents", lambda streams: Nested(*streams))
     monkeypatch.setattr(host, "is_watched", lambda: False)
+    monkeypatch.setattr(host, "warn", lambda _node, warnings: warned.extend(warnings))
     node = type("Sampler", (pack.sampler.LockstepSampler,), {"hidden": SimpleNamespace(unique_id=None)})
+    given = parts(grown)[2]
+    if masked:
+        half = torch.arange(grown.audio.shape[2]).view(1, 1, -1, 1) % 2
+        given["noise_mask"] = Nested(torch.ones(1, 1, grown.video.shape[2], 1, 1), half.float())
     own = (types.OWN_ASPECT, 0, 0, 0.0, 0.0, 0, 0.0, 0.0, pack.sampler.OWN_SAMPLER, 7)
-    node.run(engine, types.to_conditioning(script()), *own, latent=parts(grown)[2], refine=words)
+    node.run(engine, types.to_conditioning(script()), *own, latent=given, refine=words)
+    told = "refine temporal keeps the sound as it is"
+    assert any(text.startswith(told) for text in warned) == (words == "temporal" and masked)
+    assert any("a rate of 48 fps (12 to 24 fps)" in text for text in warned)
     made = types.from_joint_latent(pack.sampler.io.NodeOutput.call_args.args[2])
     assert (made.shape, made.video.mean()) == (grown.shape, 1)
     if words == "temporal":
@@ -1316,7 +1326,7 @@ def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, word
         assert torch.equal(seen["given_audio"], seen["start"].audio)
         assert torch.equal(made.audio, grown.audio)
     else:
-        assert (seen["start"].shape, seen.get("given_audio")) == (grown.shape, None)
+        assert (seen["start"].shape, "given_audio" in seen) == (grown.shape, masked)
 
 
 @pytest.mark.parametrize("words", ["a bit", ",", "0", "1e-9", "1.5", "-0.5", "nan", "0.5 of it"])

@@ -13,6 +13,7 @@ from lockstep.model.recipes import Fingerprint, Recipe, choose_recipe, fingerpri
 from lockstep.model.requests import first_guidance, first_settings
 from lockstep.model.sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
 from lockstep.model.sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE
+from lockstep.model.shapes import ClipShape
 from lockstep.model.values import GenerateRequest, Lora
 
 
@@ -150,6 +151,26 @@ def test_steps_and_guidance_that_distilled_weights_do_not_take_are_told(steps, g
     (told,) = published_recipe("distilled", "2.3").unsuited(steps, guidance)
     assert told == f"these weights are distilled for 8 steps without text guidance: {given} may look worse"
     assert published_recipe("full", "2.3").unsuited(steps, guidance) == ()
+
+
+@pytest.mark.parametrize(
+    ("measures", "told"),
+    [
+        ({}, None),
+        ({"width": 64}, "a width of 64 pixels (96 to 176 pixels)"),
+        ({"frames": 9, "fps": 24.0}, "a length of 0.375 s (1 to 4.2 s)"),
+        (
+            {"height": 192, "fps": 30.0, "frames": 65},
+            "a height of 192 pixels (96 to 176 pixels) and a rate of 30 fps (12 to 24 fps)",
+        ),
+    ],
+)
+def test_a_given_clip_unlike_those_of_training_is_told(measures, told):
+    limits = {"side_limits": (96, 176), "seconds_limits": (1.0, 4.2), "fps_limits": (12.0, 24.0)}
+    shape = ClipShape(**{"frames": 25, "height": 96, "width": 96, "fps": 12.0} | measures)
+    wanted = told and f"this model was not trained on clips with {told}: they may look worse"
+    assert Recipe(**limits).untrained(shape) == ((wanted,) if told else ())
+    assert Recipe().untrained(shape) == ()
 
 
 def test_a_request_that_does_not_suit_distilled_weights_is_told_unless_forced(files):
