@@ -61,7 +61,9 @@ class LockstepClipReport(Node):
         with host.Reporter(cls.hidden.unique_id, f"measuring {frames} frames of {width}x{height}") as tick:
             for piece in pieces_of(clip.frames, tick):
                 look.push(piece)
-        report = report_clip(clip, made=made, look=look)
+        if audio is not None:
+            host.tell(cls.hidden.unique_id, "measuring the sound")
+        report = report_clip(clip, made=made, look=look, tick=host.stop_if_interrupted)
         picture = draw_report(report, clip, look)[None]
         host.tell(cls.hidden.unique_id, "\n".join(report.findings))
         shown = ui.PreviewImage(picture, cls=cls)

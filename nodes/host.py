@@ -61,6 +61,7 @@ _engines: WeakValueDictionary[tuple, Engine] = WeakValueDictionary()
 _lock = threading.Lock()
 
 join_latents = NestedTensor  # ComfyUI's latent of several streams
+stop_if_interrupted = memory.throw_exception_if_processing_interrupted
 fits = validate_node_input  # whether an output of a type may be linked to an input of one, both as the host names them
 
 
@@ -411,7 +412,7 @@ class Reporter:
             raise torch.OutOfMemoryError(f"out of memory while {self._task}: {advice}") from error
 
     def __call__(self, progress: Progress) -> None:
-        memory.throw_exception_if_processing_interrupted()
+        stop_if_interrupted()
         if progress.note:
             room = memory.get_total_memory(memory.get_torch_device()) / 2**30
             tell(self._node_id, f"{progress.note}; the device has {room:.2f} GB")

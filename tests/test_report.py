@@ -11,6 +11,7 @@ from PIL import Image
 
 from lockstep.model import cli
 from lockstep.model.errors import MediaError
+from lockstep.model.measure import sound
 from lockstep.model.measure.doubts import find_doubts
 from lockstep.model.measure.motion import shrink, unpacked
 from lockstep.model.measure.pictures import (
@@ -249,6 +250,28 @@ def test_loudness_is_that_of_the_standard():
     )
     assert loudness(stereo[:, :1000], RATE_HZ) is None
     assert loudness(np.zeros((1, RATE_HZ)), RATE_HZ) is None
+
+
+def test_the_loudness_of_a_sound_in_pieces_is_that_of_the_whole(monkeypatch):
+    """The filters' ringing of a piece ends in what is read before the next: 1e-9 of what is cut off, and rounding."""
+    noise = np.random.default_rng(0).normal(size=(2, 40_000)) * np.repeat([0.2, 0.001, 0.4, 0.02], 10_000)
+    whole = loudness(noise, 8000)
+    monkeypatch.setattr(sound, "_FILTERED", 1)  # pieces of 8,000 samples, 2,000 of them before the piece
+    assert loudness(noise, 8000) == pytest.approx(whole, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 240])
+def test_largest_of_a_row_of_neighbours(count):
+    values = np.random.default_rng(count).normal(size=500)
+    wanted = np.lib.stride_tricks.sliding_window_view(values, count).max(1)
+    assert np.array_equal(sound._largest_in_a_row(values, count), wanted)
+
+
+@pytest.mark.parametrize("after", [1, 5, 20])
+def test_the_analysis_of_a_long_sound_can_be_ended_between_its_parts(after):
+    left = list(range(after - 1))
+    with pytest.raises(IndexError):
+        look_at_sound(tone(seconds=60).expand(2, -1), RATE_HZ, left.pop)
 
 
 def test_true_peak_lies_between_samples():

@@ -4,6 +4,7 @@ F frames, H rows, W columns.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -63,14 +64,19 @@ class ClipReport:
 
 
 def report_clip(
-    clip: Clip, difference_ms: float | None = None, made: dict | None = None, look: Look | None = None
+    clip: Clip,
+    difference_ms: float | None = None,
+    made: dict | None = None,
+    look: Look | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> ClipReport:
     """Looks at a whole clip.
 
     difference_ms: of the lengths that a file says, where the clip was read from one; else of the clip's own.
-    look: has seen the frames already, where the clip has their shape alone.
+    look: has seen the frames already, where the clip has their shape alone. tick: called between any two parts of the
+    sound's analysis; what it raises ends it.
     """
-    sound = None if clip.waveform is None else look_at_sound(clip.waveform, clip.sample_rate_hz)
+    sound = None if clip.waveform is None else look_at_sound(clip.waveform, clip.sample_rate_hz, tick)
     if difference_ms is None and sound is not None:
         difference_ms = (sound.seconds - len(clip.frames) / clip.fps) * 1000
     if look is None:

@@ -4,10 +4,10 @@ C channels, S samples. Levels in dB relative to full scale (a sample of 1).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 SILENT_DBFS = -60.0
@@ -15,6 +15,7 @@ _WINDOW_SECONDS = 0.05
 _CLIPPED = 0.999
 _PULSE_SECONDS, _PULSES = 0.06, 5  # that many clicks in a row, evenly and so closely, are a tone: a bass
 _PIECE, _MARGIN = 1 << 18, 2048  # samples that are oversampled at once, and what is read beyond them
+_FILTERED = 1 << 19  # samples that are filtered at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +35,27 @@ class SoundFacts:
     dc: float  # mean of the samples, largest over channels
 
 
-def look_at_sound(waveform_CS: Tensor, sample_rate_hz: int) -> SoundFacts:
-    """All facts of one soundtrack (channels, S), -1..1, of any length; values that are no numbers are counted as silence."""
+def look_at_sound(
+    waveform_CS: Tensor, sample_rate_hz: int, tick: Callable[[], None] = lambda: None
+) -> SoundFacts:
+    """All facts of one soundtrack (channels, S), -1..1, of any length; values that are no numbers are counted as silence.
+
+    tick: called between any two parts of the work; what it raises ends it.
+    """
     given_CS = waveform_CS.float().cpu().numpy().astype(np.float64)
     wave_CS = np.nan_to_num(given_CS, posinf=0, neginf=0)
     samples = wave_CS.shape[1]
-    peak = max((true_peak(channel) for channel in wave_CS), default=0.0)
+    peak = max((true_peak(channel, tick) for channel in wave_CS), default=0.0)
     return SoundFacts(
         channels=len(wave_CS),
         sample_rate_hz=sample_rate_hz,
         seconds=samples / sample_rate_hz,
         not_finite=int((~np.isfinite(given_CS)).sum()),
-        loudness_lufs=loudness(wave_CS, sample_rate_hz),
+        loudness_lufs=loudness(wave_CS, sample_rate_hz, tick),
         rms_dbfs=_level(math.sqrt(np.square(wave_CS).mean())) if samples else None,
         true_peak_dbfs=_level(peak),
         clipped_samples=count_clipped(wave_CS),
-        clicks=count_clicks(wave_CS, sample_rate_hz),
+        clicks=count_clicks(wave_CS, sample_rate_hz, tick),
         silent_share=_silent_share(wave_CS, sample_rate_hz),
         dc=float(np.abs(wave_CS.mean(1)).max()) if samples else 0.0,
     )
@@ -59,10 +65,11 @@ def _level(amplitude: float) -> float | None:
     return 20 * math.log10(amplitude) if amplitude > 1e-6 else None
 
 
-def true_peak(wave: np.ndarray) -> float:
+def true_peak(wave: np.ndarray, tick: Callable[[], None] = lambda: None) -> float:
     """Largest magnitude at and between the samples, by fourfold oversampling, linear."""
     peak = float(np.abs(wave).max(initial=0.0))
     for start in range(0, len(wave), _PIECE):  # an hour at once would take gigabytes
+        tick()
         end = min(start + _PIECE, len(wave))
         before, after = min(_MARGIN, start), min(_MARGIN, len(wave) - end)
         part = np.pad(wave[start - before : end + after], (_MARGIN - before, _MARGIN - after))
@@ -82,13 +89,14 @@ def count_clipped(wave_CS: np.ndarray) -> int:
     return int((full & beside).any(0).sum())
 
 
-def count_clicks(wave_CS: np.ndarray, sample_rate_hz: int) -> int:
+def count_clicks(wave_CS: np.ndarray, sample_rate_hz: int, tick: Callable[[], None] = lambda: None) -> int:
     """Jumps that stand alone in any channel; one that is in several at once counts once."""
     apart = 2 * max(1, sample_rate_hz // 1000)
-    places = [
-        _without_pulses(_apart(_find_clicks(channel, sample_rate_hz), apart), sample_rate_hz)
-        for channel in wave_CS
-    ]
+    places = []
+    for channel in wave_CS:
+        tick()
+        found = _apart(_find_clicks(channel, sample_rate_hz), apart)
+        places.append(_without_pulses(found, sample_rate_hz))
     return len(_apart(np.unique(np.concatenate(places)), apart)) if places else 0
 
 
@@ -115,11 +123,19 @@ def _find_clicks(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     if len(wave) < 3:
         return np.empty(0, int)
     bend = np.pad(np.abs(np.diff(wave, 2)), far)
-    windows = sliding_window_view(bend, far - near).max(1)
+    windows = _largest_in_a_row(bend, far - near)
     size = len(bend) - 2 * far
     before, after, here = windows[:size], windows[far + near + 1 :][:size], bend[far : far + size]
     here, before = here[: len(after)], before[: len(after)]
     return np.flatnonzero((here > 0.02) & (here > 8 * np.maximum(before, after)))
+
+
+def _largest_in_a_row(values: np.ndarray, count: int) -> np.ndarray:
+    """Of so many neighbours each, (len - count + 1,), by rows of one, two, four and so on."""
+    row = 1
+    while 2 * row <= count:
+        values, row = np.maximum(values[:-row], values[row:]), 2 * row
+    return np.maximum(values[: len(values) - (count - row)], values[count - row :])
 
 
 def _silent_share(wave_CS: np.ndarray, sample_rate_hz: int) -> float:
@@ -133,7 +149,9 @@ def _silent_share(wave_CS: np.ndarray, sample_rate_hz: int) -> float:
 # Loudness
 
 
-def loudness(wave_CS: np.ndarray, sample_rate_hz: int) -> float | None:
+def loudness(
+    wave_CS: np.ndarray, sample_rate_hz: int, tick: Callable[[], None] = lambda: None
+) -> float | None:
     """Integrated loudness in LUFS; None under 0.4 s or where all is below the gate of -70 LUFS.
 
     Source: ITU-R BS.1770-4, sections 1 and 5.1; channels beyond the second count as front channels.
@@ -141,8 +159,10 @@ def loudness(wave_CS: np.ndarray, sample_rate_hz: int) -> float | None:
     block, hop = round(0.4 * sample_rate_hz), max(1, round(0.1 * sample_rate_hz))
     if wave_CS.shape[1] < block:
         return None
-    weighted = np.stack([_weighted(channel, sample_rate_hz) for channel in wave_CS])
-    total = np.concatenate([[0.0], np.cumsum(np.square(weighted).sum(0))])
+    power = np.zeros(wave_CS.shape[1])
+    for channel in wave_CS:
+        power += np.square(_weighted(channel, sample_rate_hz, tick))
+    total = np.concatenate([[0.0], np.cumsum(power)])
     starts = np.arange(0, wave_CS.shape[1] - block + 1, hop)
     power = (total[starts + block] - total[starts]) / block
     power = power[power > 10 ** ((-70 + 0.691) / 10)]
@@ -152,12 +172,21 @@ def loudness(wave_CS: np.ndarray, sample_rate_hz: int) -> float | None:
     return float(-0.691 + 10 * np.log10(power.mean()))
 
 
-def _weighted(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
-    """K-weighting: a shelf of +4 dB above 1.7 kHz after a high-pass at 38 Hz, applied to the spectrum."""
-    padded = len(wave) + sample_rate_hz // 4  # what the filters ring must not come round to the start
-    delay = np.exp(-1j * np.linspace(0, math.pi, padded // 2 + 1))
+def _weighted(wave: np.ndarray, sample_rate_hz: int, tick: Callable[[], None]) -> np.ndarray:
+    """K-weighting: a shelf of +4 dB above 1.7 kHz after a high-pass at 38 Hz, applied to the spectrum, piece by piece."""
+    # the filters ring for so long: what comes round from a piece's end lies in what is read before its start
+    ringing = sample_rate_hz // 4
+    size = max(_FILTERED, 4 * ringing)
+    delay = np.exp(-1j * np.linspace(0, math.pi, size // 2 + 1))
     response = _shelf(delay, sample_rate_hz) * _high_pass(delay, sample_rate_hz)
-    return np.fft.irfft(np.fft.rfft(wave, padded) * response, padded)[: len(wave)]
+    made = np.empty_like(wave)
+    for start in range(0, len(wave), size - ringing):
+        tick()
+        before = min(ringing, start)
+        end = min(start + size - ringing, len(wave))
+        part = np.pad(wave[start - before : end], (ringing - before, 0))
+        made[start:end] = np.fft.irfft(np.fft.rfft(part, size) * response, size)[ringing : len(part)]
+    return made
 
 
 def _shelf(z: np.ndarray, sample_rate_hz: int) -> np.ndarray:

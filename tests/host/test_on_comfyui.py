@@ -870,6 +870,28 @@ def test_what_looks_at_a_whole_clip_can_be_interrupted_and_leaves_nothing(
     assert not list((server.base / "output" / "cut").glob("*"))
 
 
+def test_the_report_of_a_long_sound_can_be_interrupted(server: ComfyUI):
+    long = {
+        "pictures": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 2}},
+        "sound": {
+            "class_type": "EmptyAudio",
+            "inputs": {"duration": 1200.0, "sample_rate": 44100, "channels": 2},
+        },
+        "last": {
+            "class_type": "LockstepClipReport",
+            "inputs": {"images": ["pictures", 0], "fps": 24.0, "audio": ["sound", 0]},
+        },
+    }
+    with Listener(server, "stopper") as listener:
+        prompt_id = server.queue(long, "stopper")
+        until = time.monotonic() + 60
+        while "measuring the sound" not in listener.texts and time.monotonic() < until:
+            time.sleep(0.02)
+        server.post("/interrupt", {"prompt_id": prompt_id})
+        result = server.result(prompt_id, seconds=60)
+    assert result.messages["execution_interrupted"]["node_id"] == "last"
+
+
 @pytest.mark.parametrize(
     ("node", "task"), [("3", "sampling 13 frames of 96x96"), ("4", "decoding 13 frames")]
 )
