@@ -125,11 +125,12 @@ def test_a_workflow_opens_without_complaint_and_is_what_its_twin_says(seen: dict
     opened = seen["opened"][name]
     pinned = server.version == VERSION  # others have core nodes of their own, and offer files elsewhere
     named = {file: list((server.base / "models").rglob(file)) for file in published_files(WORKFLOWS[name])}
+    missing = any(not found for found in named.values())
     if pinned:
-        assert len(opened["complaints"]) == any(not found for found in named.values())
+        assert len(opened["complaints"]) == missing
         for file, found in named.items():
             assert (file in opened["complaints"][0]) != bool(found)
-    assert opened["broken"] == []
+    assert opened["broken"] == [] or (missing and not pinned)  # they mark the node that names a missing file
 
     def counts(node: dict) -> bool:
         return pinned or node["class_type"].startswith("Lockstep")
