@@ -176,7 +176,7 @@ def _weighted(wave: np.ndarray, sample_rate_hz: int, tick: Callable[[], None]) -
     """K-weighting: a shelf of +4 dB above 1.7 kHz after a high-pass at 38 Hz, applied to the spectrum, piece by piece."""
     # the filters ring for so long: what comes round from a piece's end lies in what is read before its start
     ringing = sample_rate_hz // 4
-    size = max(_FILTERED, 4 * ringing)
+    size = min(max(_FILTERED, 4 * ringing), 1 << (len(wave) + ringing).bit_length())
     delay = np.exp(-1j * np.linspace(0, math.pi, size // 2 + 1))
     response = _shelf(delay, sample_rate_hz) * _high_pass(delay, sample_rate_hz)
     made = np.empty_like(wave)
