@@ -17,6 +17,7 @@ _SWING = (
     "swing, swings, swinging, sway, sways, swaying, rock, rocks, rocking, wobbles, wobbling, hangs, hanging"
 )
 _TURN = "orbits, orbiting, revolves, revolving, rotates, rotating, spin, spins, spinning, loops, looping, whirls, whirling"
+_HIT = "hit, hits, hitting, strike, strikes, striking, knock, knocks, knocking, bump, bumps, bumping, bang, bangs, banging"
 _RISE = "bob, bobs, bobbing, spring, springs, springing, hop, hops, hopping, bounce, bounces, bouncing"
 _BECOME = "get, gets, getting, grow, grows, growing, become, becomes, becoming"
 _GROW = (
@@ -43,6 +44,11 @@ _CIRCLES = (
     "in circles, in a circle, around in circles, around in a circle, in a circular path, in a circular motion, in circular motion, "
     f"along a circular path, in a loop, in loops, round and round, around and around, {_AROUND}"
 )
+_FLOOR = "the floor, the ground, on the floor, on the ground, against the floor, against the ground"
+_WALLS = "the walls, the wall, the side walls, against the walls, against the wall, into the walls, at the walls, on the walls"
+_HUNG = (
+    "from a string, on a string, from a rope, on a rope, from a chain, on a chain, from a thread, on a thread"
+)
 _BIGGER = "bigger and smaller, larger and smaller, bigger then smaller, larger then smaller, smaller and bigger, smaller and larger"
 
 _READ_AS = {
@@ -53,8 +59,8 @@ _READ_AS = {
     "slides from side to side": "crosses the screen from left to right",
     "sliding from side to side": f"{_SIDES}, left and right, right and left, in a sliding motion",
     "swinging like a pendulum": "pendulum, like a pendulum, pendulum like, pendulum motion, in a swinging motion",
-    "pulses": "beats like a heart, beats like a heartbeat, swells, swell, shrinks, shrink, grows, grow, expands, contracts",
-    "pulsing": "beating like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting",
+    "pulses": "beeps, beats like a heart, beats like a heartbeat, swells, swell, shrinks, shrink, grows, grow, expands, contracts",
+    "pulsing": "beeping, beating like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting",
     "grows and shrinks": "scales up and down, zooms in and out, changes its size, changes in size",
     "growing and shrinking": "scaling up and down, zooming in and out, changing its size, changing in size",
     "orbits": "circles, twirls, twirl, swirls, swirl",
@@ -105,6 +111,9 @@ _WAYS = (
         "sliding",
     ),
     (_SWING, f"{_TO_AND_FRO}, like a pendulum", "swings", "swinging"),
+    (f"{_SWING}, dangles, dangling", _HUNG, "swings", "swinging"),
+    (_HIT, _FLOOR, "bounces", "bouncing"),
+    (_HIT, _WALLS, "slides", "sliding"),
     (_MOVE, _CIRCLES, "orbits", "orbiting"),
     (_TURN, "around, round", "orbits", "orbiting"),
     (f"{_MOVE}, {_RISE}", "up and down, down and up, vertically", "bounces", "bouncing"),
