@@ -109,6 +109,42 @@ def test_one_event_and_one_sound_are_not_enough():
     assert "by chance" in told.reason
 
 
+def test_how_early_and_late_sounds_are_is_told_where_no_one_offset_is():
+    events = np.array([0.34, 1.25, 2.16])
+    heard = events + np.array([0.006, -0.022, -0.03])
+    told = match_events(events, heard, last=3.0, edge=0.1)
+    assert told.offset_ms is None
+    assert told.range_ms == pytest.approx((-30, 6))
+    assert told.reason == "each event has its sound, from 30 ms early to 6 ms late, which is no one offset"
+    assert told.to_dict()["range_ms"] == [-30.0, 6.0]
+    # a sound at the very end may have its event after it
+    assert match_events(events, [*heard, 2.98], last=3.0, edge=0.1).range_ms is not None
+
+
+@pytest.mark.parametrize(
+    "heard",
+    [
+        [0.346, 1.228],  # one event has no sound
+        [0.346, 0.8, 1.228, 2.137],  # one sound has no event
+        [0.55, 1.45, 1.95],  # further than chance
+    ],
+)
+def test_no_range_is_told_of_what_does_not_pair_off(heard):
+    assert match_events(np.array([0.34, 1.25, 2.16]), heard, last=3.0, edge=0.1).range_ms is None
+
+
+def test_the_range_of_an_exact_offset_holds_it_and_chance_gives_none():
+    events = np.array([0.3, 0.8, 1.1, 1.9, 2.4, 3.1])
+    exact = match_events(events, events + 0.03, last=3.5, edge=0.1)
+    assert exact.range_ms == pytest.approx((30, 30))
+    rng = np.random.default_rng(5)
+    regular = np.arange(0.4, 3.6, 0.8)
+    found = [
+        match_events(regular, np.sort(rng.uniform(0, 4, 4)), last=4.0, edge=0.1).range_ms for _ in range(400)
+    ]
+    assert sum(r is not None for r in found) <= 8  # one in a hundred, and some
+
+
 def test_drift_is_told_and_no_single_offset_with_it():
     events = np.array([0.3, 0.8, 1.1, 1.9, 2.4, 3.1, 3.5, 4.2, 4.8, 5.5])
     told = match_events(events, events * 1.02 + 0.03, last=6.0, edge=0.1)

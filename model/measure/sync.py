@@ -21,6 +21,7 @@ _SLACK = 0.012
 _PAIR_SECONDS = 0.025  # how far a pair may lie from the common offset
 _UNCLEAR = 0.1  # share of a movement that its motion may leave unexplained
 _EXACT_SECONDS = 0.006  # spread of pairs that the meter's own errors explain
+_CHANCE = 0.01  # of unrelated sounds falling so near to so many events; above it, no range is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,16 @@ class Sync:
     reason: str  # in one sentence
     events: tuple[float, ...] = ()  # seen, in seconds
     onsets: tuple[float, ...] = ()  # heard, in seconds
+    range_ms: tuple[float, float] | None = (
+        None  # earliest and latest sound against its event; None if they are not plain pairs
+    )
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them, rounded to what the meter can tell."""
         said = asdict(self)
         for name, digits in (("offset_ms", 1), ("confidence", 3), ("drift_ms", 1), ("av_align", 3)):
             said[name] = None if said[name] is None else round(said[name], digits)
+        said["range_ms"] = None if self.range_ms is None else [round(ms, 1) for ms in self.range_ms]
         return said | {name: [round(t, 4) for t in said[name]] for name in ("events", "onsets")}
 
 
@@ -141,14 +146,14 @@ def match_events(
     if not len(events) or not len(heard):
         what = "no event is seen" if not len(events) else "no sound starts"
         return replace(_nothing(f"no clear event to judge: {what}"), events=tuple(events.tolist()))
-    reach = RANGE_SECONDS + _SLACK
+    reach, around = RANGE_SECONDS + _SLACK, _range(events, heard, last, edge)
     matches = [_pair(events, heard, offset, last, edge) for offset in _crowded(events, heard, reach)]
     matches = [match for match in matches if abs(match.offset) <= reach]
     if not matches:
         return replace(_nothing("no sound starts within 250 ms of any event"), events=tuple(events.tolist()))
     best = max(matches, key=lambda match: match.score)
     rivals = [match for match in matches if abs(match.offset - best.offset) > 2 * _PAIR_SECONDS]
-    confidence, reason = _trust(best, rivals, least)
+    confidence, reason = _trust(best, rivals, least, around)
     confidence = float(confidence * max(0.0, 1 - doubt))
     told = best.offset * 1000 if confidence >= CONFIDENT else None
     drift = _drift_between_pairs(best, last)
@@ -159,7 +164,35 @@ def match_events(
                 f"the offset changes all along, by {drift * 1000:+.0f} ms from the first third to the last"
             )
     drift_ms = None if drift is None else drift * 1000
-    return Sync(told, confidence, drift_ms, None, "events", reason, tuple(events.tolist()))
+    seen = tuple(events.tolist())
+    return Sync(told, confidence, drift_ms, None, "events", reason, seen, range_ms=around)
+
+
+def _spoken(ms: float) -> str:
+    return f"{abs(ms):.0f} ms {'late' if ms > 0 else 'early'}"
+
+
+def _range(events: np.ndarray, heard: np.ndarray, last: float, edge: float) -> tuple[float, float] | None:
+    """How early and how late (ms) sounds are against their events, where each of both plainly has one of the other.
+
+    Plainly: three pairs or more, nothing alone away from the ends, and so near for the time between two events that unrelated
+    sounds would fall so in one of a hundred clips at most.
+    """
+    if len(events) < 2:
+        return None
+    gaps = heard[:, None] - events
+    near = np.abs(gaps)
+    rows, columns = np.nonzero((near == near.min(0)) & (near == near.min(1, keepdims=True)))
+    pairs, spacing = gaps[rows, columns], float(np.diff(events).min())
+    widest = float(np.abs(pairs).max(initial=0))
+    inside = (
+        t[(t >= edge) & (t <= last - edge)] for t in (np.delete(events, columns), np.delete(heard, rows))
+    )
+    if len(pairs) < 3 or any(len(alone) for alone in inside):
+        return None
+    if widest > RANGE_SECONDS or (2 * widest / spacing) ** len(pairs) > _CHANCE:
+        return None
+    return float(pairs.min()) * 1000, float(pairs.max()) * 1000
 
 
 def _crowded(events: np.ndarray, heard: np.ndarray, reach: float, most: int = 40) -> list[float]:
@@ -237,7 +270,9 @@ def _as_good(rival: _Match, best: _Match) -> bool:
     )
 
 
-def _trust(best: _Match, rivals: Sequence[_Match], least: int) -> tuple[float, str]:
+def _trust(
+    best: _Match, rivals: Sequence[_Match], least: int, around: tuple[float, float] | None
+) -> tuple[float, str]:
     """How sure an offset is, 0..1, and why."""
     pairs = len(best.gaps)
     spread_ms = best.spread * 1000
@@ -258,9 +293,12 @@ def _trust(best: _Match, rivals: Sequence[_Match], least: int) -> tuple[float, s
     if pairs >= 6 and 1.6 * most <= pairs and 2 * pairs >= best.fewer:
         by_alone = max(by_alone, 0.8)
     confidence = by_pairs * by_spread * by_alone * (0.5 if _is_straight(best) else 1.0)
-    told = f"{pairs} events sound {abs(best.offset) * 1000:.0f} ms {'late' if best.offset > 0 else 'early'}"
+    told = f"{pairs} events sound {_spoken(best.offset * 1000)}"
     if confidence >= CONFIDENT:
         return confidence, f"{told}, within {spread_ms:.0f} ms of each other"
+    if around is not None:
+        early, late = map(_spoken, around)
+        return confidence, f"each event has its sound, from {early} to {late}, which is no one offset"
     if best.alone:
         return confidence, f"{best.alone} events or sounds are without a partner, {pairs} have one"
     return confidence, f"events and sounds agree only within {spread_ms:.0f} ms"

@@ -4,7 +4,7 @@
 
 Each clip goes through an mp4 file. Shifts are whole milliseconds from -240 to +240, sound is moved by making it longer and
 cutting (what was there before the clip is heard) or by silence. Told: an offset was given; exact: within 10 ms of the
-truth; wrong: told and further away. Clips without truth (swapped soundtracks, hums, stills, silence) must be left untold;
+truth; wrong: told and further away. Ranged: a range was given; held: it holds the truth within 10 ms. Clips without truth (swapped soundtracks, hums, stills, silence) must be left untold;
 a swapped soundtrack of the same rhythm cannot be told from a moved one. Last line: JSON.
 """
 
@@ -68,13 +68,17 @@ def _is_exact(offset_ms: float, truth: float | None) -> bool:
     return truth is not None and abs(offset_ms - truth) <= TOLERANCE_MS
 
 
+def _holds(range_ms: tuple[float, float], truth: float | None) -> bool:
+    return truth is not None and range_ms[0] - TOLERANCE_MS <= truth <= range_ms[1] + TOLERANCE_MS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--clips", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="name every clip that is told wrongly")
     options = parser.parse_args()
-    rows: dict[str, list[tuple[float | None, float | None]]] = defaultdict(list)
+    rows: dict[str, list[tuple[Sync, float | None]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         for index in range(options.clips):
             rng = random.Random(options.seed * 1_000_003 + index)
@@ -89,7 +93,7 @@ def main() -> None:
                 Path(name),
             )
             truth = shift_ms if scene.motion in ("bounces", "slides", "pulses", "swings") else None
-            rows[scene.motion].append((told.offset_ms, truth))
+            rows[scene.motion].append((told, truth))
             if options.show and told.offset_ms is not None and not _is_exact(told.offset_ms, truth):
                 print("WRONG", index, scene, frames, fps, size, shift_ms, told)
             other, *_ = draw(rng)
@@ -97,7 +101,7 @@ def main() -> None:
                 wave = heard(other, frames, fps, size, 0, False)
                 told = measure(scene, frames, fps, size, wave, Path(name))
                 alike = other.motion == scene.motion
-                rows["swapped, same motion" if alike else "swapped"].append((told.offset_ms, None))
+                rows["swapped, same motion" if alike else "swapped"].append((told, None))
                 if options.show and told.offset_ms is not None:
                     print(
                         "SWAP",
@@ -113,16 +117,29 @@ def main() -> None:
     print(json.dumps(table(rows)))
 
 
-def table(rows: dict[str, list[tuple[float | None, float | None]]]) -> dict:
-    print(f"{'clips of':22} {'count':>5} {'told':>5} {'exact':>5} {'wrong':>5}   error ms: median, largest")
+def table(rows: dict[str, list[tuple[Sync, float | None]]]) -> dict:
+    print(
+        f"{'clips of':22} {'count':>5} {'told':>5} {'exact':>5} {'wrong':>5} {'ranged':>6} {'held':>5}   "
+        "error ms: median, largest"
+    )
     summary = {}
     for name, pairs in sorted(rows.items()):
-        told = [(offset, truth) for offset, truth in pairs if offset is not None]
+        told = [(sync.offset_ms, truth) for sync, truth in pairs if sync.offset_ms is not None]
         errors = [abs(offset - truth) for offset, truth in told if truth is not None]
-        exact = sum(_is_exact(offset, truth) for offset, truth in told)
+        ranges = [(sync.range_ms, truth) for sync, truth in pairs if sync.range_ms is not None]
+        counts = {
+            "clips": len(pairs),
+            "told": len(told),
+            "exact": (exact := sum(_is_exact(offset, truth) for offset, truth in told)),
+            "wrong": len(told) - exact,
+            "ranged": len(ranges),
+            "held": sum(_holds(found, truth) for found, truth in ranges),
+        }
+        widths = (5, 5, 5, 5, 6, 5)
+        numbers = " ".join(f"{n:{width}}" for n, width in zip(counts.values(), widths, strict=True))
         words = f"{np.median(errors):.1f}, {max(errors):.1f}" if errors else ""
-        print(f"{name:22} {len(pairs):5} {len(told):5} {exact:5} {len(told) - exact:5}   {words}")
-        summary[name] = {"clips": len(pairs), "told": len(told), "exact": exact, "wrong": len(told) - exact}
+        print(f"{name:22} {numbers}   {words}")
+        summary[name] = counts
     return summary
 
 
