@@ -601,7 +601,7 @@ path = Path({str(tmp_path / "large.safetensors")!r})
 print(bench["write_file"](path, "2.3", 1, False))
 before = bench["resident_bytes"]()
 kept = [build(name, read_header(path)) for name in ("transformer", "connectors", "video_vae", "audio_vae", "vocoder")]
-print(bench["peak_bytes"]() - before)
+print(bench["peak_rss_bytes"]() - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -27,6 +27,7 @@ from machine import forget, resident_bytes
 from lockstep.model.checkpoint.build import build
 from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import DTYPE_BITS, read_header
+from lockstep.model.measure.stages import peak_rss_bytes
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -56,11 +57,6 @@ def write_file(path: Path, version: str, blocks: int, dense: bool) -> int:
                 file.write(noise[: cursor - start])
         file.truncate(8 + len(text) + cursor)
     return 8 + len(text) + cursor
-
-
-def peak_bytes() -> int:
-    """Largest resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cached_bytes(path: Path) -> int:
@@ -140,7 +136,7 @@ def main() -> None:
                 f"{part.name:20} {part.bytes / 1e9:8.2f} GB  {median:8.3f} s (spread {spread:.3f})",
                 flush=True,
             )
-        peak = peak_bytes()
+        peak = peak_rss_bytes()
         largest = max(part.bytes for part in parts)
         report = {
             "benchmark": "open_checkpoint",
