@@ -41,6 +41,7 @@ from lockstep.model.embedded.training import (
     save_start,
 )
 from lockstep.model.errors import CheckpointError, PromptError
+from lockstep.model.latents.patchify import video_to_tokens
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.text.tokenizer import WordTokenizer
 
@@ -700,6 +701,46 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     assert describe(packed).missing == describe(packed).unexpected == ()
     with safe_open(tmp_path / "transformer" / "state.safetensors", "pt") as state:
         assert state.metadata() == {"step": "3"}
+
+
+def test_a_transformer_is_moved_to_another_codec(tmp_path, monkeypatch, capsys, shipped):
+    """A codec that says the same in channels of another order, some of them upside down: what the transformer does stays."""
+    states, record = unpack(WEIGHTS)
+    other, order = dict(states["video"]), torch.randperm(32, generator=torch.Generator().manual_seed(3))
+    signs = torch.where(torch.arange(32) % 3 == 0, -1.0, 1.0)
+    for name in ("encoder.conv_out.conv.weight", "encoder.conv_out.conv.bias"):
+        own = other[name][:32][order] * signs.view(-1, *[1] * (other[name].ndim - 1))
+        other[name] = torch.cat([own, other[name][32:]])
+    save_start(tmp_path / "video", other, record["video"])
+    monkeypatch.setattr(
+        "sys.argv", ["train", "move", str(tmp_path), "--file", str(WEIGHTS), "--device", "cpu"]
+    )
+    train.main()
+    assert "leaves 0% of the latents' power unlike" in capsys.readouterr().out
+    moved = Generator()
+    moved.load_state_dict(averaged_state(tmp_path / "transformer"))
+    batch = shipped.batch(scenes(4))
+    there = replace(
+        batch, **{n: getattr(batch, n)[:, order] * signs.view(1, -1, 1, 1, 1) for n in ("video", "guide")}
+    )
+    tokens = [video_to_tokens(b.video) for b in (batch, there)]
+    with torch.inference_mode():
+        seen = [m.transformer.patchify_proj(x) for m, x in zip((shipped.model, moved), tokens, strict=True)]
+        # statistics are measured on other scenes than the shipped file's were: a hundredth of a unit
+        assert torch.allclose(*seen, atol=0.05)
+        hidden = torch.randn(7, shipped.model.transformer.proj_out.in_features)
+        said = [m.transformer.proj_out(hidden) for m in (shipped.model, moved)]
+        assert torch.allclose(said[0][:, order] * signs, said[1], atol=1e-2)
+    with pytest.raises(SystemExit, match="holds a run already"):
+        train.main()
+
+
+def test_only_a_move_takes_a_file(monkeypatch, capsys):
+    for options in (["move", "nowhere"], ["pack", "nowhere", "--file", "x"]):
+        monkeypatch.setattr("sys.argv", ["train", *options])
+        with pytest.raises(SystemExit):
+            train.main()
+        assert "move and --file go together" in capsys.readouterr().err
 
 
 def test_torchrun_ends_by_steps_alone(monkeypatch, capsys):

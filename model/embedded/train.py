@@ -7,6 +7,9 @@ python -m lockstep.model.embedded.train shards      RUNS --steps 200
 python -m lockstep.model.embedded.train transformer RUNS --steps 18430
 python -m lockstep.model.embedded.train pack        RUNS
 
+`unpack RUNS` starts all runs from the shipped file instead; `move RUNS --file FILE` the transformer's alone, from that of a packed
+file whose video codec was another one.
+
 On a GPU --batch, --workers and --seconds make use of it.
 """
 
@@ -21,6 +24,7 @@ from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.video_vae import VideoVAE, VideoVAEConfig
 from . import WEIGHTS, config
 from .dataset import encode_shards
+from .moving import rotation_between, turned
 from .pack import pack, unpack
 from .train_audio import initialise_audio_vae, measure_audio_statistics, train_audio_vae
 from .train_transformer import Generator, initialise_generator, train_transformer
@@ -44,10 +48,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes ahead, for a GPU")
+    parser.add_argument(
+        "--file", type=Path, help="packed file whose transformer is moved to the codec in RUNS"
+    )
     parser.add_argument("--first", type=int, default=0, help="first shard to encode")
     given = parser.parse_args()
     if given.seconds and "WORLD_SIZE" in os.environ:
         parser.error("--seconds would end each of torchrun's processes at another step: give --steps")
+    if (given.stage == "move") != (given.file is not None):
+        parser.error("move and --file go together: the file is the one whose transformer is moved")
     if given.threads:
         torch.set_num_threads(given.threads)
     _STAGES[given.stage](given)
@@ -120,6 +129,18 @@ def _unpack(given: argparse.Namespace) -> None:
         save_start(given.runs / stage, state, record[stage])
 
 
+def _move(given: argparse.Namespace) -> None:
+    if (given.runs / "transformer" / "state.safetensors").exists():
+        raise SystemExit(f"{given.runs / 'transformer'} holds a run already: move it away first")
+    states, record = unpack(given.file)
+    old = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
+    old.load_state_dict(states["video"])
+    new = finished_video_vae(given.runs, given.device)
+    turn, unlike = rotation_between(new, old.to(given.device).eval())
+    save_start(given.runs / "transformer", turned(states["transformer"], turn), record["transformer"])
+    print(f"moved; the rotation leaves {unlike:.0%} of the latents' power unlike: train on")
+
+
 def finished_video_vae(runs: Path, device: str = "cpu") -> VideoVAE:
     """The trained video VAE with measured statistics."""
     vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE)).to(device)
@@ -154,6 +175,7 @@ _STAGES = {
     "transformer": _transformer,
     "pack": _pack,
     "unpack": _unpack,
+    "move": _move,
 }
 
 if __name__ == "__main__":
