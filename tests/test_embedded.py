@@ -613,7 +613,7 @@ def test_the_shipped_file_is_small_whole_and_says_what_it_is():
     assert description.missing == description.unexpected == ()
     assert sum(entry.parameters for entry in description.components) < 16_500_000
     metadata = read_header(WEIGHTS).metadata
-    assert set(json.loads(metadata["training"])) == {"video", "decoder", "audio", "transformer"}
+    assert set(json.loads(metadata["training"])) == {"video", "decoder", "audio", "vocoder", "transformer"}
     assert json.loads(metadata["tokenizer"])["words"] == language.vocabulary()
     with safe_open(WEIGHTS, "pt") as file:
         assert all(torch.isfinite(file.get_tensor(name).float()).all() for name in list(file.keys()))
@@ -687,6 +687,7 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     for stage, *options in (
         ("video", "--steps", "2", "--batch", "1", "--workers", "1"),
         ("audio", "--steps", "1000", "--batch", "1", "--seconds", "0.1"),
+        ("vocoder", "--steps", "2", "--batch", "2"),
         ("shards", "--steps", "3", "--workers", "1"),
         ("shards", "--steps", "4"),  # the first, lost by then, and the fourth
         ("transformer", "--steps", "2", "--batch", "4"),
@@ -758,6 +759,7 @@ def test_training_goes_on_from_the_shipped_file(tmp_path):
         {
             "video": states["video"],
             "audio": states["audio"],
+            "vocoder": states["vocoder"],
             "generator": states["transformer"],
         },
         record,

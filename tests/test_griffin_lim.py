@@ -1,6 +1,8 @@
-"""The mel decoder without a network: tones, silence, onsets and refusals."""
+"""The mel decoder that seeks phases: tones, silence, onsets, refusals, and what the shipped network adds."""
 
+import copy
 import math
+import random
 
 import pytest
 import torch
@@ -8,6 +10,10 @@ from bench.judge import count_clicks, find_onsets
 
 from lockstep.model.codec.griffin_lim import GriffinLim, GriffinLimConfig
 from lockstep.model.codec.mel import LogMel, MelConfig, slaney_filterbank
+from lockstep.model.embedded import WEIGHTS, config, world
+from lockstep.model.embedded.pack import unpack
+from lockstep.model.embedded.sound import synthesize
+from lockstep.model.embedded.train_vocoder import new_vocoder, spectrogram, vocoder_loss
 from lockstep.model.errors import ShapeError, UnsupportedModelError
 
 RATE_HZ = 16000
@@ -82,3 +88,59 @@ def test_other_mels_and_options_are_refused_by_name(vocoder):
         GriffinLimConfig.from_published(SECTION | {"hop_length": 900})
     with pytest.raises(UnsupportedModelError, match=r"window of 2048 samples is longer"):
         GriffinLimConfig.from_published(SECTION | {"win_length": 2048})
+
+
+@pytest.fixture(scope="module")
+def shipped() -> GriffinLim:
+    module = GriffinLim(GriffinLimConfig.from_published(config.VOCODER)).eval()
+    module.load_state_dict(unpack(WEIGHTS)[0]["vocoder"])
+    return module
+
+
+def without_network(vocoder: GriffinLim) -> GriffinLim:
+    plain = copy.deepcopy(vocoder)
+    plain.unmixer = None
+    return plain
+
+
+def sounds(motion: str, count: int = 8) -> torch.Tensor:
+    """(N, 1, S): two seconds of scenes that are held out of training."""
+    rng = random.Random(f"vocoder/{motion}")
+    drawn = [world.draw_scene(rng, True, motion=motion) for _ in range(count)]
+    return torch.stack([synthesize(scene, 2 * RATE_HZ, 1.0, 1.0) for scene in drawn])
+
+
+def test_a_network_that_is_new_changes_nothing(vocoder):
+    new = new_vocoder(LogMel(MelConfig(window_samples=512)), seed=0)
+    mel = torch.randn(1, 64, 30) - 5
+    assert torch.equal(new.unmix(mel, 3), without_network(new).unmix(mel, 3))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("motion", ["bounces", "slides", "pulses", "orbits"])
+def test_the_shipped_network_finds_where_in_its_mel_bands_a_sound_lies(shipped, motion):
+    """Magnitudes nearer to the true ones, and a waveform whose own mels are nearer to those it was made from."""
+    wave = sounds(motion)
+    mel = log_mel(shipped)(wave)
+    errors = []
+    for module in (shipped, without_network(shipped)):
+        loss, _ = vocoder_loss(module, mel[:, 0].mT, spectrogram(module, wave))
+        again = log_mel(shipped)(module(mel)[..., : wave.shape[2]])
+        errors.append((float(loss), float((again - mel)[mel > -9].abs().mean())))
+    (loss, off), (plain_loss, plain_off) = errors
+    assert loss < 0.55 * plain_loss
+    assert off < 0.7 * plain_off
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("hz", [150.0, 437.0, 990.0, 1760.0])
+def test_a_tone_of_the_shipped_vocoder_keeps_its_pitch_and_hardly_beats(shipped, hz):
+    made = through(shipped, tone(hz, 2.0))[4000:28000]
+    spectrum = torch.fft.rfft(made * torch.hann_window(len(made))).abs()
+    found = spectrum.argmax() * RATE_HZ / len(made)
+    assert abs(found - hz) <= max(5.0, 0.01 * hz)
+
+
+@torch.inference_mode()
+def test_silence_of_the_shipped_vocoder_stays_silent(shipped):
+    assert through(shipped, torch.zeros(RATE_HZ)).abs().max() < 1e-3

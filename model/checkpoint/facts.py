@@ -224,8 +224,12 @@ def _audio_vae_facts(shapes: Shapes) -> Facts:
 
 
 def _vocoder_facts(shapes: Shapes) -> Facts:
-    if "mel_basis" in shapes:  # no network, only the filters that its search needs
-        return {"num_mels": _axis(shapes, "mel_basis", 0), "n_fft": 2 * (shapes["mel_basis"][1] - 1)}
+    if "mel_basis" in shapes:  # the filters that a search needs, and its network if there is one
+        return {
+            "num_mels": _axis(shapes, "mel_basis", 0),
+            "n_fft": 2 * (shapes["mel_basis"][1] - 1),
+            "unmixing_width": _axis(shapes, "unmixer.conv_in.weight", 0) or 0,
+        }
     if not has(shapes, "bwe_generator."):
         return _generator_facts(shapes, "")
     bands = _axis(shapes, "mel_stft.stft_fn.forward_basis", 0)

@@ -1,8 +1,10 @@
-"""Log-mel spectrograms to waveforms without a trained network: Griffin-Lim, for models too small to hold phases.
+"""Log-mel spectrograms to waveforms by Griffin-Lim, for models too small to hold phases.
 
 The mel bands are first unmixed into Fourier bands that are not negative, then phases are sought that such a spectrogram can
-have. Sources: Griffin and Lim 1984; the accelerated form, Perraudin et al. 2013; multiplicative updates, Lee and Seung 2001.
-B batch, C channels, T mel frames, M mel bins, K Fourier bands, S samples.
+have. A small network may say where within each mel band the sound lies. Sources: Griffin and Lim 1984; the accelerated form,
+Perraudin et al. 2013; multiplicative updates, Lee and Seung 2001; magnitudes from mels by a network before the search,
+Wang et al. 2017.
+B batch, C channels, N waveforms (B * C), T mel frames, M mel bins, K Fourier bands, W width, S samples.
 """
 
 import math
@@ -28,7 +30,7 @@ _SPECTRA_HELD = (
 
 @dataclass(frozen=True, slots=True)
 class GriffinLimConfig:
-    """The short-time transform that the mels came from, in samples, and how long to search."""
+    """The short-time transform that the mels came from, in samples, how long to search, and how wide a network helps."""
 
     sample_rate_hz: int
     mel_bins: int = 64
@@ -37,6 +39,7 @@ class GriffinLimConfig:
     hop_samples: int = 160
     unmixing_rounds: int = 80
     phase_rounds: int = 32
+    unmixing_width: int = 0  # of the network that unmixing starts from; 0 for none
 
     def __post_init__(self) -> None:
         if self.window_samples > self.n_fft:
@@ -63,9 +66,34 @@ class GriffinLimConfig:
             hop_samples=options.take("hop_length", 160),
             unmixing_rounds=options.take("unmixing_rounds", 80),
             phase_rounds=options.take("phase_rounds", 32),
+            unmixing_width=options.take("unmixing_width", 0),
         )
         options.close()
         return config
+
+
+class Unmixer(nn.Module):
+    """Log-mels (N, M, T) to factors (N, K, T) of what they alone spread over the Fourier bands; sees 110 ms of 10 ms hops.
+
+    A tone in a mel band lies at one of its Fourier bands, which its neighbours in frequency and time tell.
+    """
+
+    _TYPICAL, _SPREAD = -7.0, 3.0  # of log-mels, roughly
+    _LARGEST = 8.0  # of a factor's logarithm
+
+    def __init__(self, mel_bins: int, width: int, bands: int):
+        super().__init__()
+        self.conv_in = nn.Conv1d(mel_bins, width, 5, padding=2)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation) for dilation in (1, 2)
+        )
+        self.conv_out = nn.Conv1d(width, bands, 1)
+
+    def forward(self, mel_NMT: Tensor) -> Tensor:
+        x_NWT = functional.gelu(self.conv_in((mel_NMT - self._TYPICAL) / self._SPREAD))
+        for conv in self.convs:
+            x_NWT = x_NWT + functional.gelu(conv(x_NWT))
+        return self.conv_out(x_NWT).clamp(-self._LARGEST, self._LARGEST).exp()
 
 
 class GriffinLim(nn.Module):
@@ -77,7 +105,10 @@ class GriffinLim(nn.Module):
     def __init__(self, config: GriffinLimConfig):
         super().__init__()
         self.config, self.sample_rate_hz = config, config.sample_rate_hz
-        self.register_buffer("mel_basis", torch.zeros(config.mel_bins, config.n_fft // 2 + 1))
+        bands = config.n_fft // 2 + 1
+        self.register_buffer("mel_basis", torch.zeros(config.mel_bins, bands))
+        width = config.unmixing_width
+        self.unmixer = Unmixer(config.mel_bins, width, bands) if width else None
 
     def working_bytes(self, frames: int) -> int:
         """Memory beside the weights for one channel of so many mel frames."""
@@ -96,21 +127,27 @@ class GriffinLim(nn.Module):
             )
         frames = mel_BCTM.shape[2]
         mel_BCTM = functional.pad(mel_BCTM.float(), (0, 0, 0, self._beyond), mode="replicate")
-        # what stands at the floor is silence, not a tone of that level
-        bands_NMT = rearrange((mel_BCTM.exp() - FLOOR).clamp(min=0), "B C T M -> (B C) M T")
-        waveform_NS = self._find_phases(self._unmix(bands_NMT))[:, : frames * self.config.hop_samples]
+        magnitude_NKT = self.unmix(rearrange(mel_BCTM, "B C T M -> (B C) M T"))
+        waveform_NS = self._find_phases(magnitude_NKT)[:, : frames * self.config.hop_samples]
         # found phases may add up where the true ones did not: the whole clip gets quieter, no peak is cut
         loudest_N1 = waveform_NS.abs().amax(1, keepdim=True)
         waveform_NS = waveform_NS * (_HIGHEST_PEAK / loudest_N1.clamp(min=_HIGHEST_PEAK))
         return rearrange(waveform_NS, "(B C) S -> B C S", B=len(mel_BCTM))
 
-    def _unmix(self, bands_NMT: Tensor) -> Tensor:
-        """Magnitudes (N, K, T), not negative, whose mels are nearest to the given ones."""
+    def unmix(self, mel_NMT: Tensor, rounds: int | None = None) -> Tensor:
+        """Fourier magnitudes (N, K, T), not negative, whose mels come nearer to the given ones with every round.
+
+        rounds: config.unmixing_rounds unless given.
+        """
+        # what stands at the floor is silence, not a tone of that level
+        bands_NMT = (mel_NMT.exp() - FLOOR).clamp(min=0)
         basis_MK = self.get_buffer("mel_basis").float()
         wanted_NKT = basis_MK.T @ bands_NMT
         overlap_K1 = (basis_MK.T @ basis_MK).sum(1, keepdim=True)
         magnitude_NKT = wanted_NKT / overlap_K1.clamp(min=_TINY) + _TINY
-        for _ in range(self.config.unmixing_rounds):
+        if self.unmixer is not None:
+            magnitude_NKT = magnitude_NKT * self.unmixer(mel_NMT)
+        for _ in range(self.config.unmixing_rounds if rounds is None else rounds):
             given_NKT = basis_MK.T @ (basis_MK @ magnitude_NKT)
             magnitude_NKT = magnitude_NKT * wanted_NKT / (given_NKT + _TINY)
         return magnitude_NKT

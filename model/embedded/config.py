@@ -1,7 +1,7 @@
 """The embedded model as a small config of the LTX family, in the published nested form."""
 
 NAME = "Lockstep-Embedded"
-VERSION = "0.11.0"
+VERSION = "0.12.0"
 SAMPLE_RATE_HZ = 16000
 
 VIDEO_VAE = {
@@ -62,7 +62,7 @@ AUDIO_VAE = {
     },
 }
 
-# no network: one small enough could not hold the phases of tones without buzzing
+# phases are sought: a network small enough to ship could not hold those of tones without buzzing
 VOCODER = {
     "_class_name": "GriffinLim",
     "num_mels": 64,
@@ -70,6 +70,9 @@ VOCODER = {
     "win_length": 512,
     "hop_length": 160,
     "output_sampling_rate": SAMPLE_RATE_HZ,
+    "unmixing_width": 144,
+    "unmixing_rounds": 10,
+    "phase_rounds": 100,
 }
 
 TEXT_LENGTH = 32  # words that the model reads, and positions of its context

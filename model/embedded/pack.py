@@ -10,8 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import keymap
-from ..codec.audio_vae import AudioVAEConfig
-from ..codec.mel import slaney_filterbank
 from ..text.tokenizer import FIRST_ID
 from . import config, language
 from .readings import asides, kinds, readings
@@ -29,16 +27,12 @@ _EXACT = ("per_channel_statistics.", "mel_basis")
 def pack(states: dict[str, dict[str, Tensor]], record: dict, path: Path) -> None:
     """Writes the shipped file.
 
-    states: EMA weights by stage: "video", "audio", "generator"; record: how they came about (steps, losses).
+    states: EMA weights by stage: "video", "audio", "vocoder", "generator"; record: how they came about (steps, losses).
     """
     components = {
         keymap.VIDEO_VAE: states["video"],
         keymap.AUDIO_VAE: states["audio"],
-        keymap.VOCODER: {
-            "mel_basis": torch.from_numpy(
-                slaney_filterbank(AudioVAEConfig.from_published(config.AUDIO_VAE).mel)
-            ).T
-        },
+        keymap.VOCODER: states["vocoder"],
     }
     for component, prefix in _GENERATOR:
         generator = states["generator"]
@@ -61,6 +55,7 @@ def unpack(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     stages = {
         keymap.VIDEO_VAE: ("video", ""),
         keymap.AUDIO_VAE: ("audio", ""),
+        keymap.VOCODER: ("vocoder", ""),
         **{component: ("transformer", prefix) for component, prefix in _GENERATOR},
     }
     states: dict[str, dict[str, Tensor]] = {}

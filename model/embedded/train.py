@@ -2,6 +2,7 @@
 
 python -m lockstep.model.embedded.train video       RUNS --steps 3500
 python -m lockstep.model.embedded.train audio       RUNS --steps 1500
+python -m lockstep.model.embedded.train vocoder     RUNS --steps 8000   # after the audio codec
 python -m lockstep.model.embedded.train decoder     RUNS --steps 500    # if wanted: the video decoder alone, latents stay
 python -m lockstep.model.embedded.train shards      RUNS --steps 200
 python -m lockstep.model.embedded.train transformer RUNS --steps 18430
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ..codec.audio_vae import AudioVAE, AudioVAEConfig
+from ..codec.mel import LogMel
 from ..codec.video_vae import VideoVAE, VideoVAEConfig
 from . import WEIGHTS, config
 from .dataset import encode_shards
@@ -29,6 +31,7 @@ from .pack import pack, unpack
 from .train_audio import initialise_audio_vae, measure_audio_statistics, train_audio_vae
 from .train_transformer import Generator, initialise_generator, train_transformer
 from .train_video_vae import initialise, measure_statistics, train_video_decoder, train_video_vae
+from .train_vocoder import new_vocoder, train_vocoder
 from .training import Run, TrainSettings, averaged_state, save_start
 
 
@@ -96,6 +99,13 @@ def _audio(given: argparse.Namespace) -> None:
     train_audio_vae(run, given.device, **_how(given))
 
 
+def _vocoder(given: argparse.Namespace) -> None:
+    vae = finished_audio_vae(given.runs, given.device).eval().requires_grad_(False)
+    settings = TrainSettings(given.steps, learning_rate=2e-3, warmup_steps=50, ema_decay=0.998)
+    run = Run(given.runs / "vocoder", new_vocoder(LogMel(vae.config.mel), seed=0).to(given.device), settings)
+    train_vocoder(run, vae, given.device, **_how(given))
+
+
 def _shards(given: argparse.Namespace) -> None:
     shards = range(given.first, given.first + given.steps)
     codecs = (finished_video_vae(given.runs, given.device), finished_audio_vae(given.runs, given.device))
@@ -116,6 +126,7 @@ def _pack(given: argparse.Namespace) -> None:
     states = {
         "video": finished_video_vae(given.runs).state_dict(),
         "audio": finished_audio_vae(given.runs).state_dict(),
+        "vocoder": averaged_state(given.runs / "vocoder"),
         "generator": averaged_state(given.runs / "transformer"),
     }
     record = {stage: _last_line(given.runs / stage) for stage in _TRAINED}
@@ -166,11 +177,12 @@ def _last_line(run: Path) -> dict:
     return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
 
 
-_TRAINED = ("video", "decoder", "audio", "transformer")
+_TRAINED = ("video", "decoder", "audio", "vocoder", "transformer")
 _STAGES = {
     "video": _video,
     "decoder": _decoder,
     "audio": _audio,
+    "vocoder": _vocoder,
     "shards": _shards,
     "transformer": _transformer,
     "pack": _pack,
