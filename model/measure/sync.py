@@ -36,9 +36,7 @@ class Sync:
     reason: str  # in one sentence
     events: tuple[float, ...] = ()  # seen, in seconds
     onsets: tuple[float, ...] = ()  # heard, in seconds
-    range_ms: tuple[float, float] | None = (
-        None  # earliest and latest sound against its event; None if they are not plain pairs
-    )
+    range_ms: tuple[float, float] | None = None  # earliest and latest sound of plain pairs against its event
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them, rounded to what the meter can tell."""
