@@ -91,22 +91,28 @@ class LogMel:
         Returns (B, C, T, M) float32, T = S // hop_samples + 1.
         Raises ShapeError if S is too short to be reflected at its ends (n_fft // 2 + 1 samples needed).
         """
-        self._check(waveform_BCS)
-        batch, device = waveform_BCS.shape[0], waveform_BCS.device
         # a 16-bit product here would move every log-mel by percents
-        with torch.autocast(device.type, enabled=False):
-            spectrum = torch.stft(
-                rearrange(waveform_BCS.float(), "B C S -> (B C) S"),
-                self.config.n_fft,
-                self.config.hop_samples,
-                self.config.window_samples,
-                self._window.to(device),
-                center=True,
-                pad_mode="reflect",
-                return_complex=True,
-            )
-            magnitude = rearrange(spectrum.abs(), "(B C) K T -> B C T K", B=batch)
-            return (magnitude @ self._bank_KM.to(device)).clamp(min=FLOOR).log()
+        with torch.autocast(waveform_BCS.device.type, enabled=False):
+            return self.of(self.magnitudes(waveform_BCS))
+
+    def magnitudes(self, waveform_BCS: Tensor) -> Tensor:
+        """Fourier magnitudes (B, C, T, n_fft // 2 + 1) before the mel bands; all else as for the log-mel."""
+        self._check(waveform_BCS)
+        spectrum = torch.stft(
+            rearrange(waveform_BCS.float(), "B C S -> (B C) S"),
+            self.config.n_fft,
+            self.config.hop_samples,
+            self.config.window_samples,
+            self._window.to(waveform_BCS.device),
+            center=True,
+            pad_mode="reflect",
+            return_complex=True,
+        )
+        return rearrange(spectrum.abs(), "(B C) K T -> B C T K", B=len(waveform_BCS))
+
+    def of(self, magnitude_BCTK: Tensor) -> Tensor:
+        """The log-mel of Fourier magnitudes."""
+        return (magnitude_BCTK @ self._bank_KM.to(magnitude_BCTK.device)).clamp(min=FLOOR).log()
 
     def _check(self, waveform: Tensor) -> None:
         if waveform.ndim != 3:

@@ -45,13 +45,6 @@ def new_vocoder(mel: LogMel, seed: int) -> GriffinLim:
     return vocoder
 
 
-def spectrogram(vocoder: GriffinLim, waveform_N1S: Tensor) -> Tensor:
-    """Magnitudes (N, K, T) of a waveform, as unmixing is to find them."""
-    sizes = (vocoder.config.n_fft, vocoder.config.hop_samples, vocoder.config.window_samples)
-    window = torch.hann_window(sizes[2], device=waveform_N1S.device)
-    return torch.stft(waveform_N1S[:, 0], *sizes, window, pad_mode="reflect", return_complex=True).abs()
-
-
 def vocoder_loss(vocoder: GriffinLim, mel_NMT: Tensor, true_NKT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 of the log-magnitudes plus the relative error of all magnitudes of a sound."""
     found_NKT = vocoder.unmix(mel_NMT, _ROUNDS)
@@ -70,13 +63,13 @@ def train_vocoder(
     def loss_of(drawn: tuple[Tensor, bool]) -> tuple[Tensor, dict[str, Tensor]]:
         waveform, coded = drawn[0].to(device), drawn[1]
         with torch.no_grad():
-            mel = to_mel(waveform)
+            true = to_mel.magnitudes(waveform)
+            mel = to_mel.of(true)
             if coded:
                 mean, log_variance = vae.encoder(mel).chunk(2, dim=1)
                 spread = (0.5 * log_variance.clamp(-12, 4)).exp()
                 mel = vae.decoder(mean + _LATENT_NOISE * spread * torch.randn_like(mean))
-            true = spectrogram(run.model, waveform)
-        return vocoder_loss(run.model, rearrange(mel, "N 1 T M -> N M T"), true)
+        return vocoder_loss(run.model, *(rearrange(x, "N 1 T K -> N K T") for x in (mel, true)))
 
     samples = 64 * vae.config.mel.hop_samples  # 65 mel frames, whole latents
     run.train(DrawSounds(f"{run.settings.seed}/vocoder", batch, samples), loss_of, workers, seconds)

@@ -176,13 +176,13 @@ def _range(events: np.ndarray, heard: np.ndarray, last: float, edge: float) -> t
     Plainly: three pairs or more, nothing alone away from the ends, and so near for the time between two events that unrelated
     sounds would fall so in one of a hundred clips at most.
     """
-    if len(events) < 2:
+    if len(events) < 3:
         return None
     gaps = heard[:, None] - events
     near = np.abs(gaps)
     rows, columns = np.nonzero((near == near.min(0)) & (near == near.min(1, keepdims=True)))
     pairs, spacing = gaps[rows, columns], float(np.diff(events).min())
-    widest = float(np.abs(pairs).max(initial=0))
+    widest = float(np.abs(pairs).max())
     inside = (
         t[(t >= edge) & (t <= last - edge)] for t in (np.delete(events, columns), np.delete(heard, rows))
     )
