@@ -21,7 +21,8 @@ from ..options import Options
 from .mel import FLOOR
 
 _MOMENTUM = 0.99
-_HIGHEST_PEAK = 0.7  # leaves room for what lossy coding adds: true peaks stay below -1 dBFS
+_HIGHEST_PEAK = 0.66  # leaves room for what lossy coding adds: true peaks stay below -1 dBFS
+_SPIKE = 2.5  # how far a bend may stand above all others 1 to 6 ms away; those of attacks hardly reach it
 _TINY = 1e-10
 _SPECTRA_HELD = (
     7.4  # complex spectrograms alive at once in the search, windows and waveforms counted as such; measured
@@ -97,7 +98,7 @@ class Unmixer(nn.Module):
 
 
 class GriffinLim(nn.Module):
-    """Log-mel (B, C, T, M) to a waveform (B, C, T * hop_samples) within 0.7; the same mel gives the same waveform.
+    """Log-mel (B, C, T, M) to a waveform (B, C, T * hop_samples) within 0.66; the same mel gives the same waveform.
 
     mel_basis: (M, K), the filters that made the mels, kept in the checkpoint as those of the published vocoders are.
     """
@@ -129,6 +130,7 @@ class GriffinLim(nn.Module):
         mel_BCTM = functional.pad(mel_BCTM.float(), (0, 0, 0, self._beyond), mode="replicate")
         magnitude_NKT = self.unmix(rearrange(mel_BCTM, "B C T M -> (B C) M T"))
         waveform_NS = self._find_phases(magnitude_NKT)[:, : frames * self.config.hop_samples]
+        waveform_NS = without_spikes(waveform_NS, self.sample_rate_hz)
         # found phases may add up where the true ones did not: the whole clip gets quieter, no peak is cut
         loudest_N1 = waveform_NS.abs().amax(1, keepdim=True)
         waveform_NS = waveform_NS * (_HIGHEST_PEAK / loudest_N1.clamp(min=_HIGHEST_PEAK))
@@ -175,3 +177,22 @@ class GriffinLim(nn.Module):
             direction_NKT = ahead_NKT / (ahead_NKT.abs() + _TINY)
             before_NKT = rebuilt_NKT
         return to_waveform(magnitude_NKT * direction_NKT)
+
+
+def without_spikes(waveform_NS: Tensor, sample_rate_hz: int) -> Tensor:
+    """The waveform (N, S), smoothed over half a millisecond where one sample stands alone; elsewhere bit for bit as it was.
+
+    Phases of an attack may meet in one sample, which a listener hears as a click.
+    """
+    near, far, half = (max(1, round(ms * sample_rate_hz / 1000)) for ms in (1, 6, 0.25))
+    bend_NS = functional.pad(waveform_NS.diff(n=2).abs(), (1, 1))
+    loudest_NS = functional.max_pool1d(functional.pad(bend_NS, (far, far)), far - near, stride=1)
+    samples = waveform_NS.shape[1]
+    beside_NS = torch.maximum(loudest_NS[:, :samples], loudest_NS[:, -samples:])
+    spike_NS = (bend_NS > _SPIKE * beside_NS).float()
+    kernel = torch.hann_window(2 * half + 3, periodic=False, device=waveform_NS.device)[1:-1]
+    kernel_11W = (kernel / kernel.sum()).view(1, 1, -1)
+    around_NS = functional.max_pool1d(spike_NS, 2 * half + 1, stride=1, padding=half)
+    weight_NS = functional.conv1d(around_NS[:, None], kernel_11W, padding=half)[:, 0].clamp(max=1)
+    ended_NS = functional.pad(waveform_NS, (half, half), mode="replicate")
+    return torch.lerp(waveform_NS, functional.conv1d(ended_NS[:, None], kernel_11W)[:, 0], weight_NS)

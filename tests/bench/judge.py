@@ -480,8 +480,8 @@ def true_peak(wave: np.ndarray) -> float:
     return 20 * math.log10(max(np.abs(fine).max(), np.abs(wave).max(initial=0.0), 1e-6))
 
 
-def count_clicks(wave: np.ndarray, sample_rate_hz: int) -> int:
-    """Jumps that stand alone: a second difference eight times the loudest of both sides, 1 to 6 ms away."""
+def count_clicks(wave: np.ndarray, sample_rate_hz: int, times: float = 8.0) -> int:
+    """Jumps that stand alone: a second difference so many times the loudest of both sides, 1 to 6 ms away."""
     near, far = sample_rate_hz // 1000, 6 * sample_rate_hz // 1000
     bend = np.pad(np.abs(np.diff(wave, 2)), far)
     if len(wave) < 3:
@@ -491,5 +491,5 @@ def count_clicks(wave: np.ndarray, sample_rate_hz: int) -> int:
     before = windows[:size].max(1)
     after = windows[far + near + 1 : far + near + 1 + size].max(1)
     here = bend[far : far + size]
-    places = np.flatnonzero((here > 0.02) & (here > 8 * np.maximum(before, after)))
+    places = np.flatnonzero((here > 0.02) & (here > times * np.maximum(before, after)))
     return int(1 + (np.diff(places) > 2 * near).sum()) if len(places) else 0
