@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .values import Clip, GenerateRequest, GenerateResult, Lora, Progress
 
 _MAX_SEED = 2**64 - 1
+_WAY = "Lockstep trajectory"  # what the pictures of a way name as their software
 _REPEATED: dict[str, Any] = {"action": "append", "default": []}  # argparse copies the list
 
 
@@ -193,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="the way from noise to clip: one sheet if OUT ends in .png, else a folder, no dot in its name, with a picture for each step",
     )
-    add("--trajectory-steps", metavar="LIST", help='such as "1, 5, -1"; default: all')
+    add("--trajectory-steps", metavar="LIST", help='such as "1, 5, -1", or =-2,-1 as one word; default: all')
     add(
         "--trajectory-moment",
         metavar="M",
@@ -255,6 +256,7 @@ def _generate(parsed: argparse.Namespace) -> None:
     _check_output(parsed.output, ".mp4", ".wav")
     if parsed.trajectory is not None:
         _check_pictures(parsed.trajectory)
+        _check_spared(parsed.trajectory, _inputs(parsed))
     elif parsed.trajectory_steps is not None or parsed.trajectory_moment is not None:
         raise UsageError("--trajectory-steps and --trajectory-moment need --trajectory OUT")
     if parsed.reference_attention is not None and parsed.reference is None:
@@ -265,6 +267,7 @@ def _generate(parsed: argparse.Namespace) -> None:
         raise UsageError("--image-crf needs a picture: --image, --last-image or --reference FILE")
     if parsed.output.suffix.lower() == ".wav" and parsed.size is not None:
         raise UsageError("a sound alone has no size: leave --size out")
+    _check_spared(parsed.output, _inputs(parsed))
     for picture in filter(None, (parsed.image, parsed.last_image, parsed.reference)):
         check_file(picture)
 
@@ -325,6 +328,7 @@ def _generate(parsed: argparse.Namespace) -> None:
 def _measure(parsed: argparse.Namespace) -> None:
     if parsed.picture is not None:
         _check_output(parsed.picture, ".png")
+        _check_spared(parsed.picture, [parsed.file])
 
     from .measure.report import draw_report
     from .media import write_image
@@ -367,11 +371,18 @@ def _write_trajectory(path: Path, pictures: "Tensor") -> None:
         return
     path.mkdir(exist_ok=True)
     for number, picture in enumerate(pictures, start=1):
-        write_image(path / f"{number:03}.png", picture)
+        write_image(path / f"{number:03}.png", picture, _WAY)
     # an earlier way that was longer would seem to go on from here; nothing else in the folder is touched
     later = (path / f"{number:03}.png" for number in itertools.count(len(pictures) + 1))
-    for old in itertools.takewhile(Path.is_file, later):
+    for old in itertools.takewhile(_is_of_a_way, later):
         old.unlink()
+
+
+def _is_of_a_way(path: Path) -> bool:
+    """Whether this is a picture of a way that was written before."""
+    from .media import image_software
+
+    return path.is_file() and image_software(path) == _WAY
 
 
 def _show_plan() -> None:
@@ -398,7 +409,6 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 def _request(parsed: argparse.Namespace) -> "GenerateRequest":
     from .media import read_image
-    from .trajectory import EVERY
     from .values import GenerateRequest
 
     return GenerateRequest(
@@ -422,9 +432,19 @@ def _request(parsed: argparse.Namespace) -> "GenerateRequest":
         loras=tuple(parsed.loras),
         upscalers=tuple(parsed.upscalers),
         refine_loras=tuple(parsed.refine_loras),
-        trajectory="" if parsed.trajectory is None else parsed.trajectory_steps or EVERY,
+        trajectory=_steps_shown(parsed),
         trajectory_moment=0.5 if parsed.trajectory_moment is None else parsed.trajectory_moment,
     )
+
+
+def _steps_shown(parsed: argparse.Namespace) -> str:
+    from .trajectory import EVERY, read_steps
+
+    if parsed.trajectory is None:
+        return ""
+    steps = EVERY if parsed.trajectory_steps is None else parsed.trajectory_steps
+    read_steps(steps)
+    return steps
 
 
 class _Bars:
@@ -536,7 +556,7 @@ def _provenance(parsed: argparse.Namespace, request: "GenerateRequest", result: 
         for name in ("image", "last_image", "reference")
     }
     loras = {
-        name: {lora.path.name: lora.strength for lora in getattr(request, name)}
+        name: [[lora.path.name, lora.strength] for lora in getattr(request, name)]
         for name in ("loras", "refine_loras")
     }
     upscalers = {"upscalers": [path.name for path in request.upscalers]}
@@ -659,6 +679,28 @@ def _check_pictures(output: Path) -> None:
         raise MediaError(f"{output} is a file: name a folder, or a file such as {output}.png")
     else:
         _check_output(output / "001.png" if output.exists() else output.with_suffix(".png"), ".png")
+        numbered = sorted(output.glob("[0-9][0-9][0-9].png"))
+        foreign = next((path for path in numbered if not _is_of_a_way(path)), None)
+        if foreign is not None:
+            raise MediaError(
+                f"{output} holds numbered pictures that are no trajectory, such as {foreign.name}, and would be replaced: "
+                "name another folder"
+            )
+
+
+def _inputs(parsed: argparse.Namespace) -> list[Path]:
+    """All files that a clip is made from."""
+    pictures = (parsed.image, parsed.last_image, parsed.reference)
+    given = (*pictures, parsed.model, parsed.tokenizer, parsed.certificate, parsed.private_key)
+    loras = [lora.path for lora in (*parsed.loras, *parsed.refine_loras)]
+    return [*map(Path, filter(None, given)), *loras, *parsed.upscalers, *parsed.files]
+
+
+def _check_spared(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuses to write over what is read."""
+    for given in inputs:
+        if output.is_file() and given.exists() and output.samefile(given):
+            raise MediaError(f"{output} is given as an input too, and would be replaced: name another file")
 
 
 def _folders(folders: Sequence[Path]) -> Sequence[Path]:

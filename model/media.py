@@ -25,9 +25,12 @@ import torch
 from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError
 from av.filter import Graph
+from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional
 
@@ -47,6 +50,7 @@ _FEW_FRAMES, _MOST_REPEATS = (
     60,
 )  # a picture may be held for long in a slide show, but not in every file for ever
 _BT709 = 1  # the same number names primaries, transfer and matrix (ITU-T H.273)
+_GAP_SECONDS = 0.01  # the least that moves sound; lost packets are longer, the clocks of containers finer
 _PIECE_FRAMES = 8  # pictures that are handed on together
 _STALE_SECONDS = 24 * 3600  # nobody writes a clip for so long
 _UNSPECIFIED = 2  # matrix not said (ITU-T H.273)
@@ -203,7 +207,8 @@ def stream_seconds(path: str | Path) -> tuple[float, float | None]:
     read_clip cuts or pads sound to the pictures: only the file tells whether it had to.  Raises MediaError.
     """
     with _reading(path), _opened(path) as container:
-        video, audio = (group[:1] for group in (container.streams.video, container.streams.audio))
+        pictures, audio = _pictures_of(container), container.streams.audio[:1]
+        video = [] if pictures is None else [pictures]
         seconds = {stream.index: _told_seconds(stream) for stream in (*video, *audio)}
         silent = [stream for stream in (*video, *audio) if not seconds[stream.index]]
         for packet in container.demux(*silent) if silent else ():
@@ -254,18 +259,33 @@ def read_image(path: str | Path) -> Tensor:
         raise MediaError(f"cannot read {path} as a picture: {_reason(error)}") from error
 
 
-def write_image(path: str | Path, image_HWC: Tensor) -> None:
-    """Writes a picture (H, W, 3), 0..1, as PNG, replacing an existing file only by a complete one. Raises MediaError."""
+def write_image(path: str | Path, image_HWC: Tensor, software: str | None = None) -> None:
+    """Writes a picture (H, W, 3), 0..1, as PNG, replacing an existing file only by a complete one. Raises MediaError.
+
+    software: a name that image_software finds again.
+    """
     target = Path(path)
     partial = target.with_name(f".{secrets.token_hex(6)}.part")
     try:
         pixels = (image_HWC.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        Image.fromarray(pixels).save(partial, format="PNG")
+        tags = PngInfo()
+        if software is not None:
+            tags.add_text("Software", software)
+        Image.fromarray(pixels).save(partial, format="PNG", pnginfo=tags)
         os.replace(partial, target)
     except OSError as error:
         raise MediaError(f"cannot write {target}: {_reason(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def image_software(path: str | Path) -> str | None:
+    """The name of the program that a PNG file says it was made by; None for any other file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software")
+    except Exception:  # whatever another program left there
+        return None
 
 
 def fit_image(image_HWC: Tensor, height: int, width: int) -> Tensor:
@@ -456,9 +476,9 @@ def _audio_frames(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Ite
 
 def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
     """The clip without its pictures, and which of them each frame shows; no picture is kept meanwhile."""
-    if not container.streams.video:
-        raise MediaError("holds no picture")
-    video = container.streams.video[0]
+    video = _pictures_of(container)
+    if video is None:
+        raise MediaError("holds no picture, or a cover alone")
     if video.width * video.height > _MAX_PIXELS:
         raise MediaError(f"has pictures of {video.width}x{video.height} pixels: 100 million are the most")
     audio = container.streams.audio[0] if container.streams.audio else None
@@ -490,6 +510,12 @@ def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
     samples = round(len(shown) / rate * sample_rate_hz)
     waveform_CS = _joined(sounds, samples, start_seconds)
     return Clip(frames_FHWC, waveform_CS, float(rate), sample_rate_hz), shown
+
+
+def _pictures_of(container: InputContainer) -> av.VideoStream | None:
+    """The stream of pictures, if there is one; the cover of a song is none."""
+    moving = (one for one in container.streams.video if not one.disposition & Disposition.attached_pic)
+    return next(moving, None)
 
 
 def _grid(times: list[float | None], told: Fraction, tick_seconds: float) -> Fraction:
@@ -533,7 +559,9 @@ def _constant_rate(
 def _shown_pictures(container: InputContainer, shown: np.ndarray) -> Iterator[Tensor]:
     """The pictures of the file in this order; each is kept from its decoding until it is shown for the last time."""
     last = {int(index): place for place, index in enumerate(shown)}
-    decoded = enumerate(container.decode(video=0))
+    video = _pictures_of(container)
+    assert video is not None, "they were found when the file was opened"
+    decoded = enumerate(container.decode(video))
     kept: dict[int, np.ndarray] = {}
     form, piece = None, []
     for place, index in enumerate(map(int, shown)):
@@ -583,21 +611,39 @@ def _pixels(picture: av.VideoFrame, width: int, height: int, mirrored: bool) -> 
 
 
 def _joined(sounds: list[av.AudioFrame], samples: int, start_seconds: float) -> Tensor:
-    rate_hz = sounds[0].sample_rate
     channels = min(2, sounds[0].layout.nb_channels)
     waveform = np.zeros((channels, samples), np.float32)
-    place = None
+    starts, delays = _delays(sounds, start_seconds)
+    heard = 0
     for frame in _in_channels(sounds, channels):
-        stamped = place if frame.time is None else round((frame.time - start_seconds) * rate_hz)
-        # Stamps are rounded to the container's clock: only a real gap moves the sound, else seams would click.
-        if place is None or abs(stamped - place) > rate_hz // 20:
-            place = stamped or 0
         chunk = frame.to_ndarray()
+        place = heard + delays[np.searchsorted(starts, heard, side="right") - 1]
         first, last = max(place, 0), min(place + chunk.shape[1], samples)
         if first < last:
             waveform[:, first:last] = chunk[:, first - place : last - place]
-        place += chunk.shape[1]
+        heard += chunk.shape[1]
     return torch.from_numpy(waveform)
+
+
+def _delays(sounds: list[av.AudioFrame], start_seconds: float) -> tuple[np.ndarray, list[int]]:
+    """Where each part of the sound begins if all follow each other, and how many samples later it is to be heard.
+
+    Stamps are rounded to the container's clock and may tremble: only a gap that lasts moves the sound, else seams would click.
+    """
+    rate_hz = sounds[0].sample_rate
+    starts = np.cumsum([0, *(frame.samples for frame in sounds[:-1])])
+    late = np.array(
+        [np.nan if frame.time is None else (frame.time - start_seconds) * rate_hz for frame in sounds]
+    )
+    known = np.flatnonzero(~np.isnan(late))
+    if not len(known):
+        return starts, [0] * len(sounds)
+    late = (late - starts)[known[(np.searchsorted(known, np.arange(len(late)), side="right") - 1).clip(0)]]
+    usual = np.median(sliding_window_view(np.pad(late, 2, mode="edge"), 5), axis=1)
+    delays = [round(usual[0])]
+    for one in usual[1:]:
+        delays.append(round(one) if abs(one - delays[-1]) > _GAP_SECONDS * rate_hz else delays[-1])
+    return starts, delays
 
 
 def _in_channels(sounds: list[av.AudioFrame], channels: int) -> Iterator[av.AudioFrame]:

@@ -14,6 +14,7 @@ from .step_probe import check_threshold
 from .two_stage import Upscale, first_fps, first_size
 from .values import GenerateRequest
 
+AWAY = "a cfg below 1 leads away from the prompt: 1 is no guidance"
 UNHEARD = "the negative prompt has no effect without text guidance: give a cfg above 1"
 
 
@@ -66,7 +67,8 @@ def warnings(request: GenerateRequest, recipe: Recipe, guidance: Guidance) -> tu
     unrefined = recipe.unrefined((*request.loras, *request.refine_loras)) if refined else ()
     unheard = (UNHEARD,) if request.negative.strip() and "uncond" not in guidance.passes else ()
     unsuited = () if request.force else recipe.unsuited(request.steps, guidance)
-    return (*unrefined, *unheard, *unsuited)
+    away = (AWAY,) if request.cfg is not None and request.cfg < 1 else ()
+    return (*unrefined, *unheard, *unsuited, *away)
 
 
 def given_pictures(request: GenerateRequest, shape: ClipShape) -> list[tuple[Tensor, int | None, float]]:

@@ -111,9 +111,44 @@ def test_a_shorter_way_replaces_a_longer_one_and_nothing_else(tmp_path):
         (tmp_path / name).write_bytes(b"mine")
     cli._write_trajectory(tmp_path, torch.zeros(3, 4, 4, 3))
     cli._write_trajectory(tmp_path, torch.ones(2, 4, 4, 3))
+    (tmp_path / "003.png").write_bytes(b"mine")
+    cli._write_trajectory(tmp_path, torch.ones(2, 4, 4, 3))
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["001.png", "002.png", "005.png", "1.png", "note.txt", "way.png"]
+    assert names == ["001.png", "002.png", "003.png", "005.png", "1.png", "note.txt", "way.png"]
+    (tmp_path / "003.png").unlink()
     assert Image.open(tmp_path / "002.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_way_does_not_replace_pictures_of_yours(generate, engine, tmp_path):
+    way = tmp_path / "way"
+    way.mkdir()
+    (way / "007.png").write_bytes(b"mine")
+    code, _, stderr = generate("--trajectory", way)
+    assert (code, engine.requests) == (2, [])
+    assert "way holds numbered pictures that are no trajectory, such as 007.png" in stderr
+    (way / "007.png").unlink()
+    for _ in range(2):  # what it wrote itself it may replace
+        cli._check_pictures(way)
+        cli._write_trajectory(way, torch.zeros(3, 4, 4, 3))
+
+
+@pytest.mark.parametrize("option", ["--image", "--last-image", "--reference"])
+def test_a_picture_that_is_given_is_not_written_over(generate, engine, tmp_path, option):
+    picture = tmp_path / "mine.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    content = picture.read_bytes()
+    code, _, stderr = generate(option, picture, "--trajectory", picture)
+    assert (code, engine.requests, picture.read_bytes()) == (2, [], content)
+    assert "mine.png is given as an input too, and would be replaced" in stderr
+    assert cli.main(["measure", str(picture), "--picture", str(picture)]) == 2
+    assert picture.read_bytes() == content
+
+
+@pytest.mark.parametrize("steps", ["", "one", "0.5"])
+def test_steps_of_a_way_that_are_no_numbers_are_refused(generate, engine, tmp_path, steps):
+    code, _, stderr = generate("--trajectory", tmp_path / "way", f"--trajectory-steps={steps}")
+    assert (code, engine.requests) == (2, [])
+    assert "step numbers such as" in stderr
 
 
 def test_the_tag_says_what_was_forced_and_which_files_were_given(generate, tmp_path):

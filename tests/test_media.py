@@ -1,5 +1,6 @@
 """Files in and out. What was written is also read back with PyAV alone, which knows nothing of this code."""
 
+import io
 import math
 import os
 import struct
@@ -378,6 +379,64 @@ def test_late_sound_is_preceded_by_silence(tmp_path, sound_starts, heard_at):
     clip = read_clip(tmp_path / "a.mkv")
     assert clip.waveform.shape == (1, 6400)
     assert clip.waveform[0].nonzero().flatten().tolist() == [heard_at]
+
+
+def write_packets(path: Path, waveform: np.ndarray, milliseconds: dict[int, int]) -> None:
+    """Sound in packets of 20 ms, those that are named alone, each at its time, beside pictures of 10 per second."""
+    with av.open(str(path), "w", format="matroska") as container:
+        video = container.add_stream("libx264", rate=10, options={"crf": "30", "bf": "0"})
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        audio = container.add_stream("pcm_f32le", rate=16000, layout="mono")
+        for index in range(len(waveform) // 1600):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 10)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        for packet, at in milliseconds.items():
+            part = np.ascontiguousarray(waveform[None, 320 * packet : 320 * (packet + 1)])
+            frame = av.AudioFrame.from_ndarray(part, format="flt", layout="mono")
+            frame.sample_rate, frame.time_base, frame.pts = 16000, Fraction(1, 16000), 16 * at
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+
+
+@pytest.mark.parametrize("lost", [(), (3, 4), (20,), (48, 49)])
+@pytest.mark.parametrize("tremble_ms", [0, 4])
+def test_lost_sound_leaves_a_gap_and_stamps_that_tremble_leave_none(tmp_path, lost, tremble_ms):
+    waveform = np.random.default_rng(0).uniform(0.1, 0.5, 16000).astype(np.float32)
+    rng = np.random.default_rng(1)
+    sent = [packet for packet in range(50) if packet not in lost]
+    trembling = {packet: rng.integers(-tremble_ms, tremble_ms + 1) if packet else 0 for packet in sent}
+    write_packets(tmp_path / "a.mkv", waveform, {packet: 20 * packet + trembling[packet] for packet in sent})
+    heard = read_clip(tmp_path / "a.mkv").waveform[0].numpy()
+    wanted = waveform.copy()
+    for packet in lost:
+        wanted[320 * packet : 320 * (packet + 1)] = 0
+    # where sound was lost, what follows lies at its own times, as far as these are known
+    off = [np.abs(np.roll(heard, shift)[6400:14400] - wanted[6400:14400]).max() for shift in range(-80, 81)]
+    assert abs(int(np.argmin(off)) - 80) <= (16 * tremble_ms if lost else 0)
+    assert (heard == 0).sum() == pytest.approx(320 * len(lost), abs=16 * tremble_ms if lost else 0)
+
+
+def test_the_cover_of_a_song_is_no_clip(tmp_path):
+    cover = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(cover, format="PNG")
+    with av.open(str(tmp_path / "bare.mp3"), "w") as container:
+        audio = container.add_stream("mp3", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    content = b"\0image/png\0\3\0" + cover.getvalue()
+    frame = b"APIC" + struct.pack(">I", len(content)) + b"\0\0" + content
+    size = bytes((len(frame) >> shift) & 127 for shift in (21, 14, 7, 0))
+    song = tmp_path / "song.mp3"
+    song.write_bytes(b"ID3\3\0\0" + size + frame + (tmp_path / "bare.mp3").read_bytes())
+    with av.open(str(song)) as container:
+        assert container.streams.video  # so FFmpeg shows a cover
+    with pytest.raises(MediaError, match="holds no picture, or a cover alone"):
+        read_clip(song)
+    assert stream_seconds(song)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_the_command_s_settings_are_whole_and_name_no_folders(command, tmp_path)
         text = container.metadata["lockstep"]
     told = json.loads(text)
     assert (told["image"], told["last_image"], told["recipe"], told["steps"]) == ("first.png", None, "hq", 3)
-    assert (told["loras"], told["upscalers"]) == ({"style.safetensors": 0.5}, ["up.safetensors"])
+    assert (told["loras"], told["upscalers"]) == ([["style.safetensors", 0.5]], ["up.safetensors"])
     assert str(tmp_path) not in text
 
 
