@@ -10,7 +10,7 @@ from published_models import config, write_gemma, write_monolith
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, WorkflowError
 from lockstep.model.recipes import Fingerprint, Recipe, choose_recipe, fingerprint, published_recipe
-from lockstep.model.requests import first_guidance, first_settings
+from lockstep.model.requests import AWAY, first_guidance, first_settings, warnings
 from lockstep.model.sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
 from lockstep.model.sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE
 from lockstep.model.shapes import ClipShape
@@ -217,3 +217,10 @@ def test_a_perturbed_block_beyond_the_layers_is_refused(files, caplog):
     assert caplog.text == ""
     engine.sample(conditioning, shape, settings=SampleSettings(1))
     assert "none for the recipe's STG at block 28: made without STG" in caplog.text
+
+
+@pytest.mark.parametrize(("cfg", "told"), [(0, True), (0.9, True), (1, False), (3, False), (None, False)])
+def test_a_cfg_that_leads_away_from_the_prompt_is_told(cfg, told):
+    recipe = published_recipe("full", "2.3")
+    request = GenerateRequest("a red ball", cfg=cfg, force=True)
+    assert warnings(request, recipe, first_guidance(request, recipe.guidance)) == ((AWAY,) if told else ())
