@@ -10,7 +10,7 @@ from .errors import CheckpointError, ShapeError, WorkflowError
 from .options import Options, check_number, reading
 from .sampler.guidance import HQ_GUIDANCE, UNGUIDED, Guidance, full_guidance
 from .sampler.schedule import DISTILLED, DISTILLED_STAGE2, TEMPORAL_UPSAMPLE, Sigmas
-from .shapes import LEAST_FPS, MOST_FPS, AudioRate, ClipShape, Compression, nearest_frames
+from .shapes import LEAST_FPS, MOST_FPS, AudioRate, ClipShape, Compression, frames_within, nearest_frames
 from .values import Lora
 
 _MOST_FRAMES = 1_000_000
@@ -216,7 +216,7 @@ def clip_shape(
     seconds: float | None = None,
     fps: float | None = None,
 ) -> ClipShape:
-    """The clip that a user asks for, frames rounded to the nearest count that the codec holds.
+    """The clip that a user asks for, frames rounded to the nearest count that the codec holds, within the recipe's limits.
 
     size: "WIDTHxHEIGHT" or an aspect such as "16:9" (the recipe's area, rounded to the grid).
     Raises ShapeError for a size, length or rate that the model cannot take, with the nearest that it can.
@@ -228,19 +228,17 @@ def clip_shape(
             f"fps must lie between {LEAST_FPS:g} and {MOST_FPS:g}, got {fps:g}: {recipe.fps:g} is usual"
         )
     width, height = (recipe.width, recipe.height) if size is None else _read_size(size, recipe, compression)
-    if seconds is None:
-        frames = (
-            recipe.frames
-            if fps == recipe.fps
-            else nearest_frames(recipe.frames * fps / recipe.fps, compression)
-        )
-    else:
+    if seconds is not None:
         _check_range("seconds", seconds, recipe.seconds_limits, " s")
         if not 0 <= seconds * fps <= _MOST_FRAMES:  # also false for nan
             raise ShapeError(
                 f"{seconds:g} s of {fps:g} frames per second are no clip: up to {_MOST_FRAMES} frames are"
             )
-        frames = nearest_frames(seconds * fps, compression)
+    frames = recipe.frames
+    if seconds is not None or fps != recipe.fps:
+        asked = recipe.frames * fps / recipe.fps if seconds is None else seconds * fps
+        nearest = nearest_frames(asked, compression)
+        frames = frames_within(nearest, fps, compression, recipe.seconds_limits)
     # limits first: the nearest sides of the grid may lie outside of them
     for name, side in (("width", width), ("height", height)):
         _check_range(name, side, recipe.side_limits, " pixels")

@@ -98,6 +98,18 @@ def nearest_frames(frames: float, compression: Compression) -> int:
     return max(0, round((frames - 1) / compression.time)) * compression.time + 1
 
 
+def frames_within(
+    frames: int, fps: float, compression: Compression, seconds_limits: tuple[float, float] | None
+) -> int:
+    """A count of frames, or its neighbour where the limits hold that one's seconds and not its own."""
+    if not seconds_limits:
+        return frames
+    least, most = seconds_limits
+    near = frames - compression.time if frames / fps > most else frames + compression.time
+    outside = not least <= frames / fps <= most
+    return near if outside and near >= 1 and least <= near / fps <= most else frames
+
+
 def check_frames(frames: int, compression: Compression) -> None:
     """Raises ShapeError unless frames = k*time + 1."""
     if frames >= 1 and (frames - 1) % compression.time == 0:

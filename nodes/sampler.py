@@ -351,7 +351,8 @@ def shape_of(
         return given["video"].shape
     if "audio" in given:
         sound = given["audio"].shape
-        return replace(own_shape(sound.seconds, sound.fps), frames=sound.frames)
+        # as that of a video: a length on which the model was not trained is told, not refused
+        return replace(own_shape(None, sound.fps), frames=sound.frames)
     return own_shape(seconds or None, fps or None)
 
 

@@ -4,6 +4,7 @@ Known answers of positions are those of the published code, as bounds (start, en
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lockstep.model.shapes import (
     Compression,
     audio_positions,
     frame_positions,
+    frames_within,
     nearest_frames,
     reference_positions,
     video_positions,
@@ -75,6 +77,35 @@ def test_nearest_frames_are_a_count_that_works_and_none_lies_nearer(frames, time
     nearest = nearest_frames(frames, Compression(time, 32))
     ClipShape(nearest, 32, 32, 24.0, Compression(time, 32))
     assert abs(nearest - frames) <= time / 2
+
+
+@pytest.mark.parametrize("fps", range(12, 25))
+@pytest.mark.parametrize("seconds", [1.0, 1.5, 2.0, 4.0, 4.2])
+def test_a_clip_of_a_length_that_was_trained_on_stays_within_it(fps, seconds):
+    recipe = Recipe(width=96, height=96, fps=12.0, frames=25, seconds_limits=(1.0, 4.2))
+    shape = clip_shape(recipe, Compression(4, 16), AudioRate(), None, seconds, fps)
+    assert 1 <= shape.seconds <= 4.2
+    assert recipe.untrained(shape) == ()
+    assert abs(shape.frames - seconds * fps) < 4  # it moves by one latent at most
+    free = clip_shape(
+        replace(recipe, seconds_limits=None), Compression(4, 16), AudioRate(), None, seconds, fps
+    )
+    assert free.frames == nearest_frames(seconds * fps, Compression(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("frames", "limits", "kept"),
+    [
+        (13, (1.0, 2.0), 17),
+        (33, (1.0, 2.1), 29),
+        (13, None, 13),
+        (13, (1.0, 1.1), 13),
+        (25, (1.0, 2.0), 25),
+        (45, (1.0, 2.0), 45),
+    ],
+)
+def test_a_count_outside_the_limits_moves_where_its_neighbour_is_inside(frames, limits, kept):
+    assert frames_within(frames, 14.0, Compression(4, 16), limits) == kept
 
 
 @pytest.mark.parametrize(
