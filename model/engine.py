@@ -66,6 +66,7 @@ from .run import (
     noise_levels,
     refuse_contradictions,
     settle,
+    steps_of,
     trusted_cache,
     with_reuse,
 )
@@ -455,6 +456,10 @@ class Engine:
         )  # fmt: skip
         return replace(start, video=made.video)
 
+    def steps(self, settings: SampleSettings, shape: ClipShape) -> int:
+        """How many steps sample makes of these settings, as its progress counts them."""
+        return steps_of(settings, self.choose_recipe(loras=settings.loras), shape)
+
     def _layouts(self, shape: ClipShape, guides: Sequence[Guide], given: Given) -> tuple[Layout, Layout]:
         # from the configs: the codecs need not be on the device while the transformer is
         video, audio = self._files.video_config, self._files.audio_config
@@ -700,10 +705,11 @@ class Engine:
         recipe = self.choose_recipe(request.recipe, request.loras, request.force)
         shape = self._first_shape(request)
         self.tokenizer.encode(request.prompt)
-        steps = Trajectory(request.trajectory, progress) if request.trajectory else None
-        misfits = self.read_loras((*request.loras, *request.refine_loras))
         guidance = requests.first_guidance(request, self.within_layers(recipe.guidance))
-        settings = requests.first_settings(request, recipe, guidance, shape)
+        settings, way = requests.first_settings(request, recipe, guidance, shape), None
+        if request.trajectory:
+            way = Trajectory(request.trajectory, self.steps(settings, shape), progress)
+        misfits = self.read_loras((*request.loras, *request.refine_loras))
         warnings = (*misfits, *requests.warnings(request, recipe, guidance))
         self._say_plan(shape, request, guidance)
         with clock.stage("load"):
@@ -717,14 +723,14 @@ class Engine:
         with clock.stage("image"):
             guides = self._guides(request, shape, progress)
         with clock.stage("sample"):
-            ticks, alone = steps or progress, request.sound_alone
+            ticks, alone = way or progress, request.sound_alone
             latents = self.sample(
                 conditioning, shape, guides, settings, request.seed, progress=ticks, sound_alone=alone
             )
         report, pictures = latents.step_cache, None
-        if steps is not None:
+        if way is not None:
             with clock.stage("trajectory"):
-                pictures = self.trajectory(steps, shape, request.trajectory_moment, progress)
+                pictures = self.trajectory(way, shape, request.trajectory_moment, progress)
         for number, path in enumerate(request.upscalers, start=1):
             with clock.stage("refine"):
                 latents = self._refine(conditioning, latents, path, request, recipe, number, progress)

@@ -18,7 +18,7 @@ from .errors import WorkflowError
 from .latents.patchify import tokens_to_video
 from .recipes import Recipe
 from .sampler.guidance import Guidance
-from .sampler.loop import JointState, denoise, model_levels
+from .sampler.loop import JointState, count_steps, denoise, model_levels
 from .sampler.schedule import shifted_schedule
 from .shapes import ClipShape
 from .step_probe import check_threshold, probe_shape
@@ -58,6 +58,12 @@ def noise_levels(recipe: Recipe, steps: int | None, shape: ClipShape) -> tuple[f
     if recipe.sigmas and steps in (None, len(recipe.sigmas) - 1):
         return recipe.sigmas
     return shifted_schedule(steps or recipe.steps, recipe.schedule_tokens or shape.video_tokens)
+
+
+def steps_of(settings: SampleSettings, recipe: Recipe, shape: ClipShape) -> int:
+    """How many steps a run of these settings makes. Raises WorkflowError for a schedule or sampler that there is not."""
+    sigmas = settings.sigmas or noise_levels(recipe, settings.steps, shape)
+    return count_steps(sigmas, settings.sampler or recipe.sampler)
 
 
 def settle(

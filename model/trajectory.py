@@ -20,12 +20,17 @@ _SHOWN = 60  # characters of wrong words that a sentence repeats
 class Trajectory:
     """A progress callback that keeps the estimates of chosen steps, and passes every tick on.
 
-    steps: "all", or step numbers from 1 such as "1, 5, 20"; -1 is the last. Raises WorkflowError for other words, and at
-    the first step for numbers beyond the last.
+    words: "all", or step numbers from 1 such as "1, 5, 20"; -1 is the last. steps: of the run to come (Engine.steps).
+    Raises WorkflowError for other words and for numbers beyond the last.
     """
 
-    def __init__(self, steps: str, progress: ProgressCallback):
-        self._chosen = read_steps(steps)
+    def __init__(self, words: str, steps: int, progress: ProgressCallback):
+        self._chosen = read_steps(words)
+        for step in sorted(self._chosen or ()):
+            if not 1 <= abs(step) <= steps:
+                raise WorkflowError(
+                    f"trajectory: step {step} is none of the {steps} steps: use 1 to {steps}, -1 for the last, or {EVERY}"
+                )
         self._progress = progress
         self.estimates: dict[int, Tensor] = {}  # by step from 1, in order: video tokens (B, T, C) on the CPU
 
@@ -35,15 +40,9 @@ class Trajectory:
         self._progress(progress)
 
     def _keeps(self, progress: Progress) -> bool:
-        if self._chosen is None:
-            return True
-        for step in self._chosen:
-            if not 1 <= abs(step) <= progress.steps:
-                raise WorkflowError(
-                    f"trajectory: step {step} is none of the {progress.steps} steps: use 1 to {progress.steps}, "
-                    f"-1 for the last, or {EVERY}"
-                )
-        return bool({progress.step, progress.step - progress.steps - 1} & self._chosen)
+        return self._chosen is None or bool(
+            {progress.step, progress.step - progress.steps - 1} & self._chosen
+        )
 
 
 def read_steps(text: str) -> set[int] | None:

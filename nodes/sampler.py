@@ -262,9 +262,11 @@ class LockstepSampler(Node):
         task = f"sampling {shape.frames} frames of {shape.width}x{shape.height}"
         reporter = host.Reporter(cls.hidden.unique_id, task, shape.fps)
         with reporter as report:
+            way = None
+            if trajectory.strip():
+                way = Trajectory(trajectory, model.steps(settings, shape), report)
             report.look = preview_of(model, shape)
             kept: dict[str, Any] = kept_parts(given, shape)
-            way = Trajectory(trajectory, report) if trajectory.strip() else None
             guides = [
                 encode_picture(model, picture, shape, counted_fps, report)
                 for picture in script.pictures

@@ -30,12 +30,21 @@ class WithLoras:
     def encode_text(self, *given: Any, **named: Any) -> Conditioning:
         return self.engine.encode_text(*given, loras=self.loras, **named)
 
+    def steps(self, settings: SampleSettings, shape: Any) -> int:
+        return self.engine.steps(self._on(settings), shape)
+
     def sample(
         self, conditioning: Any, shape: Any, guides: Any, settings: SampleSettings, *given: Any, **named: Any
     ) -> AVLatents:
-        return self.engine.sample(
-            conditioning, shape, guides, replace(settings, loras=self.loras), *given, **named
-        )
+        return self.engine.sample(conditioning, shape, guides, self._on(settings), *given, **named)
+
+    def add_frames(
+        self, conditioning: Any, start: Any, guides: Any, settings: SampleSettings, *given: Any, **named: Any
+    ) -> AVLatents:
+        return self.engine.add_frames(conditioning, start, guides, self._on(settings), *given, **named)
+
+    def _on(self, settings: SampleSettings) -> SampleSettings:
+        return replace(settings, loras=self.loras)
 
 
 def add_lora(model: Any, lora: Lora) -> tuple[WithLoras, tuple[str, ...]]:

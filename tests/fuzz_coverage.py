@@ -64,7 +64,7 @@ TARGETS: list[Callable[[bytes], object]] = [
     lambda data: Recipe.from_metadata(text(data)),
     lambda data: read_image(file(data)),
     lambda data: read_clip(file(data)),
-    lambda data: Trajectory(text(data), lambda _: None),
+    lambda data: Trajectory(text(data), 20, lambda _: None),
     lambda data: Signer(file(data), SCRATCH),
 ]
 

@@ -16,7 +16,9 @@ from lockstep.model.checkpoint.index import index
 from lockstep.model.checkpoint.lora import LoraStack, linear_layers, read_lora
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, UnsupportedModelError, WorkflowError
+from lockstep.model.sampler.guidance import UNGUIDED
 from lockstep.model.values import GenerateRequest, Lora
+from lockstep.nodes.with_loras import add_lora
 
 RANK = 2
 REQUEST = GenerateRequest("a red ball", size="48x32", seconds=0.375, steps=1, seed=5)
@@ -222,6 +224,21 @@ def test_several_with_strengths_make_the_clip_of_the_merged_weights_and_leave_no
         assert {key: tensor.data_ptr() for key, tensor in now.items()} == places[name]  # and never copied
     for name in ("transformer", "connectors"):
         assert not any(layer._forward_hooks for layer in engine._modules[name].modules())
+
+
+def test_new_frames_are_made_by_the_loras_of_the_model_that_is_given(models, tmp_path):
+    save_file(as_published(pairs(layers_of(models))), tmp_path / "lora.safetensors")
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "gemma.safetensors"])
+    text, start = engine.encode_text("a red ball"), engine.empty_latents(engine.shape("48x32", 0.375))
+    settings = SampleSettings(guidance=UNGUIDED, sampler="euler", sigmas=(0.6, 0.0))
+
+    def made(strength: float) -> torch.Tensor:
+        model, _ = add_lora(engine, Lora(tmp_path / "lora.safetensors", strength))
+        return model.add_frames(text, start, [], settings, 5).video
+
+    plain = engine.add_frames(text, start, [], settings, 5).video
+    assert torch.equal(made(0.0), plain)
+    assert (made(1.0) - plain).abs().max() > 0.01
 
 
 def test_a_strength_of_nothing_changes_nothing(models, tmp_path):

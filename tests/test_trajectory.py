@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from lockstep.model import cli
-from lockstep.model.engine import Engine, SampleSettings
+from lockstep.model.engine import SAMPLER_NAMES, Engine, SampleSettings
 from lockstep.model.errors import WorkflowError
-from lockstep.model.sampler.guidance import Guidance
+from lockstep.model.sampler.guidance import UNGUIDED, Guidance
 from lockstep.model.trajectory import Trajectory, contact_sheet
 from lockstep.model.values import GenerateRequest, Progress
 
@@ -40,7 +40,7 @@ def ticks(steps: int) -> list[Progress]:
 )
 def test_chosen_steps_are_kept_in_order_and_every_tick_passes_on(chosen, kept):
     seen: list[Progress] = []
-    trajectory = Trajectory(chosen, seen.append)
+    trajectory = Trajectory(chosen, 5, seen.append)
     other = Progress("text", 1, 1)
     for tick in (other, *ticks(5), Progress("video", 1, 1)):
         trajectory(tick)
@@ -56,15 +56,24 @@ def test_chosen_steps_are_kept_in_order_and_every_tick_passes_on(chosen, kept):
 )
 def test_words_that_are_no_steps_are_refused(words):
     with pytest.raises(WorkflowError, match=r'step numbers such as "1, 5, -1" or "all"') as told:
-        Trajectory(words, lambda _: None)
+        Trajectory(words, 5, lambda _: None)
     assert len(str(told.value)) < 200
 
 
 @pytest.mark.parametrize("words", ["0", "6", "-6", "1 999999"])
-def test_steps_that_the_run_does_not_have_end_it_at_its_first(words):
-    trajectory = Trajectory(words, lambda _: None)
+def test_steps_that_the_run_does_not_have_are_refused_before_it(words):
     with pytest.raises(WorkflowError, match="none of the 5 steps: use 1 to 5"):
-        trajectory(ticks(5)[0])
+        Trajectory(words, 5, lambda _: None)
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+@pytest.mark.parametrize("asked", [{"steps": 3}, {"steps": 1}, {"sigmas": (0.9, 0.5, 0.0)}])
+def test_the_engine_knows_how_many_steps_a_run_will_make(engine, sampler, asked):
+    settings, seen = SampleSettings(guidance=UNGUIDED, sampler=sampler, **asked), []
+    shape = engine.shape(seconds=1.0)
+    engine.sample(engine.encode_text("a red ball"), shape, settings=settings, progress=seen.append)
+    ticks = [tick for tick in seen if tick.stage == "sample"]
+    assert {tick.steps for tick in ticks} == {len(ticks)} == {engine.steps(settings, shape)}
 
 
 def test_looking_changes_nothing_and_ends_at_the_clip_itself(engine):
@@ -82,7 +91,7 @@ def test_looking_changes_nothing_and_ends_at_the_clip_itself(engine):
 
 def test_any_moment_of_the_clip_can_be_looked_at(engine):
     shape = engine.shape(seconds=1.0)
-    trajectory = Trajectory("-1", lambda _: None)
+    trajectory = Trajectory("-1", 1, lambda _: None)
     settings = SampleSettings(steps=1, guidance=Guidance())
     latents = engine.sample(engine.encode_text("a red ball"), shape, settings=settings, progress=trajectory)
     frames = engine.decode_video(latents)
@@ -97,6 +106,8 @@ def test_wrong_words_are_told_before_any_weight_is_read():
     engine = Engine("embedded", device="cpu")
     with pytest.raises(WorkflowError, match="step numbers"):
         engine.generate(replace(REQUEST, trajectory="first"))
+    with pytest.raises(WorkflowError, match="step 4 is none of the 3 steps"):
+        engine.generate(replace(REQUEST, trajectory="1, 4"))
     assert engine._modules == {}
 
 

@@ -126,6 +126,11 @@ def model_levels(
     return tuple(dict.fromkeys(stepper.calls(stepper.prepare(check_sigmas(sigmas)))))
 
 
+def count_steps(sigmas: Iterable[float], sampler: str | Callable[[], Sampler] = "euler") -> int:
+    """How many steps denoise makes of a schedule. Raises as denoise does."""
+    return len(make_sampler(sampler).prepare(check_sigmas(sigmas))) - 1
+
+
 def _step_noise(state: JointState, sampler: Sampler, seed: int | None) -> Callable[[], Streams]:
     if sampler.stochastic and seed is None:
         raise WorkflowError(
