@@ -296,6 +296,19 @@ def test_a_prompt_is_stripped_begins_with_bos_and_is_cut_at_the_end():
         tokenizer.encode(" ")
 
 
+@pytest.mark.parametrize("half", [chr(0xD83D), chr(0xDC00)], ids=ascii)
+def test_half_a_surrogate_pair_counts_as_the_character_that_stands_for_what_is_none(half):
+    tokenizer = GemmaTokenizer.from_json(tokenizer_json(), 9)
+    for place in ("a ball {}", "{} ball", "{}"):
+        for required in (True, False):
+            read = tokenizer.encode(place.format(half), required).ids
+            assert torch.equal(read, tokenizer.encode(place.format("\ufffd"), required).ids)
+    whole = "\U0001f600"
+    seen = []
+    replace(tokenizer, encode_plain=lambda text: seen.append(text) or []).encode(f"a {whole} {half}")
+    assert seen == [f"a {whole} \ufffd"]
+
+
 def test_a_tokenizer_that_is_damaged_or_another_model_s_is_refused():
     with pytest.raises(CheckpointError, match="the tokenizer's JSON is damaged"):
         GemmaTokenizer.from_json("{", 4)

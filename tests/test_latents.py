@@ -1,6 +1,7 @@
 """Latents: tokens and back, statistics, and what a seed means."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -139,12 +140,16 @@ def test_latents_come_back_from_a_file_as_they_went(tmp_path):
         assert "latent_format_version_0" in file.keys()  # noqa: SIM118, a file is no mapping
 
 
+RATE = {"sample_rate_hz": 16000, "hop_samples": 160, "mel_per_latent": 4}
+
+
 def damaged(path, **changes) -> None:
     made = clip_latents()
     write_latents(path, made)
     with safe_open(path, "pt") as file:
         clip = json.loads(file.metadata()["lockstep"])
     clip["shape"] |= changes.pop("shape", {})
+    clip["model_id"] = changes.pop("model_id", clip["model_id"])
     tensors = {"latent_tensor": made.video, "audio": made.audio} | changes
     save_file(tensors, path, {"lockstep": json.dumps(clip)})
 
@@ -159,12 +164,32 @@ def damaged(path, **changes) -> None:
         {"shape": {"frames": 10}},
         {"shape": {"fps": "many"}},
         {"shape": {"wings": 2}},
+        {"shape": {"frames": 9.0}},
+        {"shape": {"height": True}},
+        {"shape": {"fps": 1e-320}},
+        {"shape": {"fps": 10**400}},
+        {"shape": {"fps": math.nan}},
+        {"shape": {"compression": {"time": 0, "space": 16}}},
+        {"shape": {"compression": {"time": 4, "space": 0}}},
+        {"shape": {"compression": {"time": 4.0, "space": 16}}},
+        {"shape": {"compression": {"time": -4, "space": 16}}},
+        *({"shape": {"audio_rate": RATE | {name: 0}}} for name in RATE),
+        *({"shape": {"audio_rate": RATE | {"sample_rate_hz": hz}}} for hz in (math.inf, 10**400, "x", None)),
+        {"model_id": ["tiny/1"]},
     ],
 )
 def test_files_that_do_not_fit_their_clip_are_refused(tmp_path, change):
     path = tmp_path / "clip.latent"
     damaged(path, **change)
     with pytest.raises(MediaError, match=r"clip\.latent"):
+        read_latents(path)
+
+
+@pytest.mark.parametrize("said", ["[" * 200_000, "5", "[]", '{"model_id": "a", "shape": "b"}', "9" * 5000])
+def test_a_file_that_says_no_clip_is_refused(tmp_path, said):
+    path, made = tmp_path / "clip.latent", clip_latents()
+    save_file({"latent_tensor": made.video, "audio": made.audio}, path, {"lockstep": said})
+    with pytest.raises(MediaError, match="Lockstep Save AV Latent"):
         read_latents(path)
 
 

@@ -7,20 +7,22 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import MediaError, ShapeError
-from ..shapes import AudioRate, ClipShape, Compression
+from ..errors import MediaError
+from ..shapes import LEAST_FPS, MOST_FPS, AudioRate, ClipShape, Compression
 from ..values import AVLatents
 
 _VIDEO, _AUDIO = "latent_tensor", "audio"
 _UNSCALED = "latent_format_version_0"  # without it ComfyUI rescales what it reads
 _CLIP = "lockstep"
+_MOST = 2**31  # beyond which no count of a clip lies
 
 
 def write_latents(path: Path, latents: AVLatents, metadata: Mapping[str, str] | None = None) -> None:
@@ -47,15 +49,26 @@ def read_latents(path: Path) -> AVLatents:
         with safe_open(path, framework="pt") as file:
             clip = json.loads((file.metadata() or {}).get(_CLIP, "{}"))
             video, audio = (file.get_tensor(name).float() for name in (_VIDEO, _AUDIO))
-        facts = dict(clip["shape"])
-        facts["compression"] = Compression(**facts["compression"])
-        facts["audio_rate"] = AudioRate(**facts["audio_rate"])
-        latents = AVLatents(video, audio, ClipShape(**facts), str(clip["model_id"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, ShapeError) as error:
+        if not isinstance(clip["model_id"], str):
+            raise TypeError("the model's id is no text")
+        latents = AVLatents(video, audio, _read_shape(clip["shape"]), clip["model_id"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise MediaError(
             f"{path.name} holds no latents of picture and sound: use a file of Lockstep Save AV Latent"
         ) from error
     return _checked(path, latents)
+
+
+def _read_shape(facts: Mapping[str, Any]) -> ClipShape:
+    """Raises KeyError, TypeError or ValueError for what are no measures of a clip."""
+    compression, rate = Compression(**facts["compression"]), AudioRate(**facts["audio_rate"])
+    counts = (facts["frames"], facts["height"], facts["width"], *astuple(compression), *astuple(rate))
+    # before anything is reckoned with them
+    if not all(type(count) is int and 0 < count < _MOST for count in counts):
+        raise ValueError(f"{counts} are not all whole and positive")
+    if type(facts["fps"]) not in (int, float) or not LEAST_FPS <= facts["fps"] <= MOST_FPS:
+        raise ValueError("no clip has so many frames per second")
+    return ClipShape(**{**facts, "compression": compression, "audio_rate": rate})
 
 
 def _checked(path: Path, latents: AVLatents) -> AVLatents:

@@ -5,6 +5,7 @@ belong to the connectors. B batch, L tokens, D width, Z states.
 """
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ _CLASSES: Mapping[str, tuple[str, str]] = {
     "gemma4_unified_text": ("Gemma4UnifiedTextConfig", "Gemma4UnifiedTextModel"),
 }
 _BOS = "<bos>"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # tokenizers refuse it by a TypeError
 
 
 class GemmaEncoder(nn.Module):
@@ -95,7 +97,10 @@ def _transformers(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class GemmaTokenizer:
-    """Prompt to ids: stripped, beginning with <bos>, no end mark, cut at `longest` (spec section 1.2)."""
+    """Prompt to ids: stripped, beginning with <bos>, no end mark, cut at `longest` (spec section 1.2).
+
+    Half a surrogate pair, which is no character, counts as U+FFFD.
+    """
 
     encode_plain: Any  # text -> list of ids, without special tokens
     bos: int
@@ -142,7 +147,7 @@ class GemmaTokenizer:
 
     def encode(self, prompt: str, required: bool = True) -> Tokens:
         """Ids of a prompt; an empty one is <bos> alone. Raises PromptError for an empty one that is required."""
-        stripped = prompt.strip()
+        stripped = _HALF_PAIR.sub("\ufffd", prompt.strip())
         if required and not stripped:
             raise PromptError("the prompt is empty: say what is to be seen and heard")
         ids = [self.bos, *self.encode_plain(stripped)]
