@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ _PREVIEW_PIXELS = 512
 _PREVIEW_FPS = 8.0
 _LISTED_SECONDS = 3.0  # for which a list of files is kept
 _LONGEST_NAME = 255  # of a file, in bytes
+_LONGEST_PATH = 1023  # the same, of macOS; so many folders can still be made one inside the other
 _EVERYTHING = 1e30  # bytes to free: the host's own word for all
 _KEPT_FREE = 0.08  # of a device, for its driver and what allocators round up
 _SHORT = (memory.VRAMState.LOW_VRAM, memory.VRAMState.NO_VRAM)  # the user says that memory is short
@@ -332,10 +333,13 @@ def lies_outside(prefix: str) -> bool:
 
 
 def is_too_long(prefix: str) -> bool:
-    """Whether a part of the path would be longer than file systems take; of names that the host fills in nobody knows yet."""
-    *folders, name = os.path.normpath(prefix).split(os.sep)
-    parts = [*folders, f"{name}_00001_{LATENT_SUFFIX}"]
-    return "%" not in prefix and any(len(part.encode()) > _LONGEST_NAME for part in parts)
+    """Whether a file's path, or a part of it, would be longer than file systems take."""
+    path = f"{os.path.normpath(prefix)}_00001_{LATENT_SUFFIX}"
+    whole = os.path.join(folder_paths.get_output_directory(), path)
+    if len(os.fsencode(whole)) > _LONGEST_PATH:
+        return True
+    # of names that the host fills in nobody knows yet
+    return "%" not in prefix and any(len(part.encode()) > _LONGEST_NAME for part in path.split(os.sep))
 
 
 def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -> tuple[Path, dict[str, str]]:
@@ -363,8 +367,11 @@ def new_output_path(prefix: str, suffix: str, width: int = 0, height: int = 0) -
     return path, {"filename": path.name, "subfolder": subfolder, "type": "output"}
 
 
-def provenance(prompt: dict | None, extra: dict | None) -> dict[str, str]:
-    """Graph and workflow as text for a file's header; nothing where the host was started without metadata."""
+def provenance(prompt: dict | None, extra: Any) -> dict[str, str]:
+    """Graph and workflow as text for a file's header; nothing where the host was started without metadata.
+
+    extra: whatever came with the graph; what is no mapping holds no workflow.
+    """
     if comfy.cli_args.args.disable_metadata:
         return {}
     # the host notes beside each node's inputs what tells a change of its files: no part of the graph
@@ -373,7 +380,8 @@ def provenance(prompt: dict | None, extra: dict | None) -> dict[str, str]:
         for number, node in (prompt or {}).items()
     }
     graph = {} if prompt is None else {"prompt": nodes}
-    return {name: json.dumps(value) for name, value in {**graph, **(extra or {})}.items()}
+    beside = extra if isinstance(extra, Mapping) else {}
+    return {name: json.dumps(value) for name, value in {**graph, **beside}.items()}
 
 
 def blocked() -> object:

@@ -8,6 +8,8 @@ from .base import Node, all_wrong
 from .sockets import CATEGORY, LockstepModel
 from .types import counted_fps_of, from_joint_latent, kept_streams, read_latent, to_latents
 
+_NO_MASK = "the noise mask is not kept, but for a sound that stays whole: a sampler behind this node makes all the rest anew"
+
 
 class LockstepLatentUpscale(Node):
     @classmethod
@@ -55,9 +57,12 @@ class LockstepLatentUpscale(Node):
 
     @classmethod
     def run(cls, model: Engine, latent: dict, upscaler: str) -> io.NodeOutput:
-        latents, kept = from_joint_latent(latent, model), kept_streams(read_latent("latent", latent, model))
+        latents, streams = from_joint_latent(latent, model), read_latent("latent", latent, model)
+        # pictures have to be refined, a sound of yours goes on as it is
+        kept = kept_streams(streams) & {"audio"}
         with host.Reporter(cls.hidden.unique_id, "upscaling latents") as report:
             grown = model.upscale(latents, host.find_file(host.UPSCALERS, upscaler), report)
         counted_fps = counted_fps_of(latent) or latents.shape.fps
-        # pictures have to be refined, a sound of yours goes on as it is
-        return io.NodeOutput(to_latents(grown, host.join_latents, counted_fps, kept & {"audio"})[2])
+        if any(stream.mask is not None and name not in kept for name, stream in streams.items()):
+            host.warn(cls.hidden.unique_id, (_NO_MASK,))
+        return io.NodeOutput(to_latents(grown, host.join_latents, counted_fps, kept)[2])

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..model.engine import carried_audio
 from ..model.errors import MediaError, NotFiniteError, ShapeError, WorkflowError
 from ..model.media import AAC_RATES_HZ, fit_sound
-from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape, nearest_frames
+from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape, frames_within, nearest_frames
 from ..model.values import AVLatents, Clip, Conditioning, check_places
 
 _KEY = "lockstep"
@@ -39,6 +39,7 @@ _WAYS_OUT = {
 }
 OWN_ASPECT, CUSTOM_ASPECT = "model default", "custom"
 _NO_ALPHA = (64, 64)  # rows and columns of the host's empty mask for a picture without alpha
+_LEAST_RATE_HZ, _MOST_RATE_HZ = 1000, 768000  # of sounds that anyone records
 _SAME_ASPECT = 0.02  # within which two are one: sizes are rounded to pixels, or to a few of them
 
 
@@ -445,19 +446,45 @@ def read_latent(name: str, latent: dict[str, Any], model: Any = None, fps: float
     no model, ShapeError for a batch or other channels.
     """
     tensors = _tensors(latent)
-    mask = latent.get("noise_mask")
-    masks = [*mask.unbind(), None] if mask is not None and getattr(mask, "is_nested", False) else [mask, None]
-    streams = {}
     if any(getattr(tensor, "is_nested", False) for tensor in tensors):
         raise ShapeError(
             f"{name} holds picture and sound together inside another such latent: put LTXVSeparateAVLatent before "
             "LTXVConcatAVLatent"
         )
-    for tensor, its_mask in zip(tensors, masks, strict=False):
-        kind = "video" if tensor.ndim == 5 else "audio"
-        origin = _told_origin(kind, latent, tensor) or _assumed_origin(name, tensor, model, fps)
-        streams[kind] = _read_stream(name, tensor.float().cpu(), its_mask, origin)
+    kinds = ["video" if tensor.ndim == 5 else "audio" for tensor in tensors]
+    if len(set(kinds)) != len(kinds):
+        raise ShapeError(
+            f"{name} holds {len(kinds)} latents together, {kinds.count('video')} of video and {kinds.count('audio')} of sound: "
+            "join one of each by LTXVConcatAVLatent"
+        )
+    streams = {}
+    for kind, tensor, mask in zip(kinds, tensors, _masks(latent, kinds), strict=True):
+        origin = _told_origin(kind, latent, tensor)
+        if origin is None:
+            _refuse_empty_pictures(name, latent, tensor)
+            origin = _assumed_origin(name, tensor, model, fps)
+        streams[kind] = _read_stream(name, tensor.float().cpu(), mask, origin)
     return streams
+
+
+def _masks(latent: dict[str, Any], kinds: list[str]) -> list[Any]:
+    """The noise mask of each stream, None where it has none; a single one is that of the pictures, or of a sound alone."""
+    mask = latent.get("noise_mask")
+    if mask is None or not getattr(mask, "is_nested", False):
+        return [mask, None][: len(kinds)]
+    masks = [*mask.unbind(), None, None]
+    # a stream that was taken from a joint latent may still have the masks of both
+    return masks[:2] if len(kinds) == 2 else [masks[list(_ORIGINS).index(kinds[0])]]
+
+
+def _refuse_empty_pictures(name: str, latent: dict[str, Any], samples: Tensor) -> None:
+    # of some widths their shape is that of a sound, which the host's nodes for sound mark as such
+    alone = samples is latent["samples"] and latent.get("type") != "audio"
+    if alone and samples.ndim == 4 and samples.numel() and not samples.any():
+        raise ShapeError(
+            f"{name} is an empty latent of single pictures, as Empty Latent Image makes it: connect Lockstep Empty AV Latent, "
+            "or nothing"
+        )
 
 
 def _tensors(latent: dict[str, Any]) -> list[Tensor]:
@@ -487,16 +514,18 @@ def _assumed_origin(name: str, samples: Tensor, model: Any, fps: float) -> Origi
         )
     shape = model.shape(None, None, fps or None)
     if samples.ndim == 4:
-        shape = replace(shape, frames=_frames_within(samples.shape[2], shape))
+        limits = model.recipe.seconds_limits
+        shape = replace(shape, frames=_frames_of_sound(samples.shape[2], shape, limits))
     # the least latents tell channels and bins
     origin = _origin_of(model.empty_latents(shape.sound_alone()))
     return replace(origin, shape=shape, counted_fps=shape.fps, assumed=True)
 
 
-def _frames_within(audio_latents: int, shape: ClipShape) -> int:
+def _frames_of_sound(audio_latents: int, shape: ClipShape, limits: tuple[float, float] | None) -> int:
     """The most frames that a model holds and that last no longer than so much sound; at least one."""
     seconds = audio_latents / shape.audio_rate.latents_per_second
-    frames = nearest_frames(seconds * shape.fps, shape.compression)
+    nearest = nearest_frames(seconds * shape.fps, shape.compression)
+    frames = frames_within(nearest, shape.fps, shape.compression, limits)
     while frames > 1 and replace(shape, frames=frames).audio_latents > audio_latents:
         frames -= shape.compression.time
     return frames
@@ -532,6 +561,8 @@ def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin
         raise ShapeError(
             f"the noise mask of {name} has {given}, a MASK (pictures, rows, columns) is needed: put it on by SetLatentNoiseMask"
         )
+    if not mask.numel():
+        raise ShapeError(f"the noise mask of {name} is empty: connect a mask that is not cut to nothing")
     if not mask.isfinite().all():
         raise NotFiniteError(
             f"the noise mask of {name} holds values that are no numbers: look at the node that made it"
@@ -544,8 +575,6 @@ def _fit_video_mask(mask: Tensor, samples: Tensor, origin: Origin) -> Tensor:
     """Any noise_mask over pixels or latents to one value per latent; a latent is as free as its freest pixel."""
     mask_FHW = _flat_mask(mask)
     time = origin.shape.compression.time
-    if not mask_FHW.numel():
-        raise ShapeError("the latent's noise mask is empty: connect a mask that is not cut to nothing")
     if mask_FHW.shape[0] == (samples.shape[2] - 1) * time + 1:
         # one mask per picture: the first latent stands for one of them, the others for `time` each
         padded = torch.cat([mask_FHW[:1].expand(time - 1, -1, -1), mask_FHW])
@@ -554,7 +583,9 @@ def _fit_video_mask(mask: Tensor, samples: Tensor, origin: Origin) -> Tensor:
 
 
 def _fit_audio_mask(mask: Tensor, samples: Tensor) -> Tensor:
-    mask_LM = _flat_mask(mask)[0]
+    """The same for a sound: time runs through a batch of masks, or down the rows of a single one, as the host resizes it."""
+    mask_FHW = _flat_mask(mask)
+    mask_LM = mask_FHW[0] if len(mask_FHW) == 1 else reduce(mask_FHW, "F H W -> F 1", "max")
     return _in_steps(functional.adaptive_max_pool2d(mask_LM[None, None], (samples.shape[2], 1)))
 
 
@@ -695,11 +726,15 @@ def _one_sound(audio: Mapping[str, Any]) -> tuple[Tensor, int]:
 
 def _rate_of(audio: Mapping[str, Any]) -> int:
     try:
-        rate_hz = int(audio.get("sample_rate", 0))
+        rate_hz = int(float(audio.get("sample_rate", 0)))
     except (TypeError, ValueError, OverflowError):
         rate_hz = 0
     if rate_hz < 1:
         raise MediaError("audio does not say how many samples per second it has: load it again")
+    if not _LEAST_RATE_HZ <= rate_hz <= _MOST_RATE_HZ:
+        raise MediaError(
+            f"audio says {rate_hz:g} samples per second, {_LEAST_RATE_HZ} to {_MOST_RATE_HZ} are needed: load it again"
+        )
     return rate_hz
 
 

@@ -29,7 +29,7 @@ from lockstep.model.shapes import AudioRate, ClipShape, Compression
 from lockstep.model.values import AVLatents, Conditioning, Context, Lora, ModelInfo, Progress
 from lockstep.nodes import history, types
 from lockstep.nodes.refining import refining_levels
-from lockstep.nodes.with_loras import add_lora
+from lockstep.nodes.with_loras import WithLoras, add_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "tests/host/object_info.json").read_text(encoding="utf-8"))
@@ -62,6 +62,7 @@ def pack() -> SimpleNamespace:
             patch.setitem(sys.modules, name, MagicMock())
         sys.modules["comfy_api.latest"].io.ComfyNode = type("ComfyNode", (), {})
         names = (
+            "audio_encode",
             "base",
             "extension",
             "host",
@@ -89,6 +90,11 @@ def host(pack, monkeypatch, tmp_path) -> ModuleType:
     monkeypatch.setattr(pack.host, "folder_paths", folders)
     monkeypatch.setattr(pack.host, "PromptServer", SimpleNamespace(instance=server))
     return pack.host
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Engine:
+    return Engine("embedded", "cpu")
 
 
 def script() -> types.Script:
@@ -293,6 +299,30 @@ def test_upscaled_latents_tell_at_which_rate_pictures_count_their_frames(pack, h
     )
 
 
+@pytest.mark.parametrize(
+    ("pictures", "sound", "told"),
+    [
+        (torch.ones(1, 1, 3, 1, 1), torch.ones(1, 1, 19, 1), False),
+        (torch.ones(1, 1, 3, 1, 1), torch.zeros(1, 1, 19, 1), False),  # a sound of yours
+        (torch.tensor([0.0, 1.0, 1.0]).reshape(1, 1, 3, 1, 1), torch.ones(1, 1, 19, 1), True),
+        (torch.ones(1, 1, 3, 1, 1), torch.arange(19.0).reshape(1, 1, 19, 1) / 18, True),
+    ],
+)
+def test_a_mask_that_an_upscaled_latent_does_not_keep_is_told(pack, host, monkeypatch, pictures, sound, told):
+    module, engine, warnings = pack.latent_upscale, model(), []
+    engine.upscale = lambda *_: of_length(17, 24.0)
+    monkeypatch.setattr(host, "find_file", lambda *_: Path("more_frames"))
+    monkeypatch.setattr(host, "join_latents", lambda streams: Nested(*streams))
+    monkeypatch.setattr(host, "warn", lambda _node, said: warnings.extend(said))
+    node = type("Upscale", (module.LockstepLatentUpscale,), {"hidden": SimpleNamespace(unique_id=None)})
+    node.run(engine, parts()[2] | {"noise_mask": Nested(pictures, sound)}, "more_frames")
+    assert [text.partition(",")[0] for text in warnings] == ["the noise mask is not kept"] * told
+    (joint,) = module.io.NodeOutput.call_args.args
+    assert types.kept_streams(types.given_streams(joint, None, engine)) == (
+        {"audio"} if not sound.any() else set()
+    )
+
+
 def test_presets_of_sizes_are_of_the_published_grid_and_refused_by_a_model_that_is_small(pack):
     sizes = [aspect for aspect in pack.sampler.ASPECTS if "x" in aspect]
     assert {"768x512", "1280x704", "1920x1088"} < set(sizes)
@@ -423,7 +453,8 @@ def test_sound_that_goes_on_into_another_clip_says_the_same_as_before():
     before = parts(made)[1]
     parts(replace(of_length(9, 12.0), audio=before["samples"]))
     assert types.from_audio_latent(before).shape.fps == 24.0
-    assert types.from_audio_latent({"samples": made.audio}, model()).shape.fps != 24.0
+    unmarked = {"samples": made.audio, "type": "audio"}
+    assert types.from_audio_latent(unmarked, model()).shape.fps != 24.0
 
 
 def test_the_sound_of_a_cut_video_is_cut_to_it():
@@ -467,7 +498,7 @@ def test_a_stream_that_lost_its_facts_has_those_of_the_one_it_is_joined_with():
 
 @pytest.mark.parametrize("count", [1, 18, 20])
 def test_sound_of_other_nodes_decodes_as_long_as_it_is(count):
-    heard = types.from_audio_latent({"samples": torch.zeros(1, 2, count, 5)}, model())
+    heard = types.from_audio_latent({"samples": torch.zeros(1, 2, count, 5), "type": "audio"}, model())
     assert heard.audio.shape[2] == heard.shape.audio_latents == count
     assert heard.shape.samples(16000) == count * 640
 
@@ -611,9 +642,51 @@ def test_a_joint_latent_inside_another_one_is_refused():
             types.given_streams(joint | {"samples": inside}, None, model())
 
 
-def test_a_mask_that_is_cut_to_nothing_is_refused():
-    with pytest.raises(ShapeError, match="noise mask is empty"):
-        types.given_streams(parts()[0] | {"noise_mask": torch.zeros(0, 4, 4)}, None, model())
+def test_a_latent_of_streams_of_one_kind_or_of_three_is_refused():
+    video, audio = latents().video, latents().audio
+    for inside, counts in (
+        ((video, video), "2 latents together, 2 of video and 0 of sound"),
+        ((audio, audio), "2 latents together, 0 of video and 2 of sound"),
+        ((video, audio, video), "3 latents together, 2 of video and 1 of sound"),
+    ):
+        with pytest.raises(
+            ShapeError, match=f"^latent holds {counts}: join one of each by LTXVConcatAVLatent"
+        ):
+            types.given_streams({"samples": Nested(*inside)}, None, model())
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (3, 4, 64, 64), (1, 2, 19, 5)])
+def test_an_empty_latent_of_pictures_is_not_taken_as_a_sound(shape):
+    """Of some widths its channels and bins are those of a sound."""
+    for name, read in (
+        ("latent", lambda given: types.given_streams(given, None, model())),
+        ("audio", lambda given: types.from_audio_latent(given, model())),
+    ):
+        told = (
+            f"^{name} is an empty latent of single pictures.*: connect Lockstep Empty AV Latent, or nothing$"
+        )
+        with pytest.raises(ShapeError, match=told):
+            read({"samples": torch.zeros(shape)})
+    for sound in (
+        {"samples": torch.zeros(1, 2, 19, 5), "type": "audio"},
+        {"samples": torch.ones(1, 2, 19, 5)},
+    ):
+        assert set(types.given_streams(sound, None, model())) == {"audio"}
+    assert set(types.given_streams(parts(of_length(9))[1], None, model())) == {"audio"}
+
+
+@pytest.mark.parametrize(
+    ("stream", "shape"),
+    [
+        *((0, shape) for shape in [(0, 4, 4), (1, 0, 4, 4), (1, 0, 3, 4, 4), (0, 1, 3, 4, 4), (1, 4, 0)]),
+        *((1, shape) for shape in [(0, 4, 4), (1, 0, 19, 5), (1, 2, 0, 5), (1, 1, 0, 4, 4)]),
+    ],
+)
+def test_a_mask_that_is_cut_to_nothing_is_refused(stream, shape):
+    with pytest.raises(
+        ShapeError, match=r"^the noise mask of latent is empty: connect a mask that is not cut"
+    ):
+        types.given_streams(parts()[stream] | {"noise_mask": torch.zeros(shape)}, None, model())
 
 
 @pytest.mark.parametrize("mask", [torch.full((1, 64, 96), torch.nan), torch.full((1, 1, 19, 1), torch.inf)])
@@ -705,6 +778,35 @@ def test_masks_of_a_joint_latent_belong_to_their_streams():
     assert not alone["video"].mask.any()
 
 
+def test_a_stream_alone_has_of_the_masks_of_a_joint_latent_its_own():
+    """As a node may leave them that takes the streams apart and not their masks."""
+    sound = torch.zeros(1, 1, 19, 1)
+    sound[:, :, 10:] = 1
+    pictures = torch.tensor([1.0, 0.0, 0.0]).reshape(1, 1, 3, 1, 1)
+    video, audio = separate(parts()[2] | {"noise_mask": Nested(pictures, sound)})
+    heard = types.given_streams(audio, None, model())["audio"].mask
+    assert heard[0, 0, :, 0].tolist() == [0] * 10 + [1] * 9
+    assert types.given_streams(video, None, model())["video"].mask[0, 0, :, 0, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("form", [(10, 8, 6), (10, 1, 8, 6), (1, 1, 10, 8, 6)])
+def test_of_a_batch_of_masks_on_a_sound_each_stands_for_its_time(form):
+    masks = torch.zeros(10, 8, 6)
+    masks[5:, 3, 2] = 1  # one white pixel frees its time
+    masks[4, 7, 5] = 0.5
+    mask = types.given_streams(parts()[1] | {"noise_mask": masks.reshape(form)}, None, model())["audio"].mask
+    assert mask.shape == (1, 1, 19, 1)
+    assert mask[0, 0, :, 0].tolist() == [0] * 7 + [0.5] * 2 + [1] * 10
+
+
+@pytest.mark.parametrize("form", [(1, 19, 4), (1, 1, 19, 4), (1, 1, 1, 19, 4)])
+def test_time_runs_down_the_rows_of_a_single_mask_on_a_sound(form):
+    rows = torch.zeros(19, 4)
+    rows[12:, 1] = 1
+    mask = types.given_streams(parts()[1] | {"noise_mask": rows.reshape(form)}, None, model())["audio"].mask
+    assert mask[0, 0, :, 0].tolist() == [0] * 12 + [1] * 7
+
+
 def test_a_joint_mask_for_the_pictures_alone_leaves_the_sound_free():
     given = parts()[2] | {
         "noise_mask": SimpleNamespace(is_nested=True, unbind=lambda: [torch.zeros(1, 1, 3, 1, 1)])
@@ -744,6 +846,45 @@ def test_a_given_sound_is_cut_to_the_clip_and_may_not_be_shorter():
     joint = types.given_streams(parts()[2], None, model())["audio"]
     with pytest.raises(ShapeError, match="the sound of latent has 19 latents"):
         types.fit_sound_to(joint, types.replace(latents().shape, frames=13))
+
+
+@pytest.mark.parametrize("fps", range(12, 25))
+def test_the_sampler_takes_every_sound_that_the_encoder_made_for_it(pack, host, monkeypatch, embedded, fps):
+    monkeypatch.setattr(embedded, "encode_sound", lambda *given: embedded.empty_latents(given[2]).audio + 1)
+    encoder, sampler = pack.audio_encode, pack.sampler
+    node = type("Encode", (encoder.LockstepAudioEncode,), {"hidden": SimpleNamespace(unique_id=None)})
+    for seconds in (1.0, 1.5, 2.0, 4.0, 4.2):
+        node.run(embedded, {"waveform": torch.zeros(1, 1, 9), "sample_rate": 8000}, seconds, float(fps))
+        (latent,) = encoder.io.NodeOutput.call_args.args
+        given = types.given_streams(latent, None, embedded)
+        shape = sampler.shape_of(given, partial(embedded.shape, None), 0.0, 0.0)
+        assert 1 <= shape.seconds <= 4.2
+        assert embedded.recipe.untrained(shape) == ()
+        kept = sampler.kept_parts(given, shape)
+        assert kept["given_audio"].shape[2] == shape.audio_latents
+
+
+@pytest.mark.parametrize(("count", "fps"), [(105, 24.0), (25, 14.0), (250, 12.0)])
+def test_a_sound_of_another_node_is_taken_at_its_length(pack, embedded, count, fps):
+    """As that of a video, its length is told where the model was not trained on it."""
+    given = types.given_streams(None, {"samples": torch.ones(1, 4, count, 16)}, embedded, fps)
+    shape = pack.sampler.shape_of(given, partial(embedded.shape, None), 0.0, 0.0)
+    assert shape.audio_latents <= count
+    assert (embedded.recipe.untrained(shape) == ()) == (count == 105)
+
+
+def test_steps_that_a_trajectory_cannot_show_are_refused_before_sampling(pack, host, monkeypatch, embedded):
+    monkeypatch.setattr(host, "is_watched", lambda: False)
+    monkeypatch.setattr(embedded, "sample", MagicMock(side_effect=AssertionError("sampled")))
+    node = type("Sampler", (pack.sampler.LockstepSampler,), {"hidden": SimpleNamespace(unique_id=None)})
+    text = types.to_conditioning(types.Script(embedded.encode_text("a red ball")))
+    own = (types.OWN_ASPECT, 0, 0, 0.0, 0.0, 3, 0.0, 0.0)
+    # of res2s the last of its steps is one more
+    for sampler, steps in (("euler", 3), ("res2s", 4)):
+        with pytest.raises(WorkflowError, match=f"trajectory: step 5 is none of the {steps} steps"):
+            node.run(embedded, text, *own, sampler, 7, trajectory="1, 5")
+    with pytest.raises(AssertionError, match="sampled"):
+        node.run(embedded, text, *own, "res2s", 7, trajectory="1, 4")
 
 
 # Inputs
@@ -984,6 +1125,8 @@ def test_a_prefix_that_ends_in_a_folder_overwrites_nothing(pack, host, tmp_path)
         ("clips/../../clip", "lies outside the output folder"),
         ("/etc/clip", "lies outside the output folder"),
         ("x" * 300, "is longer than a file's name may be"),
+        ("x/" * 1500 + "y", "is longer than a file's name may be"),
+        ("%date%/" + "x/" * 1500 + "y", "is longer than a file's name may be"),
         (f"{'日' * 90}/clip", "is longer than a file's name may be"),
         ("\ud800", "holds a character that names no file"),
     ],
@@ -995,10 +1138,20 @@ def test_a_place_where_nothing_can_be_saved_is_refused_before_the_run(pack, host
 
 
 @pytest.mark.parametrize(
-    "prefix", ["clip", "clips/../clip", "日" * 80, "%date%" + "x" * 300, "a/b/c", "..clip/x"]
+    "prefix",
+    ["clip", "clips/../clip", "日" * 80, "%date%" + "x" * 300, "a/b/c", "..clip/x", "x/" * 300 + "y"],
 )
 def test_a_place_where_something_can_be_saved_is_taken(pack, host, prefix):
     assert pack.base.check_prefix(prefix) is True
+
+
+@pytest.mark.parametrize("extra", ["abc", ["a"], 5, None])
+def test_what_came_with_a_graph_and_is_no_mapping_holds_no_workflow(host, monkeypatch, extra):
+    told = SimpleNamespace(args=SimpleNamespace(disable_metadata=False))
+    monkeypatch.setattr(host, "comfy", SimpleNamespace(cli_args=told))
+    graph = {"1": {"class_type": "A", "is_changed": [0.5]}}
+    assert host.provenance(graph, extra) == {"prompt": '{"1": {"class_type": "A"}}'}
+    assert host.provenance(graph, {"workflow": {"id": 1}})["workflow"] == '{"id": 1}'
 
 
 # What a node shows
@@ -1196,6 +1349,12 @@ def test_a_clip_to_be_looked_at_keeps_what_is_wrong_with_it():
         ({"waveform": torch.zeros(1, 1, 9), "sample_rate": "fast"}, "how many samples per second"),
         ({"waveform": torch.zeros(1, 1, 9), "sample_rate": float("nan")}, "how many samples per second"),
         ({"waveform": torch.zeros(1, 1, 9)}, "how many samples per second"),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": 10**5000}, "how many samples per second"),
+        (
+            {"waveform": torch.zeros(1, 1, 9), "sample_rate": 2},
+            "says 2 samples per second, 1000 to 768000 are",
+        ),
+        ({"waveform": torch.zeros(1, 1, 9), "sample_rate": 2**31}, "says 2.147.* 1000 to 768000 are needed"),
     ],
 )
 def test_a_sound_of_another_form_is_told_as_what_it_is(audio, sentence):
@@ -1211,7 +1370,7 @@ def test_a_sound_of_another_form_is_told_as_what_it_is(audio, sentence):
         (2, 48000, (2, 48000)),
         (6, 44100, (2, 44100)),
         (2, 192000, (2, 96000)),
-        (1, 5, (1, 8000)),
+        (1, 1000, (1, 8000)),
     ],
 )
 def test_any_sound_fits_into_an_mp4(channels, rate_hz, held):
@@ -1250,6 +1409,12 @@ class Recorder:
     def sample(self, _conditioning, _shape, _guides, settings, seed, **_named):
         self.seen.append(("sample", seed, settings.loras))
 
+    def add_frames(self, _conditioning, _start, _guides, settings, seed, **_named):
+        self.seen.append(("add frames", seed, settings.loras))
+
+    def steps(self, settings, _shape):
+        self.seen.append(("steps", settings.loras))
+
     def sigmas(self, steps, _shape, recipe=None):
         count = steps or 4
         return (*(1 - i / count for i in range(count)), 0.0)
@@ -1265,7 +1430,23 @@ def test_loras_add_up_on_a_shared_engine_and_reach_text_and_sampler():
     assert (engine.recipe.sigmas, both.recipe.sigmas) == (None, (1.0, 0.0))
     both.encode_text("a red ball", "")
     both.sample(None, None, [], SampleSettings(), 7)
-    assert engine.seen == [("text", ("a red ball", ""), (first, second)), ("sample", 7, (first, second))]
+    both.add_frames(None, None, [], SampleSettings(), 8)
+    both.steps(SampleSettings(), None)
+    loras = (first, second)
+    assert engine.seen[:2] == [("text", ("a red ball", ""), loras), ("sample", 7, loras)]
+    assert engine.seen[2:] == [("add frames", 8, loras), ("steps", loras)]
+
+
+def test_no_method_that_takes_settings_or_loras_passes_a_model_s_loras_by():
+    asking = {
+        name
+        for name, method in inspect.getmembers(Engine, inspect.isfunction)
+        if {"settings", "loras", "recipe"} & set(inspect.signature(method).parameters)
+    }
+    by_callers = {"choose_recipe", "read_loras", "plan"}  # no node calls them but to say which LoRAs
+    assert {name for name in asking if not name.startswith("_")} == by_callers | (
+        asking & set(vars(WithLoras))
+    )
 
 
 @pytest.mark.parametrize(
