@@ -1,7 +1,7 @@
 """The embedded model as a small config of the LTX family, in the published nested form."""
 
 NAME = "Lockstep-Embedded"
-VERSION = "0.12.0"
+VERSION = "0.13.0"
 SAMPLE_RATE_HZ = 16000
 
 VIDEO_VAE = {

@@ -95,7 +95,8 @@ def tokenizer_entry() -> str:
     """What the file says of words: beside those of training, how a free prompt is to be understood."""
     words, content = language.vocabulary(), language.content_words()
     read = ways() | readings() | asides()
-    return json.dumps({"words": words, "content": content, "readings": read, "kinds": kinds()})
+    entry = {"words": words, "content": content, "readings": read, "kinds": kinds()}
+    return json.dumps(entry, separators=(",", ":"))
 
 
 def _stored(name: str, tensor: Tensor) -> Tensor:

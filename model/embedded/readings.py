@@ -168,7 +168,8 @@ _NOTHING = (
     "but, at all, instead of, rather than, in the center, in the centre, at the center, at the centre, in the very middle, "
     "centered, centred, in place, on the spot, in mid air, clockwise, at normal speed, at a normal pace, at a steady pace, "
     "nothing else moves, golden hour, solid, pure, uniform, flat, lone, single, completely, perfectly, absolutely, totally, "
-    "entirely, repeatedly, continuously, constantly, endlessly, steadily, rhythmically, over and over, again and again"
+    "entirely, repeatedly, continuously, constantly, endlessly, steadily, rhythmically, over and over, again and again, "
+    "seamless, seamlessly, looped, right side up, colour, color, motion, center, centre"
 )
 
 
@@ -191,7 +192,10 @@ def asides() -> dict[str, str]:
     pictures = ["frame", "picture", "image", "scene", "screen", "video", "clip", "shot"]
     phrases += [f"{rest} of the {whole}" for rest in ("rest", "the rest") for whole in pictures]
     moving = ("movement", "motion", "movements")
-    phrases += [f"{no} camera {move}" for no in ("no", "without", "without any") for move in moving]
+    for no in ("no", "without", "without any"):
+        phrases += [f"{no} camera {move}" for move in moving]
+        phrases += [f"{no} {move} {of}" for move in moving for of in ("of the camera", "in the background")]
+        phrases += [f"{no} blur"]
     phrases += [
         *(
             f"{no} {move} the camera"
@@ -200,6 +204,8 @@ def asides() -> dict[str, str]:
         ),
         *_NOTHING.split(", "),
         "s",
+        "d",
+        "m",
         "re",
         "ll",
         "ve",

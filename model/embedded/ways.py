@@ -93,10 +93,16 @@ _READ_AS = {
     "black": "dark, pitch dark, midnight black",
     "on black": "in the dark, in darkness, in a dark room, in complete darkness, in total darkness",
     "navy": "midnight sky, night sky, night blue, dark navy, dark navy blue",
-    "ball": "marble, balloon, bubble, soccer ball, tennis ball",
-    "square": "four sided shape, box shaped, cube shaped",
-    "triangle": "three sided shape",
-    "star": "five point star, 5 point star, 5 pointed star",
+    "ball": (
+        "marble, balloon, bubble, soccer ball, tennis ball, marbles, balloons, bubbles, soccer balls, tennis balls, orbs, globes, "
+        "beads, footballs, basketballs, rubber balls, beach balls"
+    ),
+    "square": "four sided shape, box shaped, cube shaped, crates",
+    "triangle": "three sided shape, arrowheads",
+    "star": (
+        "five point star, 5 point star, 5 pointed star, five pointed stars, pentagrams, starlets, pentacles, asterisks, "
+        "star shapes"
+    ),
     "background": "bg",
 }
 
@@ -131,8 +137,8 @@ def ways() -> dict[str, str]:
         for one, other in product(grow.split(", "), shrink.split(", ")):
             pairs = product((f"{one} {{}} {other}", f"{other} {{}} {one}"), ("and", "then"))
             read_as |= {pair.format(link): said for pair, link in pairs}
-    # "a dark red ball" is red, "red circles" are no motion, and what is still bouncing bounces
+    # "a dark red ball" is red, and what is still bouncing bounces
     for color in (word for name in (*world.COLORS, *world.BACKGROUNDS) for word in language.WORDS[name]):
-        read_as |= {f"dark {color}": color, f"{color} circles": f"{color} circle"}
+        read_as[f"dark {color}"] = color
     moving = (word for motion, words in language.GERUND.items() if motion != "still" for word in words)
     return read_as | {f"still {word}": word for word in moving}

@@ -1,39 +1,37 @@
-"""What a prompt's phrases mean together: words that a negation takes back, and things of which a clip shows only one.
+"""What a prompt's phrases mean together: things of which a clip shows only one, and colours that its parts cannot have.
 
-A small model reads words, not grammar: "not red" would be red to it. So what is denied is left out, and what it cannot
-show is said. Kinds are phrases that it was trained on, by "colour", "shape", "motion", "background", "ambience", "tempo"
-and "place", each with the name of what it stands for.
+What the model cannot show is told; what is denied, see `denials`. Kinds are phrases that it was trained on, by "colour",
+"shape", "motion", "background", "ambience", "tempo" and "place", each with the name of what it stands for.
 """
 
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 Kinds = Mapping[str, Mapping[str, str]]
 
-_NOT = "no not without never neither nor dont doesnt isnt arent wont cant cannot"
-_NEGATIONS = frozenset([*_NOT.split(), "instead of", "rather than"])
-_ARTICLES = frozenset(["a", "an", "the", "any"])
-# what may stand between a negation and that which it denies
-_FILLER = (
-    "very so really quite too at all in is be being it of on from by for to some this that these "
-    "there have has do does want see show me make big small large nice beautiful bright plain simple "
-    "only longer much such even"
-)
-_BETWEEN = _ARTICLES | frozenset(_FILLER.split())
+
+def words_in(text: str) -> frozenset[str]:
+    """The words of a list that is written as one text."""
+    return frozenset(text.split())
+
+
+ARTICLES = frozenset(["a", "an", "the", "any"])
 WALLS = frozenset(["background", "backgrounds", "backdrop", "wall"])
 BEHIND = frozenset(["on", "over", "against"])
-_SIZES = frozenset(["small", "big", "large", "nice", "beautiful", "bright", "plain", "simple"])
-_IS = frozenset(["is", "are", "that", "which", "s", "of", "colored", "coloured", "color", "colour"])
-_OF_IT = _IS | _SIZES | _ARTICLES
-_CAMERA = frozenset(["camera", "zoom", "pan", "pans", "panning", "dolly"])
-_GO = "is moves move moving zooms zooming to the in out up down back around very"
-_GOES = frozenset(_GO.split())
+SIZES = frozenset(["small", "big", "large", "nice", "beautiful", "bright", "plain", "simple"])
+IS = frozenset(["is", "are", "that", "which", "s", "of", "colored", "coloured", "color", "colour"])
+_OF_IT = IS | SIZES | ARTICLES
+QUANTITIES = words_in(
+    "two three four five six seven eight nine ten several many multiple some few couple pair dozen dozens hundreds lots lot group "
+    "bunch all both various numerous 2 3 4 5 6 7 8 9 10"
+)
 _ONE_OF = {
     "colour": "the model shows one object of one colour",
     "shape": "the model shows one object",
     "motion": "the model shows one motion",
     "background": "the model shows one, and no object of such a colour",
+    "ambience": "the model sounds one",
     "tempo": "the model shows one",
     "place": "the model shows one",
 }
@@ -49,60 +47,8 @@ class Phrase:
     ends: bool  # a sign such as a comma follows
 
 
-def leave_out_denied(
-    phrases: Sequence[Phrase], kinds: Kinds, content: frozenset[str]
-) -> tuple[list[Phrase], tuple[str, ...]]:
-    """The phrases without negations and what they deny, and what to tell of it.
-
-    No weather is what there is without a word of it, so nothing is told of that.
-    """
-    kept: list[Phrase] = []
-    told: list[str] = []
-    at, before = 0, None  # what was denied just before this place
-    while at < len(phrases):
-        end = _denied_until(phrases, at, before, kinds, content)
-        if end == at:
-            kept.append(phrases[at])
-            before = None
-        else:
-            before = phrases[end - 1]
-            if kind_of(before, kinds) != "ambience":
-                first = re.sub("n t$", "n't", phrases[at].said)
-                told.append(f"'{' '.join([first, *(phrase.said for phrase in phrases[at + 1 : end])])}'")
-        at = max(end, at + 1)
-    if not told:
-        return kept, ()
-    return kept, (
-        f"says {_listed(told)}: the model knows no negation, this is left out: say what is to be seen instead",
-    )
-
-
-def leave_out_camera(phrases: Sequence[Phrase], kinds: Kinds) -> tuple[list[Phrase], tuple[str, ...]]:
-    """The phrases with that unread which is of a camera's motion, and what to tell of it: "the camera slowly pans left"."""
-    kept, told = list(phrases), []
-    for at, phrase in enumerate(phrases):
-        if phrase.said not in _CAMERA or not kept[at].words:
-            continue
-        start = end = at
-        if at and not phrases[at - 1].ends and kind_of(phrases[at - 1], kinds) == "tempo":
-            start = at - 1
-        for here in range(at + 1, len(phrases)):
-            said, kind = phrases[here].said, kind_of(phrases[here], kinds)
-            moves = kind in ("tempo", "place", "motion") or said in _CAMERA
-            if phrases[here - 1].ends or not (moves or said in _GOES):
-                break
-            end = here if moves or said in ("moves", "moving", "zooms", "zooming") else end
-        if (start, phrase.said) == (end, "camera"):
-            continue
-        told.append(f"'{' '.join(phrase.said for phrase in phrases[start : end + 1])}'")
-        kept[start : end + 1] = [replace(phrase, words=()) for phrase in phrases[start : end + 1]]
-    return kept, (
-        f"says {_listed(told)}: the model's camera does not move, this is left out",
-    ) if told else ()
-
-
 def tell_contradictions(phrases: Sequence[Phrase], kinds: Kinds) -> Iterator[str]:
-    """Of kinds of which two are named, of colours that no background has, and of those that only backgrounds have."""
+    """Of kinds of which two are named, of things in the plural, and of colours that only backgrounds or objects have."""
     walls, several = _coloured_walls(phrases, kinds), set()
     for kind, shown in _ONE_OF.items():
         said: dict[str, str] = {}
@@ -112,12 +58,36 @@ def tell_contradictions(phrases: Sequence[Phrase], kinds: Kinds) -> Iterator[str
                 said.setdefault(name, phrase.said)
         if len(said) > 1:
             several.add(kind)
-            yield f"names {_NUMBERS.get(len(said), len(said))} {kind}s, {_listed(list(said.values()))}: {shown}"
+            yield f"names {_NUMBERS.get(len(said), len(said))} {kind}s, {listed(list(said.values()))}: {shown}"
+    plural = _plurals(phrases, kinds)
+    if plural and "shape" not in several:
+        yield f"names several things, {listed(plural)}: the model shows one object"
     if walls:
         yield f"asks for a background of {_said(phrases, walls)}: backgrounds are {_names(kinds, 'background')}"
     objects = _dark_objects(phrases, kinds)
     if objects and "background" not in several:
         yield f"asks for an object of {_said(phrases, objects)}: objects are {_names(kinds, 'colour')}"
+
+
+def _plurals(phrases: Sequence[Phrase], kinds: Kinds) -> list[str]:
+    """What is named in the plural, with its colour and number: "two red balls"."""
+    found = []
+    for at, phrase in enumerate(phrases):
+        start = at
+        while is_plural(phrase, kinds) and start and not phrases[start - 1].ends:
+            before = phrases[start - 1]
+            of_number = before.said == "of" and start > 1 and phrases[start - 2].said in QUANTITIES
+            if not (of_number or before.said in QUANTITIES | SIZES or kind_of(before, kinds) == "colour"):
+                break
+            start -= 1
+        found += [_words(phrases[start : at + 1])] if is_plural(phrase, kinds) else []
+    return list(dict.fromkeys(found))
+
+
+def is_plural(phrase: Phrase, kinds: Kinds) -> bool:
+    """Whether a phrase names more than one thing; no thing's own name ends in s."""
+    several = phrase.said.endswith("s") or phrase.said.startswith("circles ")
+    return several and kind_of(phrase, kinds) == "shape"
 
 
 def _coloured_walls(phrases: Sequence[Phrase], kinds: Kinds) -> set[int]:
@@ -127,16 +97,16 @@ def _coloured_walls(phrases: Sequence[Phrase], kinds: Kinds) -> set[int]:
         wall = phrase.said in WALLS
         before = at - 1 if at and not phrases[at - 1].ends else None
         if (not wall and phrase.said not in BEHIND) or (
-            wall and _kind_at(phrases, before, kinds) == "background"
+            wall and kind_at(phrases, before, kinds) == "background"
         ):
             continue
-        here = _next(phrases, at, _OF_IT)
-        kind = _kind_at(phrases, here, kinds)
+        here = next_place(phrases, at, _OF_IT)
+        kind = kind_at(phrases, here, kinds)
         if here is not None and kind == "colour":
-            after = _kind_at(phrases, _next(phrases, here), kinds)
+            after = kind_at(phrases, next_place(phrases, here), kinds)
             found |= set() if after in ("shape", "motion", "colour") else {here}
         if wall and kind != "background" and before is not None:
-            found |= {before} if _kind_at(phrases, before, kinds) == "colour" else set()
+            found |= {before} if kind_at(phrases, before, kinds) == "colour" else set()
     return found
 
 
@@ -147,20 +117,20 @@ def _dark_objects(phrases: Sequence[Phrase], kinds: Kinds) -> set[int]:
         kind = kind_of(phrase, kinds)
         here = at
         if kind == "background" and not (at and phrases[at - 1].said in BEHIND):
-            here = _next(phrases, at)
+            here = next_place(phrases, at)
             while here is not None and (
                 not phrases[here].words
-                or phrases[here].said in _SIZES | _IS
+                or phrases[here].said in SIZES | IS
                 or kind_of(phrases[here], kinds) in ("motion", "tempo")
             ):
-                here = _next(phrases, here)
-            found |= {at} if _kind_at(phrases, here, kinds) == "shape" else set()
-        elif kind == "shape" and (here := _next(phrases, at, _IS)) not in (None, at + 1):
-            found |= {here} if _kind_at(phrases, here, kinds) == "background" else set()
+                here = next_place(phrases, here)
+            found |= {at} if kind_at(phrases, here, kinds) == "shape" else set()
+        elif kind == "shape" and (here := next_place(phrases, at, IS)) not in (None, at + 1):
+            found |= {here} if kind_at(phrases, here, kinds) == "background" else set()
     return found
 
 
-def _next(phrases: Sequence[Phrase], at: int, between: Container[str] = ()) -> int | None:
+def next_place(phrases: Sequence[Phrase], at: int, between: Container[str] = ()) -> int | None:
     """The place after this one, in the same part of the sentence, of what does not stand between."""
     while not phrases[at].ends and at + 1 < len(phrases):
         at += 1
@@ -169,33 +139,8 @@ def _next(phrases: Sequence[Phrase], at: int, between: Container[str] = ()) -> i
     return None
 
 
-def _kind_at(phrases: Sequence[Phrase], at: int | None, kinds: Kinds) -> str | None:
+def kind_at(phrases: Sequence[Phrase], at: int | None, kinds: Kinds) -> str | None:
     return None if at is None else kind_of(phrases[at], kinds)
-
-
-def _denied_until(
-    phrases: Sequence[Phrase], at: int, before: Phrase | None, kinds: Kinds, content: frozenset[str]
-) -> int:
-    """Where ends what a negation at this place denies; `at` if there is none, or none of a word that is known."""
-    negation = phrases[at].said
-    goes_on = before is not None and not before.ends and negation in ("or", "and")
-    if not (negation in _NEGATIONS or negation.endswith("n t") or goes_on):
-        return at
-    thing = negation in ("no", "without")  # "no red ball" denies the ball, "not red" does not
-    here = at
-    while not phrases[here].ends and here + 1 < len(phrases):
-        here += 1
-        phrase = phrases[here]
-        if not content.isdisjoint(phrase.words):
-            kind = kind_of(phrase, kinds)
-            if goes_on and negation == "and" and before is not None and kind != kind_of(before, kinds):
-                return at
-            of = kind_of(phrases[here + 1], kinds) if here + 1 < len(phrases) and not phrase.ends else None
-            return here + 2 if thing and kind == "colour" and of == "shape" else here + 1
-        if phrase.said not in _BETWEEN:
-            return at
-        thing = thing or phrase.said in _ARTICLES
-    return at
 
 
 def kind_of(phrase: Phrase, kinds: Kinds) -> str | None:
@@ -208,16 +153,24 @@ def what_is_shown(kinds: Kinds) -> str:
     """Colours, shapes, motions and backgrounds by their plainest names, as the end of a sentence; empty without them."""
     named = ("colour", "shape", "motion", "background")
     shown = [f"the {kind}s {_names(kinds, kind)}" for kind in named if kinds.get(kind)]
-    return _listed(shown) if shown else ""
+    return listed(shown) if shown else ""
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
 
 
+def _words(phrases: Sequence[Phrase]) -> str:
+    return " ".join(phrase.said for phrase in phrases)
+
+
+def quoted(phrases: Sequence[Phrase]) -> str:
+    return "'" + re.sub(r"n t\b", "n't", _words(phrases)) + "'"
+
+
 def _said(phrases: Sequence[Phrase], places: set[int]) -> str:
-    return _listed(list(dict.fromkeys(phrases[at].said for at in sorted(places))))
+    return listed(list(dict.fromkeys(phrases[at].said for at in sorted(places))))
 
 
 def _names(kinds: Kinds, kind: str) -> str:
-    return _listed(list(dict.fromkeys(kinds.get(kind, {}).values())))
+    return listed(list(dict.fromkeys(kinds.get(kind, {}).values())))

@@ -14,17 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PromptError
-from .phrases import (
-    BEHIND,
-    WALLS,
-    Kinds,
-    Phrase,
-    kind_of,
-    leave_out_camera,
-    leave_out_denied,
-    tell_contradictions,
-    what_is_shown,
-)
+from .camera import leave_out_camera
+from .denials import denies, leave_out_denied, leave_out_lacking
+from .phrases import BEHIND, WALLS, Kinds, Phrase, kind_of, tell_contradictions, what_is_shown
+from .senses import in_context
 from .spelling import meant
 
 UNKNOWN_ID, FIRST_ID = 1, 2  # 0 pads
@@ -33,6 +26,12 @@ _WORD = re.compile("[^\\W_]+|[\u2600-\u27bf\U0001f000-\U0001faff]+")
 _ENDS = re.compile(r"[.,;!?]")
 # "stands perfectly still", "bounces quickly up and down": at most two of them stand within a phrase
 _ADVERB = re.compile("[a-z]+ly|then|very|so|quite|just")
+
+
+# that leave it as it is when within a negation: "does not really move"
+_STRESS = re.compile(
+    "(real|actual|current|present|visib|noticeab|physical|literal|obvious|clear|definite)ly|very|so|quite|then"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +152,18 @@ class WordTokenizer:
             return list(self._read(words, ends)), [], ()
         words, slips = self._corrected(words)
         phrases, of_camera = leave_out_camera(list(self._read(words, ends)), self.kinds)
+        phrases, lacking = leave_out_lacking(in_context(phrases, self.kinds), self.kinds)
         phrases, denied = leave_out_denied(phrases, self.kinds, self.content)
         unread = [phrase.said for phrase in phrases if self._is_unread(phrase)]
         phrases = [replace(phrase, words=()) if self._is_unread(phrase) else phrase for phrase in phrases]
         phrases = self._shortened(phrases)
         ends_at = accumulate(len(phrase.words) for phrase in phrases)
         seen = [phrase for phrase, end in zip(phrases, ends_at, strict=True) if end <= self.longest]
-        return phrases, unread, (*denied, *of_camera, *slips, *tell_contradictions(seen, self.kinds))
+        return (
+            phrases,
+            unread,
+            (*denied, *lacking, *of_camera, *slips, *tell_contradictions(seen, self.kinds)),
+        )
 
     def _shortened(self, phrases: list[Phrase]) -> list[Phrase]:
         """Without the first of the words that mean nothing, as far as there are too many words."""
@@ -199,7 +203,11 @@ class WordTokenizer:
                     said, adverbs = _without_adverbs(words[at : at + count])
                 # "gray background, motionless ball": what is read as nothing ends where a sentence's part does
                 apart = any(ends[at : at + count - 1])
-                if said in self.readings and (self.readings[said] or not apart):
+                if (
+                    said in self.readings
+                    and (self.readings[said] or not apart)
+                    and not self._is_limited(said, adverbs)
+                ):
                     parts = [said, *adverbs]
                     break
             else:
@@ -208,6 +216,12 @@ class WordTokenizer:
                 last = part is parts[-1] and ends[at + count - 1]
                 yield Phrase(part, tuple(self.readings.get(part, part).split()), last)
             at += count
+
+    def _is_limited(self, said: str, adverbs: Sequence[str]) -> bool:
+        """Whether adverbs within "not moving" say that something does move: "not constantly moving"."""
+        limits = [word for word in adverbs if not _STRESS.fullmatch(word)]
+        tempos = self.kinds.get("tempo", {})
+        return denies(said.split()) and any(self.readings.get(word, word) not in tempos for word in limits)
 
     def known(self) -> str:
         """What a clip can show, as the end of a sentence; of files without kinds all meaningful words."""
