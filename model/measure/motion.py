@@ -21,6 +21,7 @@ _PLAIN_SHARE = 0.55  # of all pixels that must have the background's colour
 _LONGEST_PERIODIC_SECONDS = 8.0
 _ENERGY_GRID = 16
 _PACKED = 65535
+_FLASH_SECONDS = 0.25  # what is seen for longer has come to stay
 _LEAST_MOVE = 0.015  # short sides, root mean square; less is rest
 _PART_FRAMES = 16  # of thumbnails that are looked at together
 
@@ -80,15 +81,29 @@ def in_parts(pixels: np.ndarray) -> Iterator[np.ndarray]:
 
 def motion_energy(pixels: np.ndarray) -> np.ndarray:
     """Mean change of each frame against the one before (F,), 0 at the first; a change of exposure is no motion."""
-    pooled = np.concatenate([_pooled(part) for part in in_parts(pixels)])
-    return np.concatenate([[0.0], np.abs(np.diff(pooled, axis=0)).mean((1, 2))])
+    return energy_of(pool(pixels))
+
+
+def pool(pixels: np.ndarray) -> np.ndarray:
+    """Luma (F, h, w) of thumbnails, packed or not, on a grid of at most 16 x 16."""
+    return np.concatenate([_pooled(part) for part in in_parts(pixels)])
 
 
 def _pooled(pixels: np.ndarray) -> np.ndarray:
     grey = pixels @ _LUMA.astype(np.float32)
     rows, columns = (min(n, _ENERGY_GRID) for n in grey.shape[1:])
-    pooled = functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(grey)), (rows, columns))
-    return (pooled - pooled.mean((1, 2), keepdim=True)).numpy()
+    return functional.adaptive_avg_pool2d(
+        torch.from_numpy(np.ascontiguousarray(grey)), (rows, columns)
+    ).numpy()
+
+
+def energy_of(pooled: np.ndarray) -> np.ndarray:
+    """What motion_energy tells of thumbnails, from their pooled luma."""
+    return _change(pooled - pooled.mean((1, 2), keepdims=True))
+
+
+def _change(pooled: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0.0], np.abs(np.diff(pooled, axis=0)).mean((1, 2))])
 
 
 def find_jumps(energy: np.ndarray, fps: float) -> np.ndarray:
@@ -97,9 +112,35 @@ def find_jumps(energy: np.ndarray, fps: float) -> np.ndarray:
         return np.empty(0)
     padded = np.pad(energy, 2)
     near = np.max([padded[i : i + len(energy)] for i in (0, 1, 3, 4)], axis=0)
-    middle = np.median(energy)
-    unusual = energy - middle > 8 * np.median(np.abs(energy - middle))
-    return np.flatnonzero(unusual & (energy > 2 * near) & (energy > max(1e-3, 0.3 * energy.max()))) / fps
+    return np.flatnonzero(_is_unusual(energy) & (energy > 2 * near)) / fps
+
+
+def _is_unusual(change: np.ndarray) -> np.ndarray:
+    middle = np.median(change)
+    far = change - middle > 8 * np.median(np.abs(change - middle))
+    return far & (change > max(1e-3, 0.3 * change.max()))
+
+
+def find_flashes(pooled: np.ndarray, fps: float) -> list[tuple[float, float]]:
+    """From when until when something is seen that appears at once, stays as it is and soon leaves the picture as it was.
+
+    pooled: as pool gives it; unlike motion, a flash of the whole picture's brightness counts. Soon: within a quarter of a
+    second. Seen from the first frame that shows it to the first that does not, in order.
+    """
+    change, longest = _change(pooled), max(1, round(_FLASH_SECONDS * fps))
+    found, end = [], 0
+    for start in np.flatnonzero(_is_unusual(change)).tolist():
+        # where something moved already, to and fro it may come back to where it was
+        if start <= end or change[start] < 2 * change[max(0, start - 2) : start].max():
+            continue
+        # what appears makes one large change, what vanishes the next one
+        large = np.flatnonzero(change[start + 1 : start + 1 + longest] > 0.5 * change[start])
+        if len(large):
+            after = start + 1 + int(large[0])
+            if np.abs(pooled[after] - pooled[start - 1]).mean() < 0.3 * change[start]:
+                found.append((start / fps, after / fps))
+                end = after
+    return found
 
 
 # The object

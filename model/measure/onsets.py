@@ -1,4 +1,4 @@
-"""Sound to the moments at which something starts to sound, and to envelopes that can be laid beside motion.
+"""Sound to the moments at which something starts to sound, and to its loudness, which can be laid beside motion.
 
 C channels, S samples, E envelope frames at ENVELOPE_HZ. Times in seconds from the clip's start.
 """
@@ -68,26 +68,3 @@ def loudness_envelope(sound_CS: np.ndarray, sample_rate_hz: int, hz: float = ENV
         return np.zeros(0)
     edges = np.arange(0, len(power), sample_rate_hz / hz).astype(int)
     return np.add.reduceat(power, edges) / np.maximum(np.diff(np.append(edges, len(power))), 1)
-
-
-def onset_envelope(sound_CS: np.ndarray, sample_rate_hz: int) -> np.ndarray:
-    """How much new there is to hear (E,): rectified growth of the log spectrum, mean over its bins.
-
-    Source: the usual spectral flux; windows of 64 ms, every 10 ms, centred.
-    """
-    wave = sound_CS.astype(np.float64).mean(0)
-    if not wave.any():
-        wave = sound_CS.astype(np.float64)[0] if len(sound_CS) else wave
-    window, hop = max(16, round(0.064 * sample_rate_hz)), sample_rate_hz / ENVELOPE_HZ
-    count = int(np.ceil(len(wave) / hop))
-    if count < 2:
-        return np.zeros(count)
-    padded = np.pad(wave, (window // 2, window))
-    starts = np.round(np.arange(count) * hop).astype(int)
-    taper = np.hanning(window)
-    log_spectra = []
-    for first in range(0, count, 500):  # long sounds in pieces: a spectrogram of an hour does not fit
-        chunk = sliding_window_view(padded, window)[starts[first : first + 500]] * taper
-        log_spectra.append(np.log(np.abs(np.fft.rfft(chunk)).astype(np.float32) + 1e-3))
-    flux = np.maximum(np.diff(np.concatenate(log_spectra), axis=0), 0).mean(1)
-    return np.concatenate([[0.0], flux])

@@ -1,8 +1,8 @@
 """Sound against picture of one clip: a signed offset where both are clear, silence about it otherwise.
 
 Three ways, the first that applies. Events: moments at which the object hits, turns or is largest, or at which the picture
-jumps, against starts of sounds. Loudness: the speed of a smooth motion against the power of the sound. Envelopes:
-motion energy against onset strength, for pictures without one object on a plain background.
+jumps or flashes, against starts of sounds. Loudness: the speed of a smooth motion against the power of the sound.
+Envelopes: motion energy against starts of sounds, for pictures without one object on a plain background.
 Offsets are positive where the sound comes late. Times in seconds unless a name says _ms.
 """
 
@@ -56,28 +56,38 @@ def measure_sync(pixels: np.ndarray, fps: float, waveform_CS: Tensor | None, sam
     if waveform_CS is None or waveform_CS.shape[-1] == 0:
         return _nothing("the clip has no sound")
     sound_CS = np.nan_to_num(waveform_CS.float().cpu().numpy(), posinf=0, neginf=0)
-    energy = motion.motion_energy(pixels)
+    pooled = motion.pool(pixels)
+    energy, flashes = motion.energy_of(pooled), motion.find_flashes(pooled, fps)
     heard = onsets.find_onsets(sound_CS, sample_rate_hz)
     facts = {"av_align": _av_align(energy, fps, heard), "onsets": tuple(heard.tolist())}
-    if energy.max(initial=0) < 2e-4:
+    if energy.max(initial=0) < 2e-4 and not flashes:
         return replace(_nothing("nothing moves"), **facts)
     if np.abs(sound_CS).max() < 1e-4:
         return replace(_nothing("the sound is silent"), **facts)
-    return replace(_by_the_clearest(pixels, energy, fps, sound_CS, sample_rate_hz, heard), **facts)
+    return replace(_by_the_clearest(pixels, energy, flashes, fps, sound_CS, sample_rate_hz, heard), **facts)
 
 
 def _by_the_clearest(
-    pixels: np.ndarray, energy: np.ndarray, fps: float, sound_CS: np.ndarray, rate_hz: int, heard: np.ndarray
+    pixels: np.ndarray,
+    energy: np.ndarray,
+    flashes: list[tuple[float, float]],
+    fps: float,
+    sound_CS: np.ndarray,
+    rate_hz: int,
+    heard: np.ndarray,
 ) -> Sync:
     last = (len(pixels) - 1) / fps
-    jumps = motion.find_jumps(energy, fps)
+    # a flash ends in a jump, too, which is no event of its own
+    jumps = [t for t in motion.find_jumps(energy, fps) if not any(a <= t <= b for a, b in flashes)]
+    sudden = np.sort([*jumps, *(start for start, _ in flashes)])
     path = motion.follow(pixels, fps)
-    if len(jumps) >= 2:
-        by_jumps = match_events(jumps, heard, last, edge=0.5 / fps)
-        if by_jumps.offset_ms is not None or path is not None:
+    if len(sudden) >= 2:
+        by_jumps = match_events(sudden, heard, last, edge=0.5 / fps)
+        # flashes, unlike jumps, leave a path as it is
+        if by_jumps.offset_ms is not None or (path is not None and len(jumps) >= 2):
             return by_jumps
     if path is None:
-        return _by_envelopes(energy, fps, sound_CS, rate_hz)
+        return _by_envelopes(energy, fps, sound_CS.shape[1] / rate_hz, heard)
     seen = motion.name_motion(path)
     strict = _by_turns(seen, heard, last, fps) if seen.events else None
     if strict is not None and strict.offset_ms is not None:
@@ -112,8 +122,13 @@ class _Match:
     offset: float
     gaps: np.ndarray  # of each pair, onset less event
     at: np.ndarray  # time of each pair's event
-    alone: int  # events that should sound and do not, onsets that should show and do not
+    silent: int  # events that should sound and do not
+    unseen: int  # onsets that should show and do not
     fewer: int  # the count of events or of onsets, whichever is less
+
+    @property
+    def alone(self) -> int:
+        return self.silent + self.unseen
 
     @property
     def spread(self) -> float:
@@ -134,7 +149,7 @@ def match_events(
     doubt: float = 0.0,
     least: int = 2,
 ) -> Sync:
-    """The one offset at which events and onsets pair off.
+    """The one offset at which events and onsets pair off; none where events are silent that a sound moved further explains.
 
     last: time of the last frame. edge: seconds at both ends in which an event cannot be seen for sure.
     doubt: 0..1 of the events themselves. least: pairs without which no offset is told.
@@ -152,6 +167,12 @@ def match_events(
     best = max(matches, key=lambda match: match.score)
     rivals = [match for match in matches if abs(match.offset - best.offset) > 2 * _PAIR_SECONDS]
     confidence, reason = _trust(best, rivals, least, around)
+    further = _further_off(events, heard, last, edge) if best.silent and confidence >= CONFIDENT else []
+    if any(_fits_better(match, best) for match in further):
+        confidence, reason = (
+            0.2,
+            "events are silent at an offset in reach, and one of more than 250 ms fits better",
+        )
     confidence = float(confidence * max(0.0, 1 - doubt))
     told = best.offset * 1000 if confidence >= CONFIDENT else None
     drift = _drift_between_pairs(best, last)
@@ -223,7 +244,8 @@ def _pair(events: np.ndarray, heard: np.ndarray, offset: float, last: float, edg
     due[columns] = False
     shown = (heard - offset >= edge + _SLACK) & (heard - offset <= last - edge - _SLACK)
     shown[rows] = False
-    return _Match(offset, found, events[columns], int(due.sum() + shown.sum()), min(len(events), len(heard)))
+    fewer = min(len(events), len(heard))
+    return _Match(offset, found, events[columns], int(due.sum()), int(shown.sum()), fewer)
 
 
 def _drift_between_pairs(match: _Match, last: float) -> float | None:
@@ -265,6 +287,25 @@ def _as_good(rival: _Match, best: _Match) -> bool:
         rival.alone <= best.alone
         and len(rival.gaps) >= 0.4 * len(best.gaps)
         and rival.spread <= best.spread + 2 * _EXACT_SECONDS
+    )
+
+
+def _further_off(events: np.ndarray, heard: np.ndarray, last: float, edge: float) -> list[_Match]:
+    """What pairs off at offsets that are too large to be told."""
+    matches = (_pair(events, heard, offset, last, edge) for offset in _crowded(events, heard, last))
+    return [match for match in matches if abs(match.offset) > RANGE_SECONDS + _SLACK]
+
+
+def _fits_better(further: _Match, best: _Match) -> bool:
+    """Whether a sound moved further explains why events are silent at the best offset, and pairs as many as well.
+
+    Only events that should sound are counted: the further off, the fewer sounds should show.
+    """
+    return (
+        further.silent < best.silent
+        and further.unseen <= best.unseen
+        and len(further.gaps) >= len(best.gaps)
+        and further.spread <= best.spread + 2 * _EXACT_SECONDS
     )
 
 
@@ -345,6 +386,8 @@ def _by_loudness(seen: motion.Motion, last: float, sound_CS: np.ndarray, rate_hz
     rivals = [k * spacing for k in (-1, 1) if abs(delay + k * spacing) <= RANGE_SECONDS + _SLACK]
     if abs(delay) > RANGE_SECONDS + _SLACK:
         return _nothing("no clear event to judge: loudness follows speed at no offset up to 250 ms")
+    if _starts_or_ends_within(power, times, delay):
+        return _nothing("no clear event to judge: the sound begins or ends amid the motion that it follows")
     if rivals:
         return replace(_nothing("the motion repeats itself so soon that several offsets fit"), confidence=0.2)
     confidence = math.exp(-0.69 * (error / 0.003) ** 2) * min(1.0, max(0.0, gained / 60))
@@ -357,32 +400,52 @@ def _by_loudness(seen: motion.Motion, last: float, sound_CS: np.ndarray, rate_hz
     return Sync(delay * 1000, float(confidence), None, None, "loudness", reason)
 
 
+def _starts_or_ends_within(power: np.ndarray, times: np.ndarray, delay: float) -> bool:
+    """Whether silence at an end of the clip is longer than this delay explains: then the sound was moved by a cycle more."""
+    loud = times[power > 1e-6 * power.max()]
+    late, early = loud[0] - times[0], times[-1] - loud[-1]
+    return late > max(delay, 0) + 2 * _PAIR_SECONDS or early > max(-delay, 0) + 2 * _PAIR_SECONDS
+
+
 # Envelopes
 
 
-def _by_envelopes(energy: np.ndarray, fps: float, sound_CS: np.ndarray, rate_hz: int) -> Sync:
-    """Cross-correlation of motion energy and onset strength over +-0.5 s; confidence from how far the peak stands out."""
+def _by_envelopes(energy: np.ndarray, fps: float, seconds: float, heard: np.ndarray) -> Sync:
+    """Cross-correlation of the growth of motion energy and starts of sounds; confidence from how far the peak stands out.
+
+    A movement may sound where it begins or in its midst: told is only what its growth and the energy itself agree on.
+    """
     rate = onsets.ENVELOPE_HZ
-    heard = onsets.onset_envelope(sound_CS, rate_hz)
-    count = min(len(heard), round(len(energy) / fps * rate))
+    count = round(min(seconds, len(energy) / fps) * rate)
     if count < 2 * rate:
         return _nothing("no clear event to judge: under two seconds of pictures without a single object")
+    starts = np.histogram(heard, np.arange(count + 1) / rate - 0.5 / rate)[0].astype(float)
+    growth = np.maximum(np.diff(energy, prepend=energy[:1]), 0)
+    growth[:2] = 0  # of the first frame no motion is known
     times = np.arange(count) / rate
-    moves = np.interp(times, np.arange(len(energy)) / fps, energy)
-    one, other = (_standard(np.convolve(z[:count], np.hanning(9), "same")) for z in (heard, moves))
-    lags = np.arange(-rate // 2, rate // 2 + 1)
-    agree = np.array([_agreement(one, other, int(lag)) for lag in lags])
-    best = int(np.argmax(agree))
-    outside = agree[np.abs(lags - lags[best]) > 0.08 * rate].max()
-    ratio = agree[best] / max(outside, 1e-9) if agree[best] > 0.2 else 0.0
-    confidence = float(np.clip((ratio - 1) / 2, 0, 1)) if abs(lags[best]) <= rate * RANGE_SECONDS + 1 else 0.0
+    both = (np.interp(times, np.arange(len(energy)) / fps, moves) for moves in (growth, energy))
+    one, grows, moves = (_standard(np.convolve(z, np.hanning(9), "same")) for z in (starts, *both))
+    (lag, confidence), (middle, surely) = _best_lag(one, grows), _best_lag(one, moves)
+    confidence = min(confidence, surely, 1.0 if abs(lag - middle) <= 1 else 0.3)
     if confidence < CONFIDENT:
         return Sync(None, confidence, None, None, "envelopes", "no clear event to judge")
-    offset = lags[best] / rate
-    thirds = [_third(one, other, part, lags) for part in (slice(0, count // 3), slice(2 * count // 3, count))]
+    thirds = [_third(one, grows, part) for part in (slice(0, count // 3), slice(2 * count // 3, count))]
     drift = None if None in thirds else (thirds[1] - thirds[0]) * 1000 / rate  # type: ignore[operator]
-    reason = f"sound and motion agree best {abs(offset) * 1000:.0f} ms {'late' if offset > 0 else 'early'}"
-    return Sync(offset * 1000, confidence, drift, None, "envelopes", reason)
+    offset_ms = lag * 1000 / rate
+    reason = f"sound and motion agree best {_spoken(offset_ms)}"
+    return Sync(offset_ms, confidence, drift, None, "envelopes", reason)
+
+
+def _best_lag(heard: np.ndarray, moves: np.ndarray) -> tuple[int, float]:
+    """The lag of the best agreement, and how sure it is, 0..1: a rhythm agrees at others, too."""
+    rate = onsets.ENVELOPE_HZ
+    lags = np.arange(-3 * rate // 2, 3 * rate // 2 + 1)
+    agree = np.array([_agreement(heard, moves, int(lag)) for lag in lags])
+    best = int(np.argmax(agree))
+    outside = agree[np.abs(lags - lags[best]) > 0.08 * rate].max()
+    if agree[best] <= 0.2 or abs(lags[best]) > rate * RANGE_SECONDS + 1:
+        return int(lags[best]), 0.0
+    return int(lags[best]), float(np.clip((agree[best] / max(outside, 1e-9) - 1) / 2, 0, 1))
 
 
 def _standard(signal: np.ndarray) -> np.ndarray:
@@ -394,9 +457,10 @@ def _agreement(heard: np.ndarray, moves: np.ndarray, lag: int) -> float:
     return float(a @ b) / len(heard)
 
 
-def _third(heard: np.ndarray, moves: np.ndarray, part: slice, lags: np.ndarray) -> int | None:
-    agree = [_agreement(heard[part], moves[part], int(lag)) for lag in lags]
-    return int(lags[int(np.argmax(agree))]) if max(agree) > 0.2 else None
+def _third(heard: np.ndarray, moves: np.ndarray, part: slice) -> int | None:
+    lags = range(-onsets.ENVELOPE_HZ // 2, onsets.ENVELOPE_HZ // 2 + 1)
+    agree = [_agreement(heard[part], moves[part], lag) for lag in lags]
+    return lags[int(np.argmax(agree))] if max(agree) > 0.2 else None
 
 
 # AV-Align
