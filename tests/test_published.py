@@ -316,6 +316,93 @@ def test_a_component_of_another_model_is_refused_or_passed_over(models, tmp_path
         engine.require("language_model")
 
 
+# a few names each of what other models keep in the same folders
+FOREIGN = {
+    "text_encoders/t5xxl_fp16": (
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.final_layer_norm.weight",
+    ),
+    "vae/wan_2.1_vae": ("conv1.weight", "encoder.conv1.weight", "decoder.head.0.gamma"),
+    "vae/ltx-2.5-like-ae": (
+        "encoder.down.0.block.0.conv1.weight",
+        "decoder.up.0.block.0.conv1.weight",
+        "decoder.conv_in.weight",
+    ),
+    "checkpoints/sd_xl_base_1.0": (
+        "first_stage_model.encoder.conv_in.weight",
+        "first_stage_model.decoder.conv_in.weight",
+        "model.diffusion_model.input_blocks.0.0.weight",
+    ),
+}
+
+
+def with_foreign_files(folder: Path) -> Path:
+    for name, keys in FOREIGN.items():
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("absent", "sentence"),
+    [
+        (
+            "*video-vae*",
+            r"no video VAE for LTX-2\.5 .*: put ltx-2\.5-video-vae-bf16\.safetensors .* models/vae",
+        ),
+        (
+            "*audio-vae*",
+            r"no audio VAE for LTX-2\.5 .*: put ltx-2\.5-audio-vae-bf16\.safetensors .* models/vae",
+        ),
+    ],
+)
+def test_a_codec_of_another_model_is_never_taken_for_one_that_is_missing(split, tmp_path, absent, sentence):
+    folder = with_foreign_files(Path(shutil.copytree(split[0], tmp_path / "models")))
+    for path in folder.rglob(absent):
+        path.unlink()
+    engine = Engine(folder / split[1].relative_to(split[0]), "cpu", folders=[folder])
+    with pytest.raises(CheckpointError, match=sentence) as raised:
+        made(engine)
+    assert not engine._modules
+    assert not any(Path(name).name in str(raised.value) for name in FOREIGN)
+
+
+def test_codecs_without_labels_are_found_among_those_of_other_models(split, tmp_path):
+    folder = with_foreign_files(Path(shutil.copytree(split[0], tmp_path / "models")))
+    main = folder / split[1].relative_to(split[0])
+    renamed = {"ltx-2.5-video-vae-bf16": "pictures", "ltx-2.5-audio-vae-bf16": "sound"}
+    for old, new in renamed.items():
+        save_file(load_file(folder / f"vae/{old}.safetensors"), folder / f"vae/{new}.safetensors")
+        (folder / f"vae/{old}.safetensors").unlink()
+    (folder / "vae/ltx-2.5-video-vae-conv-bf16.safetensors").unlink()
+    found = {header.path.stem for header in Engine(main, "cpu", folders=[folder]).headers}
+    assert {"pictures", "sound"} <= found
+    assert found.isdisjoint(Path(name).name for name in FOREIGN)
+
+
+def test_a_transformer_of_another_model_is_not_taken_for_one_that_is_missing(split, tmp_path):
+    folder = with_foreign_files(Path(shutil.copytree(split[0], tmp_path / "models")))
+    (folder / split[1].relative_to(split[0])).unlink()
+    engine = Engine(folder / "vae/ltx-2.5-audio-vae-bf16.safetensors", "cpu", folders=[folder])
+    with pytest.raises(CheckpointError, match=r"no transformer for LTX-2\.5"):
+        engine.require(keymap.TRANSFORMER)
+
+
+def test_a_version_without_duration_head_does_not_take_that_of_another(models, split, tmp_path):
+    head = load_file(split[0] / "model_patches/ltx-2.5-duration-head.safetensors")
+    save_file(head, tmp_path / "duration.safetensors")
+    gemma = [models / "2.3" / "gemma.safetensors"]
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=gemma, folders=[tmp_path])
+    assert all(header.path.stem != "duration" for header in engine.headers)
+    unlabelled = tmp_path / split[1].name
+    unlabelled.write_bytes(split[1].read_bytes())
+    assert "duration" in {
+        header.path.stem for header in Engine(unlabelled, "cpu", folders=[tmp_path]).headers
+    }
+
+
 def test_a_text_encoder_that_is_packed_otherwise_is_passed_over_and_refused_when_given(models, tmp_path):
     packed = {}
     for name, tensor in load_file(models / "2.3" / "gemma.safetensors").items():

@@ -18,7 +18,7 @@ from .header import Header, read_header
 from .index import headers_of, index, shard_group
 from .published_files import PUBLISHED, version_label
 from .quantised import packed_layers
-from .structure import component_shapes, structure_version
+from .structure import MARKS, component_shapes, structure_version
 
 _logger = logging.getLogger("lockstep")
 
@@ -35,6 +35,7 @@ TITLES: Mapping[str, str] = {
     keymap.DURATION_HEAD: "duration head",
     keymap.UPSAMPLER: "latent upscaler",
 }
+_CODECS = (keymap.VIDEO_VAE, keymap.VIDEO_VAE_DIFFUSION, keymap.AUDIO_VAE)
 Paths = Sequence[str | Path]
 Shards = tuple[Header, ...]  # of one set of files; mostly a single one
 
@@ -115,6 +116,8 @@ def _missing(headers: Sequence[Header]) -> Iterator[tuple[str, ...]]:
         held = index(headers)
         if keymap.TEXT_ENCODER in held and set(group) & {keymap.LANGUAGE_MODEL, keymap.DURATION_HEAD}:
             continue  # an embedded model is whole by itself
+        if keymap.DURATION_HEAD in group and keymap.DURATION_HEAD not in PUBLISHED[model_version(headers)]:
+            continue  # a version without one would take that of another
         wanted = tuple(name for name in group if name != keymap.TEXT_ENCODER)
         if keymap.VIDEO_VAE in wanted:
             wanted = preferred
@@ -123,9 +126,16 @@ def _missing(headers: Sequence[Header]) -> Iterator[tuple[str, ...]]:
 
 
 def complete(component: str, names: Collection[str]) -> bool:
-    """Whether these tensors of a component are all that a run needs; of a codec, a decoder alone is enough."""
-    firsts = {name.split(".", 1)[0] for name in names}
-    return bool(firsts) and (component != keymap.CONNECTORS or firsts.issuperset(keymap.PARTS[component]))
+    """Whether these tensors of a component are all that a run needs; of a codec, one side alone is enough."""
+    if component == keymap.CONNECTORS:
+        return {name.split(".", 1)[0] for name in names}.issuperset(keymap.PARTS[component])
+    return bool(names) and _is_own(component, names)
+
+
+def _is_own(component: str, names: Collection[str]) -> bool:
+    """Whether these are a component of this family: encoders and decoders of other models bear the same bare names."""
+    marks = [mark for owner, mark, _ in MARKS if owner == component]
+    return not marks or any(mark in names for mark in marks)
 
 
 def _search(group: Sequence[str], headers: Sequence[Header], folders: Paths) -> Shards:
@@ -143,7 +153,7 @@ def _search(group: Sequence[str], headers: Sequence[Header], folders: Paths) -> 
 
 
 def _candidates(component: str, headers: Sequence[Header], folders: Paths) -> list[Shards]:
-    """Files below the folders that hold something of a component, the shards of one set together."""
+    """Files below the folders that hold something of a component, the shards of one set together; no foreign codecs."""
     used = {header.path.resolve() for header in headers}
     groups: dict[str, list[Header]] = {}
     for path in dict.fromkeys(
@@ -156,7 +166,10 @@ def _candidates(component: str, headers: Sequence[Header], folders: Paths) -> li
         held = _peek(path, facts.st_mtime_ns, facts.st_size)
         if component in held and path.resolve() not in used:
             groups.setdefault(shard_group(path), []).append(read_header(path))
-    return [tuple(shards) for shards in groups.values()]
+    found = [tuple(shards) for shards in groups.values()]
+    if component not in _CODECS:
+        return found
+    return [shards for shards in found if _is_own(component, index(shards)[component])]
 
 
 @lru_cache(maxsize=1024)
