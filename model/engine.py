@@ -92,6 +92,7 @@ from .values import (
     GenerateRequest,
     GenerateResult,
     Guide,
+    GuidePlace,
     Lora,
     ModelInfo,
     Progress,
@@ -424,7 +425,8 @@ class Engine:
         run = Run(conditioning, shape, settled, seed, progress, sound_alone)
         sound_first = recipe.sound_first and not sound_alone and start is None and given.lets_sound_begin
         with self._lock:
-            self._tell_host(shape, settled.guidance, settled.step_cache, settled.loras, progress)
+            places = tuple(map(GuidePlace.of, guides))
+            self._tell_host(shape, settled.guidance, settled.step_cache, settled.loras, progress, places)
             if sound_first:
                 given = replace(given, audio=self._sound(run, given, guides), audio_mask=None)
             layouts = self._layouts(run.inside, guides, given)
@@ -778,16 +780,18 @@ class Engine:
         loras: Sequence[Lora] = (),
         upscales: Sequence[tuple[Path, ClipShape]] = (),
         prompts: tuple[int, ...] | None = None,
+        guides: tuple[GuidePlace, ...] = (),
     ) -> Plan:
         """The memory that a clip will need, from shapes alone; its policy, if none was given, rules from now on.
 
         shape: of the finished clip; upscales: the latent upscalers that led to it, each with the shape that it gets.
-        prompts: tokens of prompt and negative prompt; None: as many as the model reads.
+        prompts: tokens of prompt and negative prompt; None: as many as the model reads. guides: places of those that the clip
+        is held to, which add tokens to it.
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
         with self._lock:  # another run may be moving weights, which the policy tells where to
             guidance = guidance or self.recipe.guidance
-            key = (shape, guidance.passes, step_cache > 0, prompts)
+            key = (shape, guidance.passes, step_cache > 0, prompts, guides)
             if key not in self._forecasts:
                 self._forecasts[key] = self._forecast.needs(
                     shape,
@@ -795,6 +799,7 @@ class Engine:
                     "perturbed" in guidance.passes,
                     cached=step_cache > 0,
                     prompts=prompts,
+                    guides=guides,
                 )
             text, sample, *decodes = self._forecasts[key]
             self.read_loras(loras)
@@ -821,12 +826,13 @@ class Engine:
         step_cache: float,
         loras: Sequence[Lora],
         progress: ProgressCallback = _nothing,
+        guides: tuple[GuidePlace, ...] = (),
     ) -> None:
         """Before a clip is sampled: what the transformer holds beside its weights, for the host and for people.
 
         On a CPU no host asks.
         """
-        asked = (shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0)
+        asked = (shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0, guides)
         need = self._foretell(asked, lambda: self._forecast.sampling(*asked), keymap.TRANSFORMER)
         if need is None:
             return
@@ -885,7 +891,8 @@ class Engine:
         loras = (*request.loras, *request.refine_loras)
         texts = (request.prompt, request.negative)
         prompts = tuple(self.tokenizer.encode(text, required=False).places for text in texts)
-        plan = self.plan(shape, guidance, request.step_cache, loras, upscales, prompts)
+        places = requests.guide_places(request, shape)
+        plan = self.plan(shape, guidance, request.step_cache, loras, upscales, prompts, places)
         _plan_logger.info("%s", plan.sentence())
 
     # the same, with the type that the name promises

@@ -32,7 +32,7 @@ from .residency import BANDS, MemoryCount, StageNeed, stack_need, weight_bytes
 from .shapes import ClipShape
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
-from .values import Conditioning, Context
+from .values import Conditioning, Context, Guide, GuidePlace
 
 _BLOCKS = 4  # as many tell what a whole stack needs
 _LATENTS = 24  # longer clips need no more memory to decode
@@ -64,14 +64,16 @@ class Forecast:
         window_bytes: int = WINDOW_BYTES,
         cached: bool = False,
         prompts: Sequence[int] | None = None,
+        guides: Sequence[GuidePlace] = (),
     ) -> tuple[StageNeed, ...]:
         """Text, sampling, video and audio of one clip; perturbed: one of the passes is STG's; cached: with the step cache.
 
-        prompts: tokens of each; None: of a prompt and a negative one, both as long as the model reads.
+        prompts: tokens of each; None: of a prompt and a negative one, both as long as the model reads. guides: places of those
+        that the clip is held to.
         """
         return (
             self.text(prompts or (self._text_length,) * 2),
-            self.sampling(shape, passes, perturbed, cached),
+            self.sampling(shape, passes, perturbed, cached, guides),
             self.video(shape, window_bytes),
             self.audio(shape),
         )
@@ -116,7 +118,12 @@ class Forecast:
 
     @torch.inference_mode()
     def sampling(
-        self, shape: ClipShape, passes: tuple[str, ...], perturbed: bool = False, cached: bool = False
+        self,
+        shape: ClipShape,
+        passes: tuple[str, ...],
+        perturbed: bool = False,
+        cached: bool = False,
+        guides: Sequence[GuidePlace] = (),
     ) -> StageNeed:
         """That of the transformer alone, which takes a fraction of the time of all; arguments as of needs."""
         transformer = cast(AVTransformer, self._module(keymap.TRANSFORMER))
@@ -124,7 +131,8 @@ class Forecast:
         need = stack_need("sample", transformer)
         transformer.transformer_blocks = transformer.transformer_blocks[:_BLOCKS]
         dtype = next(transformer.parameters()).dtype
-        video = lay_out_video(shape, config.video.channels_in, ())
+        channels = config.video.channels_in
+        video = lay_out_video(shape, channels, [_empty_guide(place, channels) for place in guides])
         audio = lay_out_audio(shape, 1, config.audio.channels_in)
         widths = [config.caption_width or stream.context_width for stream in (config.video, config.audio)]
         with torch.device("meta"):
@@ -205,6 +213,10 @@ class Forecast:
             frames = vae.config.mel_frames(shape.audio_latents)
             peak = max(peak, vae.config.channels_out * vocoder.working_bytes(frames))
         return StageNeed("audio", weight_bytes(vae, vocoder), peak)
+
+
+def _empty_guide(place: GuidePlace, channels: int) -> Guide:
+    return Guide(torch.zeros(1, channels, *place.grid), place.frame, 1.0, attention=place.attention)
 
 
 def _of_a_piece(vae: DiffusionVAE, shape: ClipShape) -> int:

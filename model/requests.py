@@ -12,7 +12,7 @@ from .sampler.guidance import Guidance
 from .shapes import AudioRate, ClipShape, Compression
 from .step_probe import check_threshold
 from .two_stage import Upscale, first_fps, first_size
-from .values import GenerateRequest
+from .values import GenerateRequest, GuidePlace
 
 AWAY = "a cfg below 1 leads away from the prompt: 1 is no guidance"
 UNHEARD = "the negative prompt has no effect without text guidance: give a cfg above 1"
@@ -79,3 +79,9 @@ def given_pictures(request: GenerateRequest, shape: ClipShape) -> list[tuple[Ten
         (request.reference, None, request.reference_attention),
     ]
     return [(image, frame, attention) for image, frame, attention in pictures if image is not None]
+
+
+def guide_places(request: GenerateRequest, shape: ClipShape) -> tuple[GuidePlace, ...]:
+    """Those of the guides that given pictures become: one latent frame each, as large as the clip's."""
+    grid = (1, shape.latent_height, shape.latent_width)
+    return tuple(GuidePlace(at, attention, grid) for _, at, attention in given_pictures(request, shape))

@@ -57,6 +57,20 @@ class Guide:
     attention: float = 1.0  # how much clip and guide see of each other, 0..1; 1 for one at frame 0
 
 
+@dataclass(frozen=True, slots=True)
+class GuidePlace:
+    """Where a guide stands and how large it is: what memory depends on, without its picture."""
+
+    frame: int | None  # as of Guide
+    attention: float
+    grid: tuple[int, int, int]  # latent frames, rows and columns
+
+    @classmethod
+    def of(cls, guide: Guide) -> "GuidePlace":
+        frames, rows, columns = guide.latent.shape[2:]
+        return cls(guide.frame, guide.attention, (frames, rows, columns))
+
+
 def check_places(places: Iterable[tuple[int | None, float]]) -> None:
     """Raises WorkflowError for pictures, each a frame (None: a reference) and its attention, that no clip can hold together."""
     taken = set()

@@ -28,6 +28,7 @@ from lockstep.model.residency import (
     stepping_down,
     weight_bytes,
 )
+from lockstep.model.values import GenerateRequest, GuidePlace
 
 
 def test_a_stream_goes_on_with_smaller_windows_where_memory_ended():
@@ -378,6 +379,40 @@ def test_a_forecast_meets_what_the_stages_really_hold(engine, seconds):
     for stage, wanted in found.items():
         assert forecast[stage] == pytest.approx(wanted, rel=0.15), stage
     assert longest > forecast["text"]  # of prompts that nobody has told
+
+
+@pytest.mark.parametrize(
+    "frames", [(), (0,), (0, -1), (None,)], ids=["none", "first", "first and last", "reference"]
+)
+def test_a_forecast_meets_what_sampling_with_given_pictures_really_holds(engine, frames):
+    shape, picture = engine.shape(seconds=3), torch.rand(96, 96, 3)
+    at = [shape.frames - 1 if frame == -1 else frame for frame in frames]
+    guides = [engine.encode_image(picture, shape, frame) for frame in at]
+    places = tuple(map(GuidePlace.of, guides))
+    plain, need = (engine.plan(shape, guides=given).needs[1].working for given in ((), places))
+    engine.load()
+    conditioning = engine.encode_text("a red ball bounces")
+    with MemoryCount() as count:
+        engine.sample(conditioning, shape, guides, SampleSettings(steps=2))
+    assert need == pytest.approx(count.peak, rel=0.06)  # what guides add to a clip so short is 8 % of it
+    assert (need > 1.05 * plain) == any(frame != 0 for frame in at)
+
+
+def test_a_picture_in_the_clip_s_own_place_needs_no_rows_of_every_token(engine):
+    shape = engine.shape(seconds=3)
+    first = GuidePlace(0, 1.0, (1, shape.latent_height, shape.latent_width))
+    plain, held = (engine.plan(shape, guides=given).needs[1].working for given in ((), (first,)))
+    assert held < 1.02 * plain
+
+
+def test_a_request_s_pictures_are_in_its_plan(monkeypatch):
+    engine, asked = Engine("embedded", "cpu", memory="resident"), []
+    plan, shape, picture = engine.plan, engine.shape(seconds=1), torch.rand(96, 96, 3)
+    monkeypatch.setattr(engine, "plan", lambda *given: asked.append(given[-1]) or plan(*given))
+    request = GenerateRequest("a red ball", last_image=picture, reference=picture, reference_attention=0.5)
+    engine._say_plan(shape, request, engine.recipe.guidance)
+    grid = (1, shape.latent_height, shape.latent_width)
+    assert asked == [(GuidePlace(shape.frames - 1, 1.0, grid), GuidePlace(None, 0.5, grid))]
 
 
 def test_policies_make_the_same_clip(engine):

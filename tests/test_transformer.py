@@ -173,7 +173,8 @@ def test_rows_of_several_levels_equal_those_of_tokens_alone():
     for token, level in enumerate(index[0]):
         alone = Rows(adaln(levels[:, level : level + 1])[0], None).plus(table)
         for row, single in zip(together, alone, strict=True):
-            assert_near(row[:, token : token + 1], single, 1e-5)  # the same, sums of 256
+            own = row.of_tokens()[:, token : token + 1]
+            assert_near(own, single.of_tokens(), 1e-5)  # the same, sums of 256
 
 
 def test_timestep_sinusoids_give_the_known_answers():

@@ -4,6 +4,7 @@ B batch, U distinct noise levels, T tokens, R rows, W width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,6 +15,20 @@ from ..layers.inference import writes_in_place
 from ..layers.timestep import TimestepMLP
 
 
+class Row(NamedTuple):
+    """One modulation row of each distinct noise level; as wide as the tokens only where it meets them."""
+
+    values_BUW: Tensor
+    level_of_token_BT: Tensor | None
+
+    def of_tokens(self, added: float = 0.0) -> Tensor:
+        """The row plus a number, (B, T, W), or (B, 1, W) with a single level."""
+        values = self.values_BUW + added if added else self.values_BUW
+        if self.level_of_token_BT is None:
+            return values
+        return torch.take_along_dim(values, rearrange(self.level_of_token_BT, "B T -> B T 1"), dim=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Modulation rows of each distinct noise level, and the level of each token."""
@@ -21,13 +36,10 @@ class Rows:
     values_BURW: Tensor
     level_of_token_BT: Tensor | None  # None: one level for all tokens
 
-    def plus(self, table_RW: Tensor, first: int = 0, end: int | None = None) -> tuple[Tensor, ...]:
-        """Adds a block's own table; rows first to end, each (B, T, W), or (B, 1, W) with a single level."""
+    def plus(self, table_RW: Tensor, first: int = 0, end: int | None = None) -> tuple[Row, ...]:
+        """Adds a block's own table; rows first to end, of levels still: spread over tokens each takes as much as the stream."""
         rows = self.values_BURW[:, :, first:end] + table_RW[first:end].to(self.values_BURW.dtype)
-        if self.level_of_token_BT is None:
-            return rows.unbind(dim=2)
-        index = rearrange(self.level_of_token_BT, "B T -> B T 1")
-        return tuple(torch.take_along_dim(row, index, dim=1) for row in rows.unbind(dim=2))
+        return tuple(Row(row, self.level_of_token_BT) for row in rows.unbind(dim=2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +68,16 @@ class AdaLN(nn.Module):
         return rows, embedded
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def modulate(x: Tensor, scale: Row, shift: Row) -> Tensor:
     """x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+    return torch.addcmul(shift.of_tokens(), x, scale.of_tokens(1))
 
 
-def modulate_over(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def modulate_over(x: Tensor, scale: Row, shift: Row) -> Tensor:
     """modulate of an x that nobody else reads: in inference x holds the result, for fresh memory costs more than the sum."""
-    return torch.addcmul(shift, x, 1 + scale, out=x if writes_in_place() else None)
+    return torch.addcmul(shift.of_tokens(), x, scale.of_tokens(1), out=x if writes_in_place() else None)
 
 
-def add_gated(x: Tensor, gate: Tensor, made: Tensor) -> Tensor:
+def add_gated(x: Tensor, gate: Row, made: Tensor) -> Tensor:
     """x + gate * made, where nobody else reads made: in inference it holds the result."""
-    return torch.addcmul(x, gate, made, out=made if writes_in_place() else None)
+    return torch.addcmul(x, gate.of_tokens(), made, out=made if writes_in_place() else None)
