@@ -9,13 +9,16 @@ import pytest
 import torch
 from published_models import monolith_state, write_gemma, write_monolith
 from safetensors.torch import save_file
+from torch import nn
 
 from lockstep.model.checkpoint.build import build
 from lockstep.model.checkpoint.header import read_header, stamp
 from lockstep.model.checkpoint.index import index
-from lockstep.model.checkpoint.lora import LoraStack, linear_layers, read_lora
+from lockstep.model.checkpoint.lora import Change, LoraStack, _Branch, linear_layers, read_lora
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, UnsupportedModelError, WorkflowError
+from lockstep.model.layers.scaled_linear import ScaledLinear
+from lockstep.model.residency import MemoryCount
 from lockstep.model.sampler.guidance import UNGUIDED
 from lockstep.model.values import GenerateRequest, Lora
 from lockstep.nodes.with_loras import add_lora
@@ -402,6 +405,43 @@ def test_a_lora_works_on_packed_weights(models, tmp_path):
     assert torch.equal(layer(x), changed)
     stack.take_off("transformer")
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_in_inference_several_add_to_what_the_layer_gives_without_a_second_result(dtype):
+    linear, x = nn.Linear(16, 64).eval().requires_grad_(False), torch.randn(2, 3, 16)
+    if dtype != torch.float32:
+        linear, x = linear.to(torch.bfloat16), x.to(torch.bfloat16)
+    layer = linear if dtype.itemsize > 1 else ScaledLinear.of(linear)
+    changes = [(Change(torch.randn(RANK, 16), torch.randn(64, RANK), 1.5), factor) for factor in (0.5, -1.0)]
+    alone = layer(x).float()
+    wanted = alone + sum(factor * 1.5 * x.float() @ c.down.T @ c.up.T for c, factor in changes)
+    layer.register_forward_hook(_Branch(changes))
+    traced = layer(x)  # outside of inference, as a compiler sees it
+    with torch.inference_mode():
+        layer(x)  # which brings the matrices
+        with MemoryCount() as count:
+            made = layer(x)
+    # 16 bits: of the layer's result and of the matrices
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.02}
+    torch.testing.assert_close(made.float(), wanted, **near)
+    torch.testing.assert_close(made, traced, atol=near["atol"], rtol=near["rtol"])
+    if dtype.itemsize > 1:  # an fp8 weight is unpacked beside it here
+        assert count.peak == made.nbytes + 2 * 3 * 2 * RANK * made.itemsize
+
+
+def test_a_forecast_with_loras_meets_what_sampling_really_holds(models, tmp_path):
+    layers = pairs(layers_of(models), components=("transformer",))
+    save_file(as_published(layers), tmp_path / "lora.safetensors")
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "gemma.safetensors"])
+    loras, shape = (Lora(tmp_path / "lora.safetensors"),), engine.shape("384x384", 0.4)
+    places = tuple(engine.tokenizer.encode(text, required=False).places for text in ("a red ball", ""))
+    need = engine.plan(shape, loras=loras, prompts=places).needs[1].working
+    conditioning, settings = engine.encode_text("a red ball"), SampleSettings(steps=1, loras=loras)
+    assert engine._transformer
+    with MemoryCount() as count:
+        engine.sample(conditioning, shape, settings=settings)
+    assert need == pytest.approx(count.peak, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import CheckpointError, UnsupportedModelError, WorkflowError
+from ..layers.inference import writes_in_place
 from ..values import Lora
 from . import keymap
 from .header import Header, Stamp, read_header, stamp
@@ -249,7 +250,12 @@ class _Branch:
         if self._made is None or self._made[0].device != x.device or self._made[0].dtype != x.dtype:
             self._made = self._matrices(x)
         down, up = self._made
-        return output + functional.linear(functional.linear(x, down), up)
+        low = functional.linear(x, down)
+        if not (writes_in_place() and output.is_contiguous()):
+            return output + functional.linear(low, up)
+        # fresh, and nobody else's yet: a sum of its own would take twice its memory
+        output.view(-1, output.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.t())
+        return output
 
     def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         down = torch.cat([change.down.to(x) for change, _ in self._changes])
