@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lockstep.model.layers import attention, fused
 from lockstep.model.layers.rope import Rope, rotate
+from lockstep.model.residency import MemoryCount
 
 HEADS = 3  # no power of two, nor is half of a head's 20 channels
 
@@ -93,6 +94,21 @@ def test_the_first_call_is_answered_as_all_later_ones(monkeypatch):
     first, second = (fused.norm_and_turn(*setting, HEADS, lambda: plain(*setting)) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, plain(*setting))
+
+
+@torch.inference_mode()
+def test_the_first_call_holds_no_second_result(monkeypatch):
+    monkeypatch.setattr(fused, "_proven", {})
+    monkeypatch.setattr(fused, "_serves", lambda _x: True)
+    monkeypatch.setattr(
+        fused, "_by_kernel", lambda x_BTD, *_: x_BTD.clone().unflatten(-1, (8, -1)).transpose(1, 2)
+    )
+    monkeypatch.setattr(fused, "find_spec", lambda _name: True)
+    x = torch.randn(1, 4096, 512)
+    with MemoryCount() as count:
+        fused.norm_and_turn(x, *given()[1:], 8, lambda: x.clone().unflatten(-1, (8, -1)).transpose(1, 2))
+    assert list(fused._proven.values()) == [True]
+    assert count.peak < 1.2 * x.nbytes
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**
 _GAIN = 0.9  # another kernel must be this much faster than the usual one
 _QUERY_BLOCK = 512  # scores of one head and block stay in a CPU's cache
 # heads and queries that are compared with the plain path, few enough that their scores take no room
-_PROBE = (slice(None), slice(4), slice(128))
+PROBE = (slice(None), slice(4), slice(128))
 _BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 _NAMED_ERROR = 0.1  # of a kernel that the user named: sageattention computes in 8 bits
 # auto: the fastest that agrees; pytorch: always torch's own choice; the others are packages
@@ -121,7 +121,7 @@ def choose(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Kernel:
         # whatever a kernel that cannot serve these tensors raises, it is not chosen; torch warns of each reason besides
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = kernel(query_BNTK, key_BNLK, value_BNLK)[_PROBE].float()
+            made = kernel(query_BNTK, key_BNLK, value_BNLK)[PROBE].float()
             error = (made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
             if float(error) <= TOLERANCES[query_BNTK.dtype]:
                 seconds[name] = _seconds(kernel, query_BNTK, key_BNLK, value_BNLK)
@@ -137,7 +137,7 @@ def named(name: str, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -
     kernel: Kernel = {"flash_attn": _flash_attn, "sageattention": _sage_attention}[name]
     wanted = _probed(query_BNTK, key_BNLK, value_BNLK)
     try:
-        made = kernel(query_BNTK, key_BNLK, value_BNLK)[_PROBE].float()
+        made = kernel(query_BNTK, key_BNLK, value_BNLK)[PROBE].float()
         error = float((made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
         reason = f"its error is {error:.3g} of the result"
     except Exception as failure:  # whatever a package raises that cannot serve these tensors
@@ -149,7 +149,7 @@ def named(name: str, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -
 
 
 def _probed(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
-    return plain_attention(query_BNTK[_PROBE], key_BNLK[_PROBE[:2]], value_BNLK[_PROBE[:2]])
+    return plain_attention(query_BNTK[PROBE], key_BNLK[PROBE[:2]], value_BNLK[PROBE[:2]])
 
 
 def plain_attention(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:

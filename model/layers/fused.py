@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from .attention_backends import TOLERANCES
+from .attention_backends import PROBE, TOLERANCES
 from .rope import Rope
 
 _logger = logging.getLogger("lockstep")
@@ -27,7 +27,7 @@ def norm_and_turn(
         return plain()
     key = (x_BTD.device, x_BTD.dtype, x_BTD.shape[-1], heads)
     if key not in _proven:
-        _proven[key] = _agrees(x_BTD, norm, rope, heads, plain())
+        _proven[key] = _agrees(x_BTD, norm, rope, heads, plain)
     # from the first call on, or a first clip would differ in bits from the same clip made again
     return _by_kernel(x_BTD, norm, rope, heads) if _proven[key] else plain()
 
@@ -41,12 +41,13 @@ def _by_kernel(x_BTD: Tensor, norm: nn.RMSNorm, rope: Rope, heads: int) -> Tenso
     return run(x_BTD, norm.weight, norm.eps or 0.0, rope, heads).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _agrees(x_BTD: Tensor, norm: nn.RMSNorm, rope: Rope, heads: int, wanted: Tensor) -> bool:
+def _agrees(x_BTD: Tensor, norm: nn.RMSNorm, rope: Rope, heads: int, plain: Callable[[], Tensor]) -> bool:
     if not find_spec("triton"):
         return False
+    wanted = _probed(plain())
     try:
-        made = _by_kernel(x_BTD, norm, rope, heads).float()
-        error = float((made - wanted).square().mean().sqrt() / wanted.float().square().mean().sqrt())
+        made = _probed(_by_kernel(x_BTD, norm, rope, heads))
+        error = float((made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # whatever a compiler raises that does not work here
@@ -54,3 +55,8 @@ def _agrees(x_BTD: Tensor, norm: nn.RMSNorm, rope: Rope, heads: int, wanted: Ten
         return False
     _logger.info("norm and rotation by Triton: error %.3g", error)
     return error <= TOLERANCES[x_BTD.dtype]
+
+
+def _probed(made_BNTK: Tensor) -> Tensor:
+    """A part in float32; a copy, or the whole would be held beside what it is compared with."""
+    return made_BNTK[PROBE].to(torch.float32, copy=True)
