@@ -817,7 +817,7 @@ class Engine:
     def _forecast(self) -> Forecast:
         """Of the components that are there."""
         held = [component for component in self._files.needed if component in self._files.places]
-        return Forecast(self.headers, held, self._dtype, self.recipe.text_length, self._packs)
+        return Forecast(self.headers, held, self._dtype, self.recipe.text_length, self.device, self._packs)
 
     def _tell_host(
         self,

@@ -27,7 +27,7 @@ from .codec.windows import WINDOW_LATENTS, WINDOW_MELS, decode_audio_stream, voc
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser
 from .layers.neighborhood_attention import MEMORY_BYTES
-from .layers.scaled_linear import pack_linears
+from .layers.scaled_linear import as_on, pack_linears
 from .residency import BANDS, MemoryCount, StageNeed, stack_need, weight_bytes
 from .shapes import ClipShape
 from .transformer.model import AVTransformer
@@ -42,6 +42,7 @@ _BAND_TENSORS = 6  # of the size of a band: its rows, activated rows, products o
 class Forecast:
     """Needs of one checkpoint's stages; dtype_of: a component's name to the dtype of its weights.
 
+    device: that they will run on, which may or may not multiply fp8.
     packs: whether the transformer's blocks are packed to fp8 as they are loaded.
     """
 
@@ -51,10 +52,11 @@ class Forecast:
         components: Sequence[str],
         dtype_of: Callable[[str], torch.dtype],
         text_length: int,
+        device: torch.device,
         packs: bool = False,
     ):
         self._files, self._components, self._dtype_of = files, components, dtype_of
-        self._text_length, self._packs = text_length, packs
+        self._text_length, self._device, self._packs = text_length, device, packs
 
     def needs(
         self,
@@ -107,7 +109,7 @@ class Forecast:
         need = replace(need, weights=need.weights + beside, fixed=need.fixed + beside)
         if encoder is None or connectors is None:
             return need
-        with torch.device("meta"), MemoryCount() as count:
+        with torch.device("meta"), as_on(self._device), MemoryCount() as count:
             masks = [torch.ones(1, tokens) for tokens in prompts]
             states = [encoder(torch.zeros(mask.shape, dtype=torch.int64), mask) for mask in masks]
             _contexts = [
@@ -141,7 +143,7 @@ class Forecast:
                 replace(stream, positions=stream.positions.to("meta"), clean=stream.clean.to("meta"))
                 for stream in (video, audio)
             )
-            with MemoryCount() as count:
+            with as_on(self._device), MemoryCount() as count:
                 denoiser = JointDenoiser(
                     transformer,
                     video,

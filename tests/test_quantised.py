@@ -22,6 +22,7 @@ from lockstep.model.errors import CheckpointError, UnsupportedModelError
 from lockstep.model.layers import scaled_linear
 from lockstep.model.layers.attention import Attention
 from lockstep.model.layers.scaled_linear import ScaledLinear, pack_input, pack_linears
+from lockstep.model.residency import MemoryCount
 from lockstep.model.sampler.guidance import Guidance
 from lockstep.model.transformer.config import TransformerConfig
 from lockstep.model.transformer.model import AVTransformer
@@ -274,6 +275,20 @@ def test_float8_halves_the_blocks_of_bfloat16_as_it_is_loaded():
     assert held == [forecast.block for forecast in forecasts]
     error = (made[1].video - made[0].video).norm() / made[0].video.norm()
     assert 0 < error < 0.3
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_a_forecast_of_packed_layers_is_of_the_device_that_runs_them(monkeypatch, multiplies):
+    monkeypatch.setitem(scaled_linear._products, torch.device("cpu"), multiplies)
+    monkeypatch.setitem(scaled_linear._products, torch.device("meta"), False)
+    engine = Engine("embedded", "cpu", precision="float8")
+    shape, settings = engine.shape(seconds=1.0), SampleSettings(steps=1, guidance=Guidance())
+    need = engine.plan(shape, settings.guidance).needs[1].working
+    conditioning = engine.encode_text("a red ball bounces")
+    assert engine._transformer
+    with MemoryCount() as count:
+        engine.sample(conditioning, shape, settings=settings)
+    assert need == pytest.approx(count.peak, rel=0.1)
 
 
 def test_a_file_that_stays_packed_is_forecast_as_it_is_held(tmp_path):

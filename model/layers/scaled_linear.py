@@ -4,6 +4,9 @@ Where the device multiplies fp8 (compute capability 8.9 and later) inputs are pa
 unpacked for each call, so that it takes one byte a value between them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ _LARGEST = torch.finfo(_PRODUCT_DTYPE).max
 _UNPACKED = ("to_gate_logits",)  # small, and a gate's error scales a whole head
 _GRAIN = 16  # the product wants both widths in multiples of it
 _products: dict[torch.device, bool] = {}  # asked once: a compiler cannot look into the question
+_foretold: ContextVar[torch.device | None] = ContextVar("foretold", default=None)
 
 
 class PackedInput(NamedTuple):
@@ -99,7 +103,19 @@ class ScaledLinear(nn.Module):
         return wanted and _has_product(device)
 
 
+@contextmanager
+def as_on(device: torch.device) -> Iterator[None]:
+    """Inside, layers on the meta device compute as they will on this one."""
+    token = _foretold.set(device)
+    try:
+        yield
+    finally:
+        _foretold.reset(token)
+
+
 def _has_product(device: torch.device) -> bool:
+    if device.type == "meta":
+        device = _foretold.get() or device
     if device not in _products:
         _products[device] = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return _products[device]
