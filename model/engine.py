@@ -808,7 +808,9 @@ class Engine:
                 self._forecast.upscaling(self._open_upscaler(path)[0], before) for path, before in upscales
             ]
             needs = (text, sample, *grown, *decodes)
-            budget = None if self._place else free_bytes(self.device, self._residence.bytes_here)
+            # what an earlier run left on the device is in these needs as well
+            held = self._residence.bytes_here + self._loras.bytes_here(keymap.TRANSFORMER)
+            budget = None if self._place else free_bytes(self.device, held)
             return self._residence.follow(needs, budget)
 
     # -- inside ----------------------------------------------------------------------------------------------------

@@ -354,6 +354,26 @@ def test_a_lora_is_in_the_plan_and_off_the_device_after_a_run_that_was_broken_of
         assert all(branch._made is None for branch in branches)
 
 
+def test_matrices_that_a_run_left_on_the_device_are_counted_once(models, tmp_path, monkeypatch):
+    save_file(as_published(pairs(layers_of(models), components=("transformer",))), tmp_path / "a.safetensors")
+    gemma = models / "gemma.safetensors"
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[gemma])
+    loras, shape = (Lora(tmp_path / "a.safetensors"),), engine.shape("48x32", 0.4)
+    device = round(engine.plan(shape, loras=loras).peak / 0.94)  # as large as just keeps all resident
+
+    def free(_device, held: int) -> int:
+        branches = engine._loras._branches.get("transformer", [])
+        matrices = sum(matrix.nbytes for branch in branches for matrix in branch._made or ())
+        return device - engine._residence.bytes_here - matrices + held
+
+    monkeypatch.setattr("lockstep.model.engine.free_bytes", free)
+    before = engine.plan(shape, loras=loras)
+    assert before.policy == "resident"
+    engine.generate(replace(REQUEST, loras=loras))
+    assert engine._loras._branches["transformer"][0]._made is not None
+    assert engine.plan(shape, loras=loras) == before
+
+
 def test_loras_that_samplers_take_turns_with_are_read_once(models, tmp_path):
     layers = layers_of(models)
     paths = [tmp_path / f"{n}.safetensors" for n in range(2)]

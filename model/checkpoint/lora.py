@@ -265,6 +265,11 @@ class _Branch:
         ]
         return down, torch.cat([up.to(x.dtype) for up in scaled], dim=1)
 
+    @property
+    def bytes_here(self) -> int:
+        """Of its matrices on the device now."""
+        return sum(matrix.nbytes for matrix in self._made or ())
+
     def let_go(self) -> None:
         """What is on the device goes; the file's own tensors stay mapped."""
         self._made = None
@@ -302,6 +307,10 @@ class LoraStack:
         files = [self._files[stamp(lora.path)] for lora in loras if lora.strength]
         changes = (change for file in files for (at, _), change in file.changes.items() if at == component)
         return dtype.itemsize * sum(change.down.numel() + change.up.numel() for change in changes)
+
+    def bytes_here(self, component: str) -> int:
+        """What those that are on, if any, hold on the device now."""
+        return sum(branch.bytes_here for branch in self._branches.get(component, []))
 
     def put_on(self, component: str, module: nn.Module, loras: Sequence[Lora]) -> None:
         """Makes these, and no others, change a component; costs nothing where they are on already.
