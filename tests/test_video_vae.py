@@ -150,6 +150,7 @@ def test_sizes_that_the_grid_cannot_hold_are_refused_with_the_nearest(vae, shape
         ("unheard_of", 1, "unheard_of=1"),
         ("latent_log_var", "per_channel", "latent_log_var=.per_channel."),
         ("spatial_padding_mode", "replicate", "spatial_padding_mode='replicate'"),
+        ("encoder_spatial_padding_mode", "replicate", "encoder_spatial_padding_mode='replicate'"),
         ("norm_layer", "group_norm", "norm_layer='group_norm'"),
         ("encoder_blocks", [["attn_res_x", {"num_layers": 1}]], "attn_res_x"),
         ("decoder_blocks", [["res_x", {"num_layers": 1, "inject_noise": True}]], "inject_noise=True"),
@@ -164,6 +165,18 @@ def test_sizes_that_the_grid_cannot_hold_are_refused_with_the_nearest(vae, shape
 def test_unsupported_options_are_refused_by_name(option, value, message):
     with pytest.raises(UnsupportedModelError, match=message):
         VideoVAEConfig.from_published(VIDEO_VAES["2.0"] | {option: value})
+
+
+@pytest.mark.parametrize("said", ["zeros", "reflect"])
+def test_an_encoder_pads_as_its_config_says_and_with_zeros_where_it_says_nothing(said):
+    plain = VIDEO_VAES["2.3"]
+    vaes = [
+        seeded(VideoVAE(VideoVAEConfig.from_published(section)))
+        for section in (plain, plain | {"encoder_spatial_padding_mode": said})
+    ]
+    pixels = torch.rand(1, 3, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    silent, told = (vae.encode(pixels) for vae in vaes)
+    assert torch.equal(silent, told) == (said == "zeros")
 
 
 if FIXTURES:  # further references of published layout: collected only where a folder is named

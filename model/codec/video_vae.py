@@ -81,8 +81,8 @@ class VideoVAEConfig:
         options.expect("use_quant_conv", False)
         options.expect("normalize_latent_channels", False)
         options.expect("scaling_factor", 1.0)
-        options.ignore("encoder_spatial_padding_mode")
-        # the key names the decoder's padding; encoders of every version pad with zeros
+        # the shorter key names the decoder's padding; published encoders pad with zeros, and say nothing of it
+        encoder_padding = options.expect("encoder_spatial_padding_mode", "zeros", "reflect")
         decoder_padding = options.expect("spatial_padding_mode", "reflect", "zeros")
         config = cls(
             encoder_stages=_read_stages(options.take("encoder_blocks"), encoder=True),
@@ -91,6 +91,7 @@ class VideoVAEConfig:
             decoder_width=options.take("decoder_base_channels", 128),
             latent_channels=options.take("latent_channels", 128),
             patch=options.take("patch_size", 4),
+            encoder_padding=encoder_padding,
             decoder_padding=decoder_padding,
             causal_decoder=options.expect("causal_decoder", False, True),
             timestep_conditioning=options.expect("timestep_conditioning", False, True),
