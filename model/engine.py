@@ -878,8 +878,9 @@ class Engine:
                 self._place(module, self._beside.get(component, 0))
             else:
                 self._residence.use(component, module)
-                if fresh and self.device.type == "cuda":
-                    self._files.check_numbers(component, module)  # cheap where it is now
+                # cheap where weights are now; of streamed ones that is the host, and values that end tell of them later
+                if fresh and self.device.type == "cuda" and not self._residence.streams(component):
+                    self._files.check_numbers(component, module)
             return module
 
     def _say_plan(self, shape: ClipShape, request: GenerateRequest, guidance: Guidance) -> None:

@@ -551,6 +551,10 @@ class Residence:
         """Weights on the device now."""
         return sum(weights.bytes for weights in self._here.values())
 
+    def streams(self, component: str) -> bool:
+        """Whether a component's blocks come one by one now."""
+        return isinstance(self._here.get(component), BlockStream)
+
     def follow(self, needs: Sequence[StageNeed], budget: int | None) -> Plan:
         """The plan for these needs; from now on its policy rules, if none was given."""
         plan = make_plan(needs, budget, self.given)

@@ -11,6 +11,7 @@ from test_audio_codec import assert_near
 from test_sharing import PASSES, make, tokens
 from torch import Tensor
 
+from lockstep.model.components import ModelFiles
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import MemoryShortError, WorkflowError
 from lockstep.model.residency import (
@@ -413,6 +414,17 @@ def test_a_request_s_pictures_are_in_its_plan(monkeypatch):
     engine._say_plan(shape, request, engine.recipe.guidance)
     grid = (1, shape.latent_height, shape.latent_width)
     assert asked == [(GuidePlace(shape.frames - 1, 1.0, grid), GuidePlace(None, 0.5, grid))]
+
+
+@pytest.mark.parametrize(("memory", "looked"), [("resident", True), ("stream", False)])
+def test_streamed_weights_are_not_read_a_second_time_on_the_host(monkeypatch, memory, looked):
+    engine, checked = Engine("embedded", "cpu", memory=memory), []
+    monkeypatch.setattr(
+        ModelFiles, "check_numbers", lambda _files, component, _module: checked.append(component)
+    )
+    engine.device = torch.device("cuda")  # weights stay where they are
+    assert engine._transformer
+    assert checked == (["transformer"] if looked else [])
 
 
 def test_policies_make_the_same_clip(engine):
