@@ -30,7 +30,7 @@ _GRID = 40  # side of the patch on which shapes are compared
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """Sound onsets matched one to one with visual events in the tolerance; the clip's edges are left out."""
+    """Sound onsets matched one to one with visual events in the tolerance; see match for the clip's edges."""
 
     offsets: tuple[float, ...]  # seconds of each pair, positive where the sound comes late
     missed: int  # events without sound
@@ -434,11 +434,14 @@ def find_onsets(wave: np.ndarray, sample_rate_hz: int, window_seconds: float = 0
     return tuple(sorted(i * step / sample_rate_hz for i in kept))
 
 
-def match(events: Sequence[float], onsets: Sequence[float], seconds: float, fps: float) -> Sync:
+def match(
+    events: Sequence[float], onsets: Sequence[float], seconds: float, fps: float, edges: bool = False
+) -> Sync:
     """Pairs onsets with events within 1.5 frames, nearest first; what is alone at the edges does not count.
 
     The edges reach 1.5 frames from the first and the last frame: a contact shows only by two frames on both
-    sides. The last frame stands one frame before the end of the sound.
+    sides. The last frame stands one frame before the end of the sound. With `edges` all counts: even true
+    clips then have onsets whose events cannot be seen.
     """
     pairs = sorted(
         (abs(onset - event), i, j) for i, event in enumerate(events) for j, onset in enumerate(onsets)
@@ -447,7 +450,7 @@ def match(events: Sequence[float], onsets: Sequence[float], seconds: float, fps:
     for distance, i, j in pairs:
         if distance <= TOLERANCE_FRAMES / fps and i not in heard and j not in heard.values():
             heard[i] = j
-    first, last = 1.5 / fps, seconds - 2.5 / fps
+    first, last = (-math.inf, math.inf) if edges else (1.5 / fps, seconds - 2.5 / fps)
     missed = [event for i, event in enumerate(events) if i not in heard and first <= event <= last]
     slack = 0.02  # an onset just inside may belong to an event just outside
     extra = [
