@@ -1,11 +1,13 @@
 """Free English about the world: every way of saying a scene that the embedded model is taught.
 
 A prompt is built from an order of slots and a phrase for each slot. Some orders and phrasings are never trained on
-(HELD_OUT_ORDERS, HELD_OUT_OPENINGS), so that understanding can be measured on them.
+(HELD_OUT_ORDERS, HELD_OUT_OPENINGS), so that understanding can be measured on them. Slots of which a scene says nothing
+stay empty, and commas are not read: a held-out order says a scene only where no trained one comes to the same.
 """
 
 import random
 import re
+from functools import cache
 
 from .world import Scene
 
@@ -119,7 +121,8 @@ BACKGROUND = [
 ]
 OPENINGS = ["", "", "", "a video of ", "show me ", "there is ", "a clip of ", "we see ", "here is "]
 HELD_OUT_OPENINGS = ["please make a movie of ", "i want to see "]
-# s subject, m motion with tempo, p place, b background, a ambience, g motion before the noun
+# s subject, m motion with tempo, is and ing the same as participle, p place, b background, a ambience,
+# g motion before the noun
 ORDERS = [
     "s m p b a",
     "s m b p a",
@@ -131,7 +134,9 @@ ORDERS = [
     "s is p b a",
     "b , g p a",
 ]
-HELD_OUT_ORDERS = ["b a , s m p", "p b , s m a"]
+HELD_OUT_ORDERS = ["b a , s m p", "p b , s m a", "ing b a , s p", "s b , it m p a"]
+# what a slot says, in turn
+_SAYS = {"is": "m", "ing": "m", "g": "m s", "it": "", ",": ""}
 # words that carry no meaning here, but are no reason to complain
 _FILLER = (
     "a an the of and with it its is are was be being please make me show want to see i we you here there this that some one "
@@ -148,7 +153,7 @@ def describe(scene: Scene, rng: random.Random, held_out: bool = False, nameless:
 
     held_out: in phrasings that training never uses. nameless: without colour and shape, which a picture shows.
     """
-    order = rng.choice(HELD_OUT_ORDERS if held_out else ORDERS)
+    order = rng.choice(held_out_orders(scene) if held_out else ORDERS)
     color, shape = rng.choice(WORDS[scene.color]), rng.choice(WORDS[scene.shape])
     subject = rng.choice(
         [f"a {color} {shape}"] * 4 + [f"the {color} {shape}", f"a {shape} that is {color} and"]
@@ -157,19 +162,41 @@ def describe(scene: Scene, rng: random.Random, held_out: bool = False, nameless:
         color, shape = "", rng.choice(["thing", "object"])
         subject = rng.choice([f"this {shape}", f"the {shape}", "it", "this"])
     tempo = rng.choice(TEMPO[scene.tempo])
+    finite, gerund = rng.choice(FINITE[scene.motion]), rng.choice(GERUND[scene.motion])
     slots = {
         "s": subject,
-        "m": f"{rng.choice(FINITE[scene.motion])} {tempo}",
-        "is": f"is {rng.choice(GERUND[scene.motion])} {tempo}",
+        "m": f"{finite} {tempo}",
+        "is": f"is {gerund} {tempo}",
+        "ing": f"{gerund} {tempo}",
         "g": f"a {rng.choice(GERUND[scene.motion][:2])} {color} {shape} {'' if scene.tempo == 'normal' else tempo}",
         "p": rng.choice(PLACE[scene.place]),
         "b": rng.choice(BACKGROUND).format(rng.choice(WORDS[scene.background])),
         "a": rng.choice(AMBIENCE[scene.ambience]),
+        "it": "it",
         ",": ",",
     }
     openings = HELD_OUT_OPENINGS if held_out else OPENINGS
     text = rng.choice(openings) + " ".join(slots[slot] for slot in order.split())
-    return re.sub(r"\s+", " ", text).replace(" ,", ",").strip(" ,")
+    # "a ball that is red and" leads on to a motion, which may have come before
+    return re.sub(r"\s+", " ", text).replace(" ,", ",").strip(" ,").removesuffix(" and")
+
+
+def held_out_orders(scene: Scene) -> list[str]:
+    """The held-out orders that say this scene as no trained one can."""
+    phrases = {"p": PLACE[scene.place], "a": AMBIENCE[scene.ambience]}
+    return _unlike_trained(frozenset(slot for slot, forms in phrases.items() if forms == [""]))
+
+
+@cache
+def _unlike_trained(empty: frozenset[str]) -> list[str]:
+    trained = {_said(order, empty) for order in ORDERS}
+    return [order for order in HELD_OUT_ORDERS if _said(order, empty) not in trained]
+
+
+def _said(order: str, empty: frozenset[str]) -> str:
+    """What an order says in turn if these slots are empty: "s m b"."""
+    said = " ".join(_SAYS.get(slot, slot) for slot in order.split() if slot not in empty)
+    return " ".join(said.split())
 
 
 def interrupt(prompt: str, rng: random.Random) -> str:
