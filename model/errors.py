@@ -35,6 +35,10 @@ class WorkflowError(LockstepError):
     """Values that do not belong together: a latent of another model, a guide outside the clip."""
 
 
+class TrainingError(LockstepError):
+    """A run of training that stands elsewhere than asked for, or whose data are missing or another codec's."""
+
+
 class ProvenanceError(LockstepError):
     """A certificate that is missing or cannot sign, an unknown kind of origin."""
 

@@ -102,7 +102,7 @@ def train_video_decoder(
 
     def loss_of(drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = drawn.to(device).float()
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(pixels.device.type, torch.bfloat16):
             with torch.no_grad():
                 latent = run.model.encoder(pixels)[:, : run.model.config.latent_channels]
             noise = torch.randint(3, (len(latent), 1, 1, 1, 1)).to(device) * 0.04

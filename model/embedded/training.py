@@ -22,6 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import TrainingError
+
+_STATE, _LOG = "state.safetensors", "log.jsonl"
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
@@ -113,10 +117,12 @@ def _as_it_is(drawn: object) -> object:
     return drawn
 
 
-def drawn_ahead(draw: Callable[[int], Data], numbers: Sequence[int], workers: int) -> Iterator[Data]:
+def drawn_ahead(
+    draw: Callable[[int], Data], numbers: Sequence[int], workers: int, ahead: int = 4
+) -> Iterator[Data]:
     """What `draw` gives for each number, in order; by so many processes that run ahead, or by this one if 0.
 
-    draw: picklable, no CUDA in it.
+    draw: picklable, no CUDA in it. ahead: how many of its numbers each process holds drawn, in shared memory.
     """
     loader = DataLoader(
         _OfStep(draw),
@@ -124,7 +130,7 @@ def drawn_ahead(draw: Callable[[int], Data], numbers: Sequence[int], workers: in
         sampler=numbers,
         num_workers=workers,
         collate_fn=_as_it_is,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead if workers else None,
     )
     return iter(loader)
 
@@ -145,9 +151,10 @@ class Run(Generic[Model]):
         )
         self.ema = {name: self.weights[name].detach().clone() for name in self.names}
         self.step = 0
-        self.rank, self.processes = join_processes()
-        if (folder / "state.safetensors").exists():
+        self.rank, self.processes = join_processes(next(model.parameters()).device)
+        if (folder / _STATE).exists():
             self._load()
+        self._cut_log()
 
     def train(
         self,
@@ -159,10 +166,12 @@ class Run(Generic[Model]):
         """Runs the remaining steps.
 
         draw(step): its data; loss_of(data): the loss and figures to log; workers: processes that draw ahead. seconds: after which
-        it ends earlier, with the learning rate decayed by then; 0 for any time.
+        it ends earlier, with the learning rate decayed by then; 0 for any time.  Raises TrainingError if no step remains.
         """
+        if self.step >= self.settings.steps:
+            raise TrainingError(f"{self.folder} stands at step {self.step} already: give more --steps")
         started = saved = time.monotonic()
-        first, sums = self.step, {}
+        first, logged, sums = self.step, self.step, {}
         for data in drawn_ahead(draw, range(self.step, self.settings.steps), workers):
             ran = (time.monotonic() - started) / seconds if seconds else 0.0
             self._set_rate(max(self.step / self.settings.steps, min(ran, 1.0)))
@@ -180,13 +189,13 @@ class Run(Generic[Model]):
             self.step += 1
             self._average()
             for name, value in ({"loss": loss.detach(), "grad_norm": norm} | figures).items():
-                sums[name] = sums.get(name, 0.0) + value / 20
-            if self.step % 20 == 0:
-                each = (time.monotonic() - started) / (self.step - first)
-                means = {name: float(value) for name, value in sums.items()}
-                self._log(means | {"step": self.step, "seconds_per_step": each})
-                sums = {}
+                sums[name] = sums.get(name, 0.0) + value
             ended = self.step == self.settings.steps or ran >= 1
+            if self.step % 20 == 0 or ended:
+                each = (time.monotonic() - started) / (self.step - first)
+                means = {name: float(value) / (self.step - logged) for name, value in sums.items()}
+                self._log(means | {"step": self.step, "seconds_per_step": each})
+                logged, sums = self.step, {}
             if ended or time.monotonic() - saved > self.settings.save_seconds:
                 self._save()
                 saved = time.monotonic()
@@ -223,9 +232,16 @@ class Run(Generic[Model]):
         if self.rank:
             return
         line = json.dumps({k: round(v, 6) for k, v in figures.items()})
-        with open(self.folder / "log.jsonl", "a") as log:
+        with open(self.folder / _LOG, "a") as log:
             log.write(line + "\n")
         print(line, flush=True)
+
+    def _cut_log(self) -> None:
+        """Drops what a run that was killed logged after its last saved state: these steps come again."""
+        if self.rank or not (self.folder / _LOG).exists():
+            return
+        lines = (self.folder / _LOG).read_text().splitlines()
+        _write_log(self.folder, [line for line in lines if json.loads(line)["step"] <= self.step])
 
     def _save(self) -> None:
         if self.rank:
@@ -238,12 +254,12 @@ class Run(Generic[Model]):
                     tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         partial = self.folder / "state.partial"
         save_file(tensors, partial, {"step": str(self.step)})
-        os.replace(partial, self.folder / "state.safetensors")
-        if (self.folder / "log.jsonl").exists():
-            draw_curve(self.folder / "log.jsonl", self.folder / "curve.png")
+        os.replace(partial, self.folder / _STATE)
+        if (self.folder / _LOG).exists():
+            draw_curve(self.folder / _LOG, self.folder / "curve.png")
 
     def _load(self) -> None:
-        with safe_open(self.folder / "state.safetensors", "pt") as file:
+        with safe_open(self.folder / _STATE, "pt") as file:
             self.step = int(file.metadata()["step"])
             self.model.load_state_dict(_below(file, "model."))
             for name, value in _below(file, "ema.").items():
@@ -259,12 +275,12 @@ class Run(Generic[Model]):
         optimizer.state[weight][entry] = value if entry == "step" else value.to(weight.device)
 
 
-def join_processes() -> tuple[int, int]:
-    """This process's number and how many there are: (0, 1), or what torchrun says."""
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1), or what torchrun says; device: of the weights."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return distributed.get_rank(), distributed.get_world_size()
 
 
@@ -275,18 +291,50 @@ def _below(file, prefix: str) -> dict[str, Tensor]:
 
 
 def averaged_state(folder: Path) -> dict[str, Tensor]:
-    """The newest EMA weights (and buffers) of the run in `folder`."""
-    with safe_open(folder / "state.safetensors", "pt") as file:
+    """The newest EMA weights (and buffers) of the run in `folder`, which is named after its stage.  Raises TrainingError."""
+    if not is_run(folder):
+        raise TrainingError(f"{folder} holds no run: train {folder.name} first")
+    with safe_open(folder / _STATE, "pt") as file:
         return _below(file, "model.") | _below(file, "ema.")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds a saved state."""
+    return (folder / _STATE).exists()
+
+
+def refuse_over(*folders: Path) -> None:
+    """Raises TrainingError if any of them holds a run, which would be lost."""
+    for folder in filter(is_run, folders):
+        raise TrainingError(f"{folder} holds a run already: move it away first")
+
+
+def last_logged(folder: Path) -> dict:
+    """How the run in `folder` stands: the last line of its log, its step alone without one, {} without a run."""
+    if not is_run(folder):
+        return {}
+    if (folder / _LOG).exists():
+        return json.loads((folder / _LOG).read_text().splitlines()[-1])
+    with safe_open(folder / _STATE, "pt") as file:
+        return {"step": int(file.metadata()["step"])}
+
+
 def save_start(folder: Path, state: dict[str, Tensor], last_line: dict) -> None:
-    """Makes a run's folder that goes on from finished weights, with a fresh optimizer; last_line: of their log."""
+    """Makes a run's folder that goes on from finished weights, with a fresh optimizer; last_line: of their log, may be empty."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{prefix}.{k}": v.clone() for prefix in ("model", "ema") for k, v in state.items()}
-    save_file(tensors, folder / "state.partial", {"step": str(last_line["step"])})
-    (folder / "log.jsonl").write_text(json.dumps(last_line) + "\n")
-    os.replace(folder / "state.partial", folder / "state.safetensors")
+    save_file(tensors, folder / "state.partial", {"step": str(last_line.get("step", 0))})
+    os.replace(folder / "state.partial", folder / _STATE)
+    _write_log(folder, [json.dumps(last_line)] if "loss" in last_line else [])
+
+
+def _write_log(folder: Path, lines: list[str]) -> None:
+    """Puts these lines in place of a run's log; of none, which no curve could be drawn of, no file is left."""
+    if not lines:
+        (folder / _LOG).unlink(missing_ok=True)
+        return
+    (folder / "log.partial").write_text("".join(f"{line}\n" for line in lines))
+    os.replace(folder / "log.partial", folder / _LOG)
 
 
 def draw_curve(log: Path, picture: Path, width: int = 640, height: int = 320) -> None:
