@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ from lockstep.model.embedded.training import (
     TrainSettings,
     averaged_state,
     is_hidden_matrix,
+    last_logged,
     orthogonal,
     save_start,
 )
@@ -710,26 +712,39 @@ def test_the_shipped_sound_is_told_by_a_picture_of_its_thing(shipped, mode):
 def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatch, capsys):
     for module in (dataset, train_transformer):
         monkeypatch.setattr(module, "SHARD", 4)
-    packed = tmp_path / "packed.safetensors"
-    monkeypatch.setattr(train, "WEIGHTS", packed)
-    for stage, *options in (
-        ("video", "--steps", "2", "--batch", "1", "--workers", "1"),
-        ("audio", "--steps", "1000", "--batch", "1", "--seconds", "0.1"),
-        ("vocoder", "--steps", "2", "--batch", "2"),
-        ("shards", "--steps", "3", "--workers", "1"),
-        ("shards", "--steps", "4"),  # the first, lost by then, and the fourth
-        ("transformer", "--steps", "2", "--batch", "4"),
-        ("transformer", "--steps", "3", "--batch", "4"),
-        ("pack",),
-    ):
-        if stage == "shards":
-            (tmp_path / "shards" / "00000.safetensors").unlink(missing_ok=True)
-        monkeypatch.setattr("sys.argv", ["train", stage, str(tmp_path), *options, "--device", "cpu"])
+    monkeypatch.setattr(train, "WEIGHTS", tmp_path / "shipped.safetensors")
+    runs, packed = tmp_path / "runs", tmp_path / "packed.safetensors"
+
+    def command(stage: str, folder: Path, *options: str) -> str:
+        monkeypatch.setattr("sys.argv", ["train", stage, str(folder), *options, "--device", "cpu"])
         train.main()
-    assert [path.stem for path in sorted((tmp_path / "shards").iterdir())] == [f"{i:05}" for i in range(4)]
+        return capsys.readouterr().out
+
+    command("video", runs, "--steps", "2", "--batch", "1", "--workers", "1")
+    command("audio", runs, "--batch", "1", "--seconds", "0.1")
+    command("vocoder", runs, "--steps", "2", "--batch", "2")
+    command("shards", runs, "--steps", "3", "--workers", "1")
+    (runs / "shards" / "00000.safetensors").unlink()
+    told = [json.loads(line) for line in command("shards", runs, "--steps", "4").splitlines()]
+    assert [line["shard"] for line in told] == [0, 3]  # the one that was lost, and the fourth
+    command("transformer", runs, "--steps", "2", "--batch", "4")
+    command("transformer", runs, "--steps", "3", "--batch", "4")
+    command("pack", runs, "--file", str(packed))
+    assert [path.stem for path in sorted((runs / "shards").iterdir())] == [f"{i:05}" for i in range(4)]
     assert describe(packed).missing == describe(packed).unexpected == ()
-    with safe_open(tmp_path / "transformer" / "state.safetensors", "pt") as state:
+    with safe_open(runs / "transformer" / "state.safetensors", "pt") as state:
         assert state.metadata() == {"step": "3"}
+
+    assert not train.WEIGHTS.exists()
+    monkeypatch.setattr(train, "WEIGHTS", packed)
+    command("unpack", tmp_path / "again")
+    assert last_logged(tmp_path / "again" / "transformer") == last_logged(runs / "transformer")
+
+    command("video", runs, "--steps", "3", "--batch", "1")
+    for stage in ("shards", "transformer"):  # whose pictures the codec of before encoded
+        with pytest.raises(SystemExit):
+            command(stage, runs, "--steps", "5")
+        assert f"delete {runs / 'shards'} and run shards again" in capsys.readouterr().err
 
 
 def test_a_transformer_is_moved_to_another_codec(tmp_path, monkeypatch, capsys, shipped):
@@ -758,24 +773,9 @@ def test_a_transformer_is_moved_to_another_codec(tmp_path, monkeypatch, capsys, 
         hidden = torch.randn(7, shipped.model.transformer.proj_out.in_features)
         said = [m.transformer.proj_out(hidden) for m in (shipped.model, moved)]
         assert torch.allclose(said[0][:, order] * signs, said[1], atol=1e-2)
-    with pytest.raises(SystemExit, match="holds a run already"):
-        train.main()
-
-
-def test_only_a_move_takes_a_file(monkeypatch, capsys):
-    for options in (["move", "nowhere"], ["pack", "nowhere", "--file", "x"]):
-        monkeypatch.setattr("sys.argv", ["train", *options])
-        with pytest.raises(SystemExit):
-            train.main()
-        assert "move and --file go together" in capsys.readouterr().err
-
-
-def test_torchrun_ends_by_steps_alone(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("sys.argv", ["train", "video", "nowhere", "--seconds", "5"])
     with pytest.raises(SystemExit):
         train.main()
-    assert "give --steps" in capsys.readouterr().err
+    assert "transformer holds a run already: move it away first" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_the_shipped_file(tmp_path):

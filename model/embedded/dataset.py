@@ -3,8 +3,10 @@
 F frames, H rows, W columns, L audio latents, M latent mel bins, N mel frames.
 """
 
+import hashlib
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.mel import LogMel
 from ..codec.video_vae import VideoVAE, VideoVAEConfig
+from ..errors import TrainingError
 from ..shapes import ClipShape
 from . import config, world
 from .sound import synthesize
@@ -101,9 +104,31 @@ def _pixels(scenes: list[world.Scene], frames: int, height: int, width: int, fps
     return (rearrange(clips, "B F H W C -> B C F H W") * 2 - 1).half()
 
 
+def hash_of_codecs(video: dict[str, Tensor], audio: dict[str, Tensor]) -> str:
+    """The same for states of codecs that encode alike, on any device: decoders do not count, statistics follow from encoders."""
+    digest = hashlib.sha256()
+    for state in (video, audio):
+        for name in sorted(name for name in state if name.startswith("encoder.")):
+            digest.update(name.encode() + state[name].float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_shards(folder: Path, codecs: str) -> None:
+    """Raises TrainingError unless all shards in `folder`, if there are any, were encoded by the codecs of this hash."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            encoded_by = file.metadata().get("codecs")
+        if encoded_by != codecs:
+            raise TrainingError(
+                f"{path} was encoded by other codecs than those of these runs: delete {folder} and run shards again"
+            )
+
+
 @torch.no_grad()
-def encode_shard(shard: Shard, folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, device: str) -> None:
-    """Writes a shard's latents to a file of its number."""
+def encode_shard(
+    shard: Shard, folder: Path, video_vae: VideoVAE, audio_vae: AudioVAE, device: str, codecs: str
+) -> None:
+    """Writes a shard's latents to a file of its number; codecs: their hash."""
     at = shard.guide_frame
     encoded = {
         "video": torch.cat([video_vae.encode(part.to(device).float()) for part in shard.pixels.split(8)]),
@@ -113,7 +138,8 @@ def encode_shard(shard: Shard, folder: Path, video_vae: VideoVAE, audio_vae: Aud
     }
     tensors = {name: tensor.half().contiguous() for name, tensor in encoded.items()}
     truth = {"scenes": [asdict(scene) for scene in shard.scenes], "guide_frame": at}
-    save_file(tensors, folder / f"{shard.index:05}.partial", {"truth": json.dumps(truth)})
+    header = {"truth": json.dumps(truth), "codecs": codecs}
+    save_file(tensors, folder / f"{shard.index:05}.partial", header)
     (folder / f"{shard.index:05}.partial").rename(folder / f"{shard.index:05}.safetensors")
 
 
@@ -125,12 +151,19 @@ def encode_shards(
     device: str = "cpu",
     workers: int = 0,
     seed: int = 0,
+    done: Callable[[int], None] = lambda _index: None,
 ) -> None:
-    """Encodes the shards that are not there yet."""
+    """Encodes the shards that are not there yet; done: called with the number of each.
+
+    Raises TrainingError if shards of other codecs are there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    codecs = hash_of_codecs(video_vae.state_dict(), audio_vae.state_dict())
+    check_shards(folder, codecs)
     missing = [index for index in shards if not (folder / f"{index:05}.safetensors").exists()]
-    for shard in drawn_ahead(DrawShard(seed), missing, workers):
-        encode_shard(shard, folder, video_vae, audio_vae, device)
+    for shard in drawn_ahead(DrawShard(seed), missing, workers, ahead=1):  # up to 240 MB each
+        encode_shard(shard, folder, video_vae, audio_vae, device, codecs)
+        done(shard.index)
 
 
 def format_of(index: int) -> tuple[int, int, int, float]:

@@ -17,22 +17,27 @@ On a GPU --batch, --workers and --seconds make use of it.
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.mel import LogMel
 from ..codec.video_vae import VideoVAE, VideoVAEConfig
+from ..errors import TrainingError
 from . import WEIGHTS, config
-from .dataset import encode_shards
+from .dataset import check_shards, encode_shards, format_of, hash_of_codecs
 from .moving import rotation_between, turned
 from .pack import pack, unpack
 from .train_audio import initialise_audio_vae, measure_audio_statistics, train_audio_vae
 from .train_transformer import Generator, initialise_generator, train_transformer
 from .train_video_vae import initialise, measure_statistics, train_video_decoder, train_video_vae
 from .train_vocoder import new_vocoder, train_vocoder
-from .training import Run, TrainSettings, averaged_state, save_start
+from .training import Run, TrainSettings, averaged_state, is_run, last_logged, refuse_over, save_start
+
+_ENDLESS = 10**9  # steps that no run comes to
 
 
 def main() -> None:
@@ -41,28 +46,71 @@ def main() -> None:
     )
     parser.add_argument("stage", choices=list(_STAGES))
     parser.add_argument("runs", type=Path, help="folder that holds one folder per stage")
-    parser.add_argument("--steps", type=int, default=0, help="training steps, or shards to encode")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="training steps, from the run's beginning, or shards to encode"
+    )
     parser.add_argument(
         "--batch", type=int, default=0, help="clips in a step (default: what suits two cores)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.0, help="end after so long at latest, fully decayed"
+        "--seconds",
+        type=float,
+        default=0.0,
+        help="end after so long at latest, fully decayed; needs no --steps",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes ahead, for a GPU")
     parser.add_argument(
-        "--file", type=Path, help="packed file whose transformer is moved to the codec in RUNS"
+        "--file",
+        type=Path,
+        help="packed file: whose transformer is moved to the codec in RUNS, or to pack into",
     )
     parser.add_argument("--first", type=int, default=0, help="first shard to encode")
     given = parser.parse_args()
-    if given.seconds and "WORLD_SIZE" in os.environ:
-        parser.error("--seconds would end each of torchrun's processes at another step: give --steps")
-    if (given.stage == "move") != (given.file is not None):
-        parser.error("move and --file go together: the file is the one whose transformer is moved")
+    if fault := _fault(given):
+        parser.error(fault)
     if given.threads:
         torch.set_num_threads(given.threads)
-    _STAGES[given.stage](given)
+    if given.seconds and not given.steps:
+        given.steps = _ENDLESS
+    given.device = _own_device(given.device)
+    try:
+        _STAGES[given.stage](given)
+    except TrainingError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _fault(given: argparse.Namespace) -> str:
+    """What is wrong with options that do not go together, or nothing."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and given.stage != "transformer":
+        return "torchrun spreads the batches of the transformer alone: run this stage without it"
+    if several and given.seconds:
+        return "--seconds would end each of torchrun's processes at another step: give --steps"
+    if given.seconds and given.stage not in _TRAINED:
+        return f"--seconds is for stages that are trained, not for {given.stage}"
+    if given.stage in _TRAINED and not (given.steps or given.seconds):
+        return "how long is to be trained? give --steps or --seconds"
+    if given.stage == "shards" and not given.steps:
+        return "how many shards are to be encoded? give --steps"
+    if given.stage == "move" and not given.file:
+        return "move needs --file: the packed file whose transformer is moved"
+    if given.file and given.stage not in ("move", "pack"):
+        return f"--file is for move and pack, not for {given.stage}"
+    return ""
+
+
+def _own_device(device: str) -> str:
+    """The GPU of this process where torchrun started several, else the device as it was given."""
+    if device != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    own = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(own)
+    return own
 
 
 def _how(given: argparse.Namespace) -> dict:
@@ -109,10 +157,18 @@ def _vocoder(given: argparse.Namespace) -> None:
 def _shards(given: argparse.Namespace) -> None:
     shards = range(given.first, given.first + given.steps)
     codecs = (finished_video_vae(given.runs, given.device), finished_audio_vae(given.runs, given.device))
-    encode_shards(given.runs / "shards", shards, *codecs, given.device, given.workers)
+    started = time.monotonic()
+
+    def done(index: int) -> None:
+        line = {"shard": index, "format": format_of(index), "seconds": round(time.monotonic() - started, 1)}
+        print(json.dumps(line), flush=True)
+
+    encode_shards(given.runs / "shards", shards, *codecs, given.device, given.workers, done=done)
 
 
 def _transformer(given: argparse.Namespace) -> None:
+    codecs = hash_of_codecs(averaged_state(given.runs / "video"), averaged_state(given.runs / "audio"))
+    check_shards(given.runs / "shards", codecs)
     model = Generator()
     initialise_generator(model, seed=0)
     settings = TrainSettings(
@@ -129,20 +185,21 @@ def _pack(given: argparse.Namespace) -> None:
         "vocoder": averaged_state(given.runs / "vocoder"),
         "generator": averaged_state(given.runs / "transformer"),
     }
-    record = {stage: _last_line(given.runs / stage) for stage in _TRAINED}
-    pack(states, record, WEIGHTS)
-    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB")
+    record = {stage: last_logged(given.runs / stage) for stage in _TRAINED}
+    packed = given.file or WEIGHTS
+    pack(states, record, packed)
+    print(f"{packed}: {packed.stat().st_size / 1e6:.2f} MB")
 
 
 def _unpack(given: argparse.Namespace) -> None:
+    refuse_over(*(given.runs / stage for stage in _TRAINED))
     states, record = unpack(WEIGHTS)
     for stage, state in states.items():
         save_start(given.runs / stage, state, record[stage])
 
 
 def _move(given: argparse.Namespace) -> None:
-    if (given.runs / "transformer" / "state.safetensors").exists():
-        raise SystemExit(f"{given.runs / 'transformer'} holds a run already: move it away first")
+    refuse_over(given.runs / "transformer")
     states, record = unpack(given.file)
     old = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
     old.load_state_dict(states["video"])
@@ -157,7 +214,7 @@ def finished_video_vae(runs: Path, device: str = "cpu") -> VideoVAE:
     vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE)).to(device)
     vae.load_state_dict(averaged_state(runs / "video"))
     measure_statistics(vae.eval().requires_grad_(False))
-    if (runs / "decoder" / "state.safetensors").exists():
+    if is_run(runs / "decoder"):
         polished = averaged_state(runs / "decoder")
         vae.load_state_dict({k: v for k, v in polished.items() if k.startswith("decoder.")}, strict=False)
     return vae
@@ -169,12 +226,6 @@ def finished_audio_vae(runs: Path, device: str = "cpu") -> AudioVAE:
     vae.load_state_dict(averaged_state(runs / "audio"))
     measure_audio_statistics(vae.eval().requires_grad_(False))
     return vae
-
-
-def _last_line(run: Path) -> dict:
-    if not (run / "log.jsonl").exists():
-        return {}
-    return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
 
 
 _TRAINED = ("video", "decoder", "audio", "vocoder", "transformer")

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditioning.layout import Layout, held, held_tokens, lay_out_audio, lay_out_video
+from ..errors import TrainingError
 from ..latents.patchify import audio_to_tokens, video_to_tokens
 from ..text.connector import Connectors, ConnectorsConfig
 from ..text.encoder import WordEncoder, WordEncoderConfig
@@ -300,7 +301,9 @@ def train_transformer(
     workers: int = 0,
     seconds: float = 0.0,
 ) -> None:
-    """Trains until the run's last step on the shards in `folder`; run.model is a Generator."""
+    """Trains until the run's last step on the shards in `folder`; run.model is a Generator.  Raises TrainingError without any."""
+    if not any(folder.glob("*.safetensors")):
+        raise TrainingError(f"{folder} holds no shards: run shards first")
 
     def loss_of(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         clips, ids, mask = _to(step.clips, device), step.ids.to(device), step.mask.to(device)
