@@ -153,13 +153,9 @@ def encode_shards(
     seed: int = 0,
     done: Callable[[int], None] = lambda _index: None,
 ) -> None:
-    """Encodes the shards that are not there yet; done: called with the number of each.
-
-    Raises TrainingError if shards of other codecs are there.
-    """
+    """Encodes the shards that are not there yet, whoever encoded those that are; done: called with the number of each."""
     folder.mkdir(parents=True, exist_ok=True)
     codecs = hash_of_codecs(video_vae.state_dict(), audio_vae.state_dict())
-    check_shards(folder, codecs)
     missing = [index for index in shards if not (folder / f"{index:05}.safetensors").exists()]
     for shard in drawn_ahead(DrawShard(seed), missing, workers, ahead=1):  # up to 240 MB each
         encode_shard(shard, folder, video_vae, audio_vae, device, codecs)

@@ -156,6 +156,7 @@ def _vocoder(given: argparse.Namespace) -> None:
 
 
 def _shards(given: argparse.Namespace) -> None:
+    _check_shards(given.runs)  # before statistics are measured, which takes a while
     shards = range(given.first, given.first + given.steps)
     codecs = (finished_video_vae(given.runs, given.device), finished_audio_vae(given.runs, given.device))
     started = time.monotonic()
@@ -167,9 +168,13 @@ def _shards(given: argparse.Namespace) -> None:
     encode_shards(given.runs / "shards", shards, *codecs, given.device, given.workers, done=done)
 
 
+def _check_shards(runs: Path) -> None:
+    codecs = hash_of_codecs(averaged_state(runs / "video"), averaged_state(runs / "audio"))
+    check_shards(runs / "shards", codecs)
+
+
 def _transformer(given: argparse.Namespace) -> None:
-    codecs = hash_of_codecs(averaged_state(given.runs / "video"), averaged_state(given.runs / "audio"))
-    check_shards(given.runs / "shards", codecs)
+    _check_shards(given.runs)
     model = Generator()
     initialise_generator(model, seed=0)
     settings = TrainSettings(
