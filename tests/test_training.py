@@ -151,6 +151,8 @@ def test_the_log_forgets_steps_that_no_state_holds(tmp_path, capsys):
     run_until(tmp_path, 25)
     run_until(tmp_path, 55, save_seconds=1e9)  # killed before it saved
     assert list(logged(tmp_path)) == [20, 40]
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"loss": 0.1, "st')  # killed while it wrote
     run_until(tmp_path, 60)
     assert list(logged(tmp_path)) == [20, 40, 60]
     (tmp_path / "state.safetensors").unlink()

@@ -241,7 +241,8 @@ class Run(Generic[Model]):
         if self.rank or not (self.folder / _LOG).exists():
             return
         lines = (self.folder / _LOG).read_text().splitlines()
-        _write_log(self.folder, [line for line in lines if json.loads(line)["step"] <= self.step])
+        whole = [line for line in lines if line.endswith("}")]  # it may have been killed within a line
+        _write_log(self.folder, [line for line in whole if json.loads(line)["step"] <= self.step])
 
     def _save(self) -> None:
         if self.rank:
