@@ -454,7 +454,9 @@ def _video_frames(pictures: Iterable[Tensor], rate: Fraction) -> Iterator[av.Vid
 
 
 def _audio_stream(container: OutputContainer, channels: int, sample_rate_hz: int) -> av.AudioStream:
-    stream = container.add_stream("aac", rate=sample_rate_hz, layout=_LAYOUTS[channels])
+    # FFmpeg's usual coder makes some attacks a third louder than they are: true peaks beyond -1 dBFS of a sound at -3
+    options = {"aac_coder": "fast"}
+    stream = container.add_stream("aac", rate=sample_rate_hz, layout=_LAYOUTS[channels], options=options)
     # 80 kbit/s for 16 kHz mono, 256 kbit/s for 48 kHz stereo; AAC cannot use more than 6 bits a sample.
     stream.bit_rate = channels * min(128_000, 5 * sample_rate_hz)
     return stream
