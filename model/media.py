@@ -50,6 +50,7 @@ _FEW_FRAMES, _MOST_REPEATS = (
     60,
 )  # a picture may be held for long in a slide show, but not in every file for ever
 _BT709 = 1  # the same number names primaries, transfer and matrix (ITU-T H.273)
+_TRIED_SECONDS = 60  # of sound, on which coders are compared
 _GAP_SECONDS = 0.01  # the least that moves sound; lost packets are longer, the clocks of containers finer
 _PIECE_FRAMES = 8  # pictures that are handed on together
 _STALE_SECONDS = 24 * 3600  # nobody writes a clip for so long
@@ -413,8 +414,9 @@ def _encode(path: Path, clip: Clip, pieces: Iterable[Tensor], metadata: Mapping[
         frames: list[Iterable] = [_video_frames(_checked(pieces, len(clip.frames)), rate)]
         audio = None
         if clip.waveform is not None:
-            audio = _audio_stream(container, clip.waveform.shape[0], clip.sample_rate_hz)
             samples = round(clip.frames.shape[0] / rate * clip.sample_rate_hz)
+            coder = _nearest_coder(clip.waveform, samples, clip.sample_rate_hz)
+            audio = _audio_stream(container, clip.waveform.shape[0], clip.sample_rate_hz, coder)
             frames.append(_audio_frames(clip.waveform, samples, clip.sample_rate_hz))
         # In order of time, so that players find both streams close together in the file.
         for frame in heapq.merge(*frames, key=lambda frame: frame.time):
@@ -453,13 +455,37 @@ def _video_frames(pictures: Iterable[Tensor], rate: Fraction) -> Iterator[av.Vid
         yield frame
 
 
-def _audio_stream(container: OutputContainer, channels: int, sample_rate_hz: int) -> av.AudioStream:
-    # FFmpeg's usual coder makes some attacks a third louder than they are: true peaks beyond -1 dBFS of a sound at -3
-    options = {"aac_coder": "fast"}
+def _audio_stream(
+    container: OutputContainer, channels: int, sample_rate_hz: int, coder: str
+) -> av.AudioStream:
+    options = {"aac_coder": coder}
     stream = container.add_stream("aac", rate=sample_rate_hz, layout=_LAYOUTS[channels], options=options)
     # 80 kbit/s for 16 kHz mono, 256 kbit/s for 48 kHz stereo; AAC cannot use more than 6 bits a sample.
     stream.bit_rate = channels * min(128_000, 5 * sample_rate_hz)
     return stream
+
+
+def _nearest_coder(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> str:
+    """That of FFmpeg's AAC coders from which the sound, its first minute at most, comes back nearest to what it was.
+
+    The usual one, twoloop, makes single attacks up to 2.5 dB louder; the other lets the level of bare tones tremble by 7 %.
+    """
+    samples = min(samples, round(_TRIED_SECONDS * sample_rate_hz))
+    given = torch.cat(
+        [torch.from_numpy(x.to_ndarray()) for x in _audio_frames(waveform_CS, samples, sample_rate_hz)], 1
+    )
+    errors = {}
+    for coder in ("fast", "twoloop"):
+        file = io.BytesIO()
+        with av.open(file, "w", format="mp4") as container:
+            stream = _audio_stream(container, len(given), sample_rate_hz, coder)
+            for frame in (*_audio_frames(waveform_CS, samples, sample_rate_hz), None):
+                container.mux(stream.encode(frame))
+        file.seek(0)
+        with av.open(file) as container:
+            heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)
+        errors[coder] = float((torch.from_numpy(heard[:, :samples]) - given).square().sum())
+    return min(errors, key=lambda coder: errors[coder])
 
 
 def _audio_frames(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Iterator[av.AudioFrame]:
