@@ -22,7 +22,9 @@ class LockstepAudioEncode(Node):
             description="Turns a real sound into an audio latent. The sampler leaves it as it is and makes pictures to it.",
             inputs=[
                 LockstepModel.Input("model", tooltip="The model that will sample."),
-                io.Audio.Input("audio", tooltip="One sound of any rate, mono or stereo."),
+                io.Audio.Input(
+                    "audio", tooltip="One sound at 1 to 768 kHz; its channels are mixed to the model's."
+                ),
                 seconds_input(
                     "How long the clip will be: the sound is cut, or followed by silence. 0: as long as the sound."
                 ),

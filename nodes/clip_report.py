@@ -61,9 +61,8 @@ class LockstepClipReport(Node):
         with host.Reporter(cls.hidden.unique_id, f"measuring {frames} frames of {width}x{height}") as tick:
             for piece in pieces_of(clip.frames, tick):
                 look.push(piece)
-        if audio is not None:
-            host.tell(cls.hidden.unique_id, "measuring the sound")
-        report = report_clip(clip, made=made, look=look, tick=host.stop_if_interrupted)
+        with host.Reporter(cls.hidden.unique_id, "measuring the sound") as tick:
+            report = report_clip(clip, made=made, look=look, progress=tick)
         picture = draw_report(report, clip, look)[None]
         host.tell(cls.hidden.unique_id, "\n".join(report.findings))
         shown = ui.PreviewImage(picture, cls=cls)

@@ -460,8 +460,9 @@ def read_latent(name: str, latent: dict[str, Any], model: Any = None, fps: float
     streams = {}
     for kind, tensor, mask in zip(kinds, tensors, _masks(latent, kinds), strict=True):
         origin = _told_origin(kind, latent, tensor)
-        if origin is None:
+        if origin is None or (len(tensors) > 1 and _own_origin(kind, latent, tensor) is None):
             _refuse_empty_pictures(name, latent, tensor)
+        if origin is None:
             origin = _assumed_origin(name, tensor, model, fps)
         streams[kind] = _read_stream(name, tensor.float().cpu(), mask, origin)
     return streams
@@ -479,8 +480,8 @@ def _masks(latent: dict[str, Any], kinds: list[str]) -> list[Any]:
 
 def _refuse_empty_pictures(name: str, latent: dict[str, Any], samples: Tensor) -> None:
     # of some widths their shape is that of a sound, which the host's nodes for sound mark as such
-    alone = samples is latent["samples"] and latent.get("type") != "audio"
-    if alone and samples.ndim == 4 and samples.numel() and not samples.any():
+    unmarked = samples.ndim == 4 and latent.get("type") != "audio"
+    if unmarked and samples.numel() and not samples.any():
         raise ShapeError(
             f"{name} is an empty latent of single pictures, as Empty Latent Image makes it: connect Lockstep Empty AV Latent, "
             "or nothing"
@@ -495,15 +496,22 @@ def _tensors(latent: dict[str, Any]) -> list[Tensor]:
 
 def _told_origin(kind: str, latent: dict[str, Any], samples: Tensor) -> Origin | None:
     """That of the tensor itself, else of the stream, else of the one it was joined with."""
+    return _own_origin(kind, latent, samples) or _joined_origin(kind, latent)
+
+
+def _own_origin(kind: str, latent: dict[str, Any], samples: Tensor) -> Origin | None:
     at_tensor = getattr(samples, _KEY, None)
     if isinstance(at_tensor, Origin):
         return at_tensor
-    told = {key: origin for key, origin in latent.items() if isinstance(origin, Origin)}
-    own = [origin for key, origin in told.items() if key.startswith(_ORIGINS[kind])]
-    known = own or list(told.values())
-    if not known:
-        return None
-    return known[0 if kind == "video" else -1]  # joined, a video's keys come first and a sound's last
+    return _joined_origin(
+        kind, {key: origin for key, origin in latent.items() if key.startswith(_ORIGINS[kind])}
+    )
+
+
+def _joined_origin(kind: str, latent: dict[str, Any]) -> Origin | None:
+    known = [origin for origin in latent.values() if isinstance(origin, Origin)]
+    # joined, a video's keys come first and a sound's last
+    return known[0 if kind == "video" else -1] if known else None
 
 
 def _assumed_origin(name: str, samples: Tensor, model: Any, fps: float) -> Origin:

@@ -665,14 +665,26 @@ def test_an_empty_latent_of_pictures_is_not_taken_as_a_sound(shape):
         told = (
             f"^{name} is an empty latent of single pictures.*: connect Lockstep Empty AV Latent, or nothing$"
         )
-        with pytest.raises(ShapeError, match=told):
-            read({"samples": torch.zeros(shape)})
+        for beside in (
+            {},
+            parts()[0],
+        ):  # alone, or joined by LTXVConcatAVLatent, which puts both dictionaries into one
+            streams = [*([beside["samples"]] if beside else []), torch.zeros(shape)]
+            given = beside | {"samples": Nested(*streams) if beside else streams[0]}
+            with pytest.raises(ShapeError, match=told):
+                read(given)
     for sound in (
         {"samples": torch.zeros(1, 2, 19, 5), "type": "audio"},
         {"samples": torch.ones(1, 2, 19, 5)},
     ):
         assert set(types.given_streams(sound, None, model())) == {"audio"}
-    assert set(types.given_streams(parts(of_length(9))[1], None, model())) == {"audio"}
+    video, audio, joint = parts(of_length(9))
+    assert set(types.given_streams(audio, None, model())) == {"audio"}
+    assert set(types.given_streams(joint, None, model())) == {"video", "audio"}
+    marked = {"samples": torch.zeros_like(audio["samples"]), "type": "audio"}
+    for sound in (audio, marked):
+        given = video | sound | {"samples": Nested(video["samples"], sound["samples"].clone())}
+        assert set(types.given_streams(given, None, model())) == {"video", "audio"}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from lockstep.model.measure.report import draw_report, report_clip
 from lockstep.model.measure.sound import look_at_sound, loudness
 from lockstep.model.measure.sync import measure_sync
 from lockstep.model.media import read_origin, stream_seconds, write_clip, write_image
-from lockstep.model.values import Clip
+from lockstep.model.values import Clip, Progress
 
 RATE_HZ = 48000
 
@@ -271,7 +271,17 @@ def test_largest_of_a_row_of_neighbours(count):
 def test_the_analysis_of_a_long_sound_can_be_ended_between_its_parts(after):
     left = list(range(after - 1))
     with pytest.raises(IndexError):
-        look_at_sound(tone(seconds=60).expand(2, -1), RATE_HZ, left.pop)
+        look_at_sound(tone(seconds=60).expand(2, -1), RATE_HZ, lambda _progress: left.pop())
+
+
+@pytest.mark.parametrize("seconds", [0, 0.2, 1, 60])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("rate_hz", [8000, 48000, 192000])
+def test_the_analysis_of_a_sound_counts_its_parts(seconds, channels, rate_hz):
+    told: list[Progress] = []
+    look_at_sound(torch.zeros(channels, round(seconds * rate_hz)), rate_hz, told.append)
+    assert [at.step for at in told] == list(range(told[0].steps + 1))
+    assert {(at.stage, at.steps) for at in told} == {("audio", told[0].steps)}
 
 
 def test_true_peak_lies_between_samples():

@@ -4,7 +4,6 @@ F frames, H rows, W columns.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..values import Clip
+from ..values import Clip, ProgressCallback
 from .doubts import STILL
 from .motion import motion_energy, shrink
 from .pictures import Look, PictureFacts
@@ -68,15 +67,15 @@ def report_clip(
     difference_ms: float | None = None,
     made: dict | None = None,
     look: Look | None = None,
-    tick: Callable[[], None] = lambda: None,
+    progress: ProgressCallback = lambda _progress: None,
 ) -> ClipReport:
     """Looks at a whole clip.
 
     difference_ms: of the lengths that a file says, where the clip was read from one; else of the clip's own.
-    look: has seen the frames already, where the clip has their shape alone. tick: called between any two parts of the
-    sound's analysis; what it raises ends it.
+    look: has seen the frames already, where the clip has their shape alone. progress: of the sound's analysis, as of
+    look_at_sound.
     """
-    sound = None if clip.waveform is None else look_at_sound(clip.waveform, clip.sample_rate_hz, tick)
+    sound = None if clip.waveform is None else look_at_sound(clip.waveform, clip.sample_rate_hz, progress)
     if difference_ms is None and sound is not None:
         difference_ms = (sound.seconds - len(clip.frames) / clip.fps) * 1000
     if look is None:

@@ -6,9 +6,12 @@ C channels, S samples. Levels in dB relative to full scale (a sample of 1).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from torch import Tensor
+
+from ..values import Progress, ProgressCallback
 
 SILENT_DBFS = -60.0
 _WINDOW_SECONDS = 0.05
@@ -36,17 +39,22 @@ class SoundFacts:
 
 
 def look_at_sound(
-    waveform_CS: Tensor, sample_rate_hz: int, tick: Callable[[], None] = lambda: None
+    waveform_CS: Tensor, sample_rate_hz: int, progress: ProgressCallback = lambda _progress: None
 ) -> SoundFacts:
     """All facts of one soundtrack (channels, S), -1..1, of any length; values that are no numbers are counted as silence.
 
-    tick: called between any two parts of the work; what it raises ends it.
+    progress: told before each part of the work, and at its end; what it raises ends it.
     """
     given_CS = waveform_CS.float().cpu().numpy().astype(np.float64)
     wave_CS = np.nan_to_num(given_CS, posinf=0, neginf=0)
     samples = wave_CS.shape[1]
+    done, parts = count(), _parts(len(wave_CS), samples, sample_rate_hz)
+
+    def tick() -> None:
+        progress(Progress("audio", next(done), parts))
+
     peak = max((true_peak(channel, tick) for channel in wave_CS), default=0.0)
-    return SoundFacts(
+    facts = SoundFacts(
         channels=len(wave_CS),
         sample_rate_hz=sample_rate_hz,
         seconds=samples / sample_rate_hz,
@@ -59,6 +67,15 @@ def look_at_sound(
         silent_share=_silent_share(wave_CS, sample_rate_hz),
         dc=float(np.abs(wave_CS.mean(1)).max()) if samples else 0.0,
     )
+    tick()
+    return facts
+
+
+def _parts(channels: int, samples: int, sample_rate_hz: int) -> int:
+    """How often all of them tick: true_peak and loudness before each piece, count_clicks once, each for every channel."""
+    size, ringing = _filtered(samples, sample_rate_hz)
+    loud = math.ceil(samples / (size - ringing)) if samples >= _block(sample_rate_hz) else 0
+    return channels * (math.ceil(samples / _PIECE) + loud + 1)
 
 
 def _level(amplitude: float) -> float | None:
@@ -156,7 +173,7 @@ def loudness(
 
     Source: ITU-R BS.1770-4, sections 1 and 5.1; channels beyond the second count as front channels.
     """
-    block, hop = round(0.4 * sample_rate_hz), max(1, round(0.1 * sample_rate_hz))
+    block, hop = _block(sample_rate_hz), max(1, round(0.1 * sample_rate_hz))
     if wave_CS.shape[1] < block:
         return None
     power = np.zeros(wave_CS.shape[1])
@@ -172,11 +189,20 @@ def loudness(
     return float(-0.691 + 10 * np.log10(power.mean()))
 
 
-def _weighted(wave: np.ndarray, sample_rate_hz: int, tick: Callable[[], None]) -> np.ndarray:
-    """K-weighting: a shelf of +4 dB above 1.7 kHz after a high-pass at 38 Hz, applied to the spectrum, piece by piece."""
+def _block(sample_rate_hz: int) -> int:
+    return round(0.4 * sample_rate_hz)
+
+
+def _filtered(samples: int, sample_rate_hz: int) -> tuple[int, int]:
+    """How many samples are filtered at once, and how many of them lie before the piece that is made."""
     # the filters ring for so long: what comes round from a piece's end lies in what is read before its start
     ringing = sample_rate_hz // 4
-    size = min(max(_FILTERED, 4 * ringing), 1 << (len(wave) + ringing).bit_length())
+    return min(max(_FILTERED, 4 * ringing), 1 << (samples + ringing).bit_length()), ringing
+
+
+def _weighted(wave: np.ndarray, sample_rate_hz: int, tick: Callable[[], None]) -> np.ndarray:
+    """K-weighting: a shelf of +4 dB above 1.7 kHz after a high-pass at 38 Hz, applied to the spectrum, piece by piece."""
+    size, ringing = _filtered(len(wave), sample_rate_hz)
     delay = np.exp(-1j * np.linspace(0, math.pi, size // 2 + 1))
     response = _shelf(delay, sample_rate_hz) * _high_pass(delay, sample_rate_hz)
     made = np.empty_like(wave)

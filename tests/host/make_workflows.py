@@ -45,8 +45,8 @@ Link = tuple[str, int]
 Node = tuple[str, dict[str, Any]]  # type, inputs that differ from the default; a link is (id, slot)
 
 
-def loader(model: str = "embedded") -> Node:
-    return "LockstepLoader", {"model": model}
+def loader(model: str = "embedded", **more: Any) -> Node:
+    return "LockstepLoader", {"model": model, **more}
 
 
 def text(prompt: str = RED_BALL, negative: str = "") -> Node:
@@ -243,6 +243,35 @@ The pictures' rate goes from Lockstep VAE Decode to Create Video, so that pictur
             {"loader": loader()},
             {"text": text("a green triangle pulses on a black background")},
             {"sampler": sampler(step_cache=0.1)},
+            *clip_out(),
+        ],
+    ),
+    "by_hand": (
+        """**Every setting by hand**, where the other workflows leave it to the model. Press Run.
+
+- Lockstep Loader: **precision** *bfloat16* computes with half the bits, **offload** *always* keeps only the part in use on the GPU, **attention** *pytorch* takes torch's own kernel, **compile** prepares the transformer at the first run of a size, which takes a minute or more; where it cannot, the sampler says why and goes on without.
+- Lockstep Sampler: **aspect** *custom* takes **width** and **height**; **fps**, **steps**, **cfg** of picture and sound, **sampler** and **stg block** are told in its help.
+- 0, *auto* and *model default* give each of them back to the model.""",
+        [
+            {
+                "loader": loader(precision="bfloat16", offload="always", attention="pytorch", compile=True),
+            },
+            {"text": text("a purple star orbits on a navy background", "rain and wind")},
+            {
+                "sampler": sampler(
+                    aspect="custom",
+                    width=128,
+                    height=96,
+                    seconds=1.5,
+                    fps=16.0,
+                    steps=24,
+                    cfg_video=2.5,
+                    cfg_audio=3.0,
+                    sampler="ancestral",
+                    stg=0.2,
+                    stg_block=2,
+                )
+            },
             *clip_out(),
         ],
     ),
