@@ -25,11 +25,15 @@ def _is_conditioning(value: Any) -> bool:
     )
 
 
+def _is_samples(value: Any) -> bool:
+    return isinstance(value, Tensor) or bool(getattr(value, "is_nested", False))
+
+
 # what tells a value of each type that comes over a link; graphs in API format may hold anything in its place
 _IS_OF_TYPE = {
     "LOCKSTEP_MODEL": lambda value: hasattr(value, "model_id"),
     "CONDITIONING": _is_conditioning,
-    "LATENT": lambda value: isinstance(value, Mapping) and hasattr(value.get("samples"), "ndim"),
+    "LATENT": lambda value: isinstance(value, Mapping) and _is_samples(value.get("samples")),
     "AUDIO": lambda value: isinstance(value, Mapping) and "waveform" in value,
     "IMAGE": lambda value: isinstance(value, Tensor),
     "MASK": lambda value: isinstance(value, Tensor),

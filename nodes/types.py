@@ -124,7 +124,7 @@ def to_picture(
 
     mask_BHW: a MASK of any size at the picture's aspect; one without white holds the whole picture, as none does.
     """
-    image_BHWC = _to_rgb("image", image_BHWC).clamp(0, 1)
+    image_BHWC = _to_rgb("image", image_BHWC)
     if not image_BHWC.isfinite().all():
         raise MediaError("image holds values that are no numbers: look at the node that made it")
     if image_BHWC.shape[0] != 1:
@@ -132,18 +132,22 @@ def to_picture(
             f"image holds {image_BHWC.shape[0]} pictures, one is needed: choose it with ImageFromBatch, "
             "or give each its own Lockstep Image Encode"
         )
-    image_HWC = rearrange(image_BHWC, "1 H W C -> H W C")
+    image_HWC = rearrange(image_BHWC, "1 H W C -> H W C").clamp(0, 1)
     return Picture(image_HWC, frame, strength, _picture_mask(mask_BHW, image_HWC))
 
 
 def _to_rgb(name: str, images_BHWC: Tensor) -> Tensor:
     """Any IMAGE as (B, H, W, 3), float32 on the CPU; grey becomes RGB, transparent parts lie on white.
 
-    Raises MediaError, naming the input, for another layout or no picture at all.
+    Raises MediaError, naming the input, for another layout, no picture at all, or values that are no fractions.
     """
     if images_BHWC.ndim != 4 or images_BHWC.shape[-1] not in (1, 3, 4) or not images_BHWC.numel():
         raise MediaError(
             f"{name} has the shape {tuple(images_BHWC.shape)}, (pictures, rows, columns, 3) is needed: connect an IMAGE"
+        )
+    if not images_BHWC.is_floating_point() and images_BHWC.dtype != torch.bool:
+        raise MediaError(
+            f"{name} holds {images_BHWC.dtype} values, float ones from 0 to 1 are needed: divide those of 8 bits by 255"
         )
     images_BHWC = images_BHWC.float().cpu()
     if images_BHWC.shape[-1] == 4:
@@ -160,6 +164,8 @@ def stands_for_none(mask_BHW: Tensor | None) -> bool:
 def _picture_mask(mask_BHW: Tensor | None, image_HWC: Tensor) -> Tensor | None:
     if mask_BHW is None:
         return None
+    if not mask_BHW.numel():
+        raise MediaError("mask is empty: connect a mask that is not cut to nothing")
     if not mask_BHW.isfinite().all():
         raise MediaError("mask holds values that are no numbers: look at the node that made it")
     if not (mask_BHW > 0.5).any():
@@ -540,6 +546,8 @@ def _frames_of_sound(audio_latents: int, shape: ClipShape, limits: tuple[float, 
 
 
 def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin) -> Stream:
+    if not samples.numel():
+        raise ShapeError(f"{name} is empty: connect a latent that is not cut to nothing")
     video = (1, origin.video_channels, *samples.shape[2:])
     audio = (1, origin.audio_channels, *samples.shape[2:3], origin.audio_bins)
     needed = {5: video, 4: audio}.get(samples.ndim)
@@ -548,8 +556,6 @@ def _read_stream(name: str, samples: Tensor, mask: Tensor | None, origin: Origin
         raise ShapeError(
             f"{name} has the shape {tuple(samples.shape)}, {what} is needed: connect a latent of this model"
         )
-    if not samples.numel():
-        raise ShapeError(f"{name} is empty: connect a latent that is not cut to nothing")
     if samples.shape[0] != 1:
         raise ShapeError(
             f"{name} holds {samples.shape[0]} clips, one is needed: choose one with LatentFromBatch"
@@ -658,7 +664,7 @@ def to_pixels(
 
     shape_of: the model's, from (size, seconds, fps). Raises ShapeError with the nearest size or count that works.
     """
-    images_FHWC = _to_rgb("images", images_FHWC).clamp(0, 1)
+    images_FHWC = _to_rgb("images", images_FHWC)
     _check_numbers(images_FHWC)
     frames, height, width, _ = images_FHWC.shape
     own = shape_of(None, None, fps or None)
@@ -668,7 +674,7 @@ def to_pixels(
         raise ShapeError(f"images: {error} (ImageScale changes their size)") from error
     _check_count(frames, own, shape_of)
     shape = replace(sized, frames=frames)
-    pixels = rearrange(images_FHWC, "F H W C -> 1 C F H W") * 2 - 1
+    pixels = rearrange(images_FHWC.clamp(0, 1), "F H W C -> 1 C F H W") * 2 - 1
     return pixels, shape
 
 
@@ -728,6 +734,10 @@ def _one_sound(audio: Mapping[str, Any]) -> tuple[Tensor, int]:
     if not waveform.shape[2]:
         raise MediaError(
             "audio is empty, it has no samples at all: connect a sound that is not cut to nothing"
+        )
+    if not waveform.is_floating_point():
+        raise MediaError(
+            f"audio holds {waveform.dtype} samples, float ones from -1 to 1 are needed: divide those of 16 bits by 32768"
         )
     return waveform[0].float().cpu(), _rate_of(audio)
 

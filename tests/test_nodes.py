@@ -234,6 +234,12 @@ def test_a_mask_that_leaves_nothing_or_is_several_is_refused(mask):
         types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, mask)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 8), (1, 0, 8), (1, 0, 0)])
+def test_a_mask_of_a_picture_that_is_cut_to_nothing_is_refused(shape):
+    with pytest.raises(MediaError, match="mask is empty: connect a mask that is not cut to nothing"):
+        types.to_picture(torch.rand(1, 4, 8, 3), 0, 1.0, torch.zeros(shape))
+
+
 @pytest.mark.parametrize("places", [slice(None), slice(1)])
 def test_a_mask_without_numbers_is_refused(places):
     mask = torch.rand(1, 4, 8)
@@ -543,6 +549,7 @@ def test_a_cropped_or_enlarged_latent_has_its_own_size():
         (1, {"samples": torch.full((1, 2, 19, 5), torch.inf)}, NotFiniteError, "audio holds values that are"),
         (1, {"samples": torch.zeros(1, 2, 0, 5)}, ShapeError, "audio is empty"),
         (0, {"samples": torch.zeros(1, 8, 3, 0, 6)}, ShapeError, "video is empty"),
+        (1, {"samples": torch.zeros(1, 2, 0, 0)}, ShapeError, "audio is empty"),  # as LatentCrop leaves it
     ],
 )
 def test_latents_that_do_not_fit_are_refused(stream, change, error, sentence):
@@ -934,6 +941,11 @@ def socket(kind: str, name: str = "x", optional: bool = False, **limits: float) 
             {"samples": 5},
             "x holds {'samples': 5}, LATENT is needed: connect a latent, such as",
         ),
+        (
+            socket("LATENT"),
+            {"samples": torch.zeros(1).numpy()},
+            "x holds {'samples': array([0.], dtype=float32)}",
+        ),
         (socket("LATENT"), None, "x holds nothing, LATENT is needed: connect a latent, such as"),
         (
             socket("IMAGE"),
@@ -1298,6 +1310,30 @@ def test_pictures_and_sounds_without_numbers_are_refused_by_their_input_s_name()
     ):  # fmt: skip
         with pytest.raises(MediaError, match=sentence):
             refused()
+
+
+def test_pictures_of_infinite_values_are_refused_before_they_are_cut_to_their_range():
+    frames = torch.zeros(9, 32, 48, 3)
+    frames[4, 3, 3, 0] = torch.inf
+    with pytest.raises(MediaError, match="images hold values that are no numbers"):
+        types.to_pixels(frames, 0.0, shape_of)
+    with pytest.raises(MediaError, match="image holds values that are no numbers"):
+        types.to_picture(frames[4:5], 0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.complex64])
+def test_pictures_and_sounds_whose_values_are_no_fractions_are_refused(dtype):
+    """Of 8 bits all but black would be white."""
+    frames, sound = torch.ones(9, 32, 48, 3).to(dtype), torch.ones(1, 2, 5).to(dtype)
+    for refused in (
+        lambda: types.to_pixels(frames, 0.0, shape_of),
+        lambda: types.to_clip(frames, 12.0, None),
+        lambda: types.to_picture(frames[:1], 0, 1.0),
+    ):
+        with pytest.raises(MediaError, match=f"holds {dtype} values, float ones from 0 to 1 are needed"):
+            refused()
+    with pytest.raises(MediaError, match=f"audio holds {dtype} samples, float ones from -1 to 1 are needed"):
+        types.from_audio({"waveform": sound, "sample_rate": 16000})
 
 
 def test_nodes_that_change_pictures_are_not_named_where_their_rate_is_refused():
