@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import history, host
-from .base import Node
+from .base import UNSAMPLED, Node
 from .sockets import CATEGORY, LockstepModel
 from .types import from_audio_latent, to_audio
 
@@ -34,4 +34,6 @@ class LockstepAudioDecode(Node):
         with reporter as report, history.measured(model, "audio") as meter:
             waveform_CS = model.decode_audio(latents, report)
         history.note(latents, meter)
+        if not latents.audio.any():
+            host.warn(cls.hidden.unique_id, (UNSAMPLED,))
         return io.NodeOutput(to_audio(waveform_CS, model.sample_rate_hz))

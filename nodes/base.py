@@ -48,6 +48,12 @@ _GIVEN_BY = {
 }
 
 
+# of a decoder's latent that holds zeros alone, as it gets where the sampler is bypassed
+UNSAMPLED = (
+    "the latent is empty, nobody has sampled it: see that Lockstep Sampler is connected and not bypassed"
+)
+
+
 class Node(io.ComfyNode):
     """A node of ours, whose `run` gets what the host gives to `execute`, once every input holds a value that it can take."""
 
@@ -64,7 +70,10 @@ class Node(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
-        check_known([socket.id for socket in cls.SCHEMA.inputs], inputs)
+        names = [socket.id for socket in cls.SCHEMA.inputs]
+        check_known(names, inputs)
+        node_id, given = host.running_node()
+        host.warn(node_id, unread(names, given))
         check_inputs(cls.SCHEMA.inputs, inputs)
         # before the run it saw constants alone
         named = [name for name in inspect.getfullargspec(cls.validate_inputs).args if name in inputs]
@@ -78,10 +87,24 @@ def check_known(names: Sequence[str], inputs: Mapping[str, Any]) -> None:
     """Raises WorkflowError for an input that this version of the node does not have, as a newer one's graph may hold it."""
     for name in inputs:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
             raise WorkflowError(
-                f"this version of the node has no input {shown(name)}: take it out of the graph, use {near[0]} or update the pack"
+                f"this version of the node has no input {shown(name)}: take it out of the graph, use {_nearest(name, names)} or "
+                "update the pack"
             )
+
+
+def unread(names: Sequence[str], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """A sentence for each input of a graph that the node does not have; not refused, as other packs put some on every node."""
+    return tuple(
+        f"this version of the node has no input {shown(name)}, it counts for nothing: if it is meant, use "
+        f"{_nearest(name, names)} or update the pack"
+        for name in given
+        if name not in names
+    )
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
 def check_links(sockets: Sequence[io.Input], given: Mapping[str, Any]) -> bool | str:

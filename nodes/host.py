@@ -24,6 +24,7 @@ from comfy.nested_tensor import NestedTensor
 from comfy_api import feature_flags
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.progress import get_progress_state
+from comfy_execution.utils import get_executing_context
 from comfy_execution.validation import validate_node_input
 from PIL import Image
 from protocol import BinaryEventTypes
@@ -387,6 +388,14 @@ def provenance(prompt: dict | None, extra: Any) -> dict[str, str]:
 def blocked() -> object:
     """What an output gives that was not asked for: nodes behind it do not run, and nothing is said of it."""
     return ExecutionBlocker(None)
+
+
+def running_node() -> tuple[str | None, Mapping[str, Any]]:
+    """The node that runs: its id, and all inputs that the graph gives it. The host hands it constants of known names alone."""
+    context = get_executing_context()
+    if context is None:
+        return None, {}
+    return context.node_id, get_progress_state().dynprompt.get_node(context.node_id)["inputs"]
 
 
 # Progress

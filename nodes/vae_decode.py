@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..model.engine import Engine
 from . import history, host
-from .base import Node
+from .base import UNSAMPLED, Node
 from .sockets import CATEGORY, LockstepModel
 from .types import from_video_latent
 
@@ -43,4 +43,6 @@ class LockstepVAEDecode(Node):
         with reporter as report, history.measured(model, "video") as meter:
             frames_FHWC = model.decode_video(latents, report)
         history.note(latents, meter)
+        if not latents.video.any():
+            host.warn(cls.hidden.unique_id, (UNSAMPLED,))
         return io.NodeOutput(frames_FHWC, shape.fps)

@@ -50,7 +50,8 @@ HOST_MODULES = (
         "comfy_execution",
         "comfy_execution.graph_utils",
     ),
-    *("comfy_execution.progress", "comfy_execution.validation", "folder_paths", "protocol", "server"),
+    *("comfy_execution.progress", "comfy_execution.utils", "comfy_execution.validation"),
+    *("folder_paths", "protocol", "server"),
 )
 
 
@@ -1104,6 +1105,21 @@ def test_an_input_of_a_newer_version_is_named(pack):
     ):
         pack.base.check_known(["seed", "sampler"], {"seed": 1, "sampler_name": "euler"})
     pack.base.check_known(["seed", "sampler"], {"seed": 1})
+
+
+def test_a_constant_that_the_host_does_not_hand_on_is_told(pack, host, monkeypatch):
+    class Doubled(pack.base.Node):
+        SCHEMA = SimpleNamespace(inputs=[socket("INT", "count", min=0, max=9)])
+        run = staticmethod(lambda count: 2 * count)
+
+    told, inputs = [], {"count": 4, "counts": 5}
+    monkeypatch.setattr(host, "warn", lambda node, said: told.append((node, said)))
+    monkeypatch.setattr(host, "running_node", lambda: ("7", inputs))
+    assert Doubled.execute(count=4) == 8
+    inputs.pop("counts")
+    assert Doubled.execute(count=4) == 8
+    sentence = "this version of the node has no input 'counts', it counts for nothing: if it is meant, use count or update the pack"
+    assert told == [("7", (sentence,)), ("7", ())]
 
 
 def test_folders_of_latents_are_looked_through_once_in_a_few_seconds(host, monkeypatch, tmp_path):

@@ -348,6 +348,25 @@ def test_the_trajectory_shows_the_chosen_steps_and_is_off_by_default(server: Com
         assert [file.suffix for file in files].count(".mp4") == 1
 
 
+def test_a_decoder_behind_a_bypassed_sampler_says_that_nothing_was_sampled(server: ComfyUI, graph: dict):
+    graph["empty"] = spare_nodes()["long"]
+    graph["empty"]["inputs"]["seconds"] = 1.0
+    told = [text for text in server.texts_of(with_seed(graph, 65)) if "nobody has sampled it" in text]
+    graph["4"]["inputs"]["video"] = graph["5"]["inputs"]["audio"] = ["empty", 0]  # as the page connects them
+    del graph["3"]
+    told.append("bypassed")
+    told += [text for text in server.texts_of(graph) if "nobody has sampled it" in text]
+    sentence = (
+        "the latent is empty, nobody has sampled it: see that Lockstep Sampler is connected and not bypassed"
+    )
+    assert told == ["bypassed", sentence, sentence]
+
+
+def test_a_constant_that_no_input_takes_is_told(server: ComfyUI, graph: dict):
+    graph["2"]["inputs"]["prompts"] = "a blue ball"
+    assert any("has no input 'prompts', it counts for nothing" in text for text in server.texts_of(graph))
+
+
 def test_both_streams_travel_in_one_latent(server: ComfyUI, graph: dict):
     graph["4"]["inputs"]["video"] = graph["5"]["inputs"]["audio"] = ["3", 2]
     check(server.clip_of(server.run(with_seed(graph, 61))))
