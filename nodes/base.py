@@ -75,6 +75,7 @@ class Node(io.ComfyNode):
         node_id, given = host.running_node()
         host.warn(node_id, unread(names, given))
         check_inputs(cls.SCHEMA.inputs, inputs)
+        inputs = with_plain_numbers(cls.SCHEMA.inputs, inputs)
         # before the run it saw constants alone
         named = [name for name in inspect.getfullargspec(cls.validate_inputs).args if name in inputs]
         said = cls.validate_inputs(**{name: inputs[name] for name in named}) if named else True
@@ -168,6 +169,15 @@ def _check_number(socket: Any, value: Any) -> None:
         raise WorkflowError(
             f"{socket.id} holds {shown(value)}: {needed} from {socket.min} to {socket.max} is needed"
         )
+
+
+def with_plain_numbers(sockets: Sequence[io.Input], inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs with Python's own numbers: of numpy's, as other packs give them, are made no fractions and no JSON."""
+    plain = {"INT": int, "FLOAT": float}
+    kinds = {socket.id: socket.get_io_type() for socket in sockets}
+    return {
+        name: plain[kinds[name]](value) if kinds[name] in plain else value for name, value in inputs.items()
+    }
 
 
 def check_choices(*choices: tuple[str, Any, Sequence[str]]) -> bool | str:

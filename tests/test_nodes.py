@@ -975,6 +975,24 @@ def test_inputs_that_hold_what_they_are_for_pass(pack):
     pack.base.check_inputs(sockets, values | {"text": types.to_conditioning(script())})
 
 
+def test_numbers_of_numpy_become_python_s_own(pack):
+    class Given(pack.base.Node):
+        SCHEMA = SimpleNamespace(
+            inputs=[
+                socket("INT", "seed", min=0, max=9),
+                socket("FLOAT", "fps", min=0.0, max=120.0),
+                socket("STRING", "name"),
+            ]
+        )
+        run = staticmethod(lambda **inputs: inputs)
+
+    # scalars of an array, as other packs calculate them
+    seed, fps = torch.tensor([7]).numpy()[0], torch.tensor([1.5]).numpy()[0]
+    given = Given.execute(seed=seed, fps=fps, name="a")
+    assert given == {"seed": 7, "fps": 1.5, "name": "a"}
+    assert [type(value) for value in given.values()] == [int, float, str]
+
+
 @pytest.mark.parametrize("moment", [float("nan"), 1.5, -0.1])
 def test_a_moment_outside_the_clip_is_refused_before_sampling(pack, moment):
     limits = inputs_of("LockstepSampler")["trajectory_moment"][1]

@@ -16,9 +16,10 @@ from lockstep.model.values import Clip
 
 # of the old kind, and with modules of the same names as ours; NoMemory stands for a machine without any left, Slow for one
 # that takes 0.7 s longer whenever it has told its progress, Census counts what is alive once the run got there, Number gives
-# outputs of any type and one of two types
+# outputs of any type and one of two types, and numbers of numpy
 ANOTHER_PACK = """
 import gc, os, sys, time, types
+import numpy as np
 import torch
 from comfy.comfy_types import IO
 for name in ("model", "model.engine", "sockets", "lockstep_types"):
@@ -89,10 +90,10 @@ class NoMemory:
 
 class Number:
     INPUT_TYPES = classmethod(lambda cls: {"required": {}})
-    RETURN_TYPES, FUNCTION, CATEGORY = (IO.ANY, IO.ANY, "INT,FLOAT"), "give", "another"
+    RETURN_TYPES, FUNCTION, CATEGORY = (IO.ANY, IO.ANY, "INT,FLOAT", "INT", "FLOAT"), "give", "another"
 
     def give(self):
-        return (0, 0.5, 0)
+        return (0, 0.5, 0, np.int64(7), np.float32(12.5))
 
 NODE_CLASS_MAPPINGS = {
     "AnotherNumber": Number, "AnotherShout": Shout, "AnotherNoMemory": NoMemory, "AnotherSlowModel": SlowModel, "AnotherCensus": Census

@@ -362,6 +362,19 @@ def test_a_decoder_behind_a_bypassed_sampler_says_that_nothing_was_sampled(serve
     assert told == ["bypassed", sentence, sentence]
 
 
+def test_numbers_of_numpy_are_taken(server: ComfyUI):
+    graph = twin("clip_report")
+    (sampler,), (report,) = nodes_of(graph, "LockstepSampler"), nodes_of(graph, "LockstepClipReport")
+    widgets = {"filename_prefix": "numpy", "disclosure": "none", "content_credentials": False}
+    clip = {name: graph[report]["inputs"][name] for name in ("images", "audio")}
+    graph["saved"] = {"class_type": "LockstepSaveClip", "inputs": clip | widgets}
+    graph["theirs"] = {"class_type": "AnotherNumber", "inputs": {}}
+    graph[sampler]["inputs"]["seed"] = ["theirs", 3]
+    graph[report]["inputs"]["fps"] = graph["saved"]["inputs"]["fps"] = ["theirs", 4]
+    result = server.run(graph)
+    assert result.status == "success", result.error
+
+
 def test_a_constant_that_no_input_takes_is_told(server: ComfyUI, graph: dict):
     graph["2"]["inputs"]["prompts"] = "a blue ball"
     assert any("has no input 'prompts', it counts for nothing" in text for text in server.texts_of(graph))
