@@ -72,7 +72,7 @@ class Node(io.ComfyNode):
     def execute(cls, **inputs: Any) -> io.NodeOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
         names = [socket.id for socket in cls.SCHEMA.inputs]
         check_known(names, inputs)
-        node_id, given = host.running_node()
+        node_id, given = host.running_node(cls.SCHEMA.node_id)
         host.warn(node_id, unread(names, given))
         check_inputs(cls.SCHEMA.inputs, inputs)
         inputs = with_plain_numbers(cls.SCHEMA.inputs, inputs)

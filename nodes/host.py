@@ -390,12 +390,16 @@ def blocked() -> object:
     return ExecutionBlocker(None)
 
 
-def running_node() -> tuple[str | None, Mapping[str, Any]]:
-    """The node that runs: its id, and all inputs that the graph gives it. The host hands it constants of known names alone."""
+def running_node(kind: str) -> tuple[str | None, Mapping[str, Any]]:
+    """The node that runs, if it is of this kind and not one that calls it: its id, and all inputs that the graph gives it.
+
+    The host hands it constants of known names alone.
+    """
     context = get_executing_context()
     if context is None:
         return None, {}
-    return context.node_id, get_progress_state().dynprompt.get_node(context.node_id)["inputs"]
+    node = get_progress_state().dynprompt.get_node(context.node_id)
+    return (context.node_id, node["inputs"]) if node["class_type"] == kind else (None, {})
 
 
 # Progress

@@ -978,11 +978,12 @@ def test_inputs_that_hold_what_they_are_for_pass(pack):
 def test_numbers_of_numpy_become_python_s_own(pack):
     class Given(pack.base.Node):
         SCHEMA = SimpleNamespace(
+            node_id="Doubled",
             inputs=[
                 socket("INT", "seed", min=0, max=9),
                 socket("FLOAT", "fps", min=0.0, max=120.0),
                 socket("STRING", "name"),
-            ]
+            ],
         )
         run = staticmethod(lambda **inputs: inputs)
 
@@ -1003,7 +1004,9 @@ def test_a_moment_outside_the_clip_is_refused_before_sampling(pack, moment):
 
 def test_linked_choices_are_checked_as_constants_are(pack):
     class Choosing(pack.base.Node):
-        SCHEMA = SimpleNamespace(inputs=[socket("COMBO", "aspect"), socket("COMBO", "free")])
+        SCHEMA = SimpleNamespace(
+            node_id="Doubled", inputs=[socket("COMBO", "aspect"), socket("COMBO", "free")]
+        )
 
         @classmethod
         def validate_inputs(cls, aspect: str | None = None) -> bool | str:
@@ -1127,12 +1130,12 @@ def test_an_input_of_a_newer_version_is_named(pack):
 
 def test_a_constant_that_the_host_does_not_hand_on_is_told(pack, host, monkeypatch):
     class Doubled(pack.base.Node):
-        SCHEMA = SimpleNamespace(inputs=[socket("INT", "count", min=0, max=9)])
+        SCHEMA = SimpleNamespace(node_id="Doubled", inputs=[socket("INT", "count", min=0, max=9)])
         run = staticmethod(lambda count: 2 * count)
 
     told, inputs = [], {"count": 4, "counts": 5}
     monkeypatch.setattr(host, "warn", lambda node, said: told.append((node, said)))
-    monkeypatch.setattr(host, "running_node", lambda: ("7", inputs))
+    monkeypatch.setattr(host, "running_node", lambda _kind: ("7", inputs))
     assert Doubled.execute(count=4) == 8
     inputs.pop("counts")
     assert Doubled.execute(count=4) == 8
