@@ -63,6 +63,8 @@ class Recipe:
             "rescale_audio",
             "modality_video",
             "modality_audio",
+            "until_video",
+            "until_audio",
         )
         weights = {name: guidance.take(name) for name in names if name in section.get("guidance", {})}
         guidance.close()
@@ -97,6 +99,8 @@ class Recipe:
         pulls += (
             f", rescale {g.rescale_video:g} {g.rescale_audio:g}" if g.rescale_video or g.rescale_audio else ""
         )
+        if g.until_video or g.until_audio:
+            pulls += f", until noise {g.until_video:g} {g.until_audio:g}"
         pulls += ", sound first" if self.sound_first else ""
         unguided = g.passes == ("cond",)
         size = f"{self.width}x{self.height}, {self.frames} frames at {self.fps:g} fps"

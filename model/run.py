@@ -161,15 +161,20 @@ class Run:
     def denoiser(
         self, transformer: AVTransformer, layouts: tuple[Layout, Layout], cache: StepCache | None
     ) -> JointDenoiser:
-        blocks, passes = self.settings.guidance.stg_blocks, self.settings.guidance.passes
+        blocks, passes = self.settings.guidance.stg_blocks, self._guidance(*layouts).passes
         apart = self.sound_alone and not layouts[0].frozen  # of pictures that are given a sound sees all
         return JointDenoiser(
             transformer, *layouts, self.conditioning, blocks, passes, apart=apart, cache=cache
         )
 
+    def _guidance(self, video: Layout, audio: Layout) -> Guidance:
+        """That of the streams that are made: one that is given goes nowhere, and needs no passes of its own."""
+        return self.settings.guidance.only(not (video.frozen or self.sound_alone), not audio.frozen)
+
     def denoised(self, state: JointState, denoiser: JointDenoiser) -> tuple[Tensor, ...]:
         """The clean tokens of both streams, where the state is."""
-        sigmas, sampler, guidance = self.settings.sigmas, self.settings.sampler, self.settings.guidance
+        sigmas, sampler = self.settings.sigmas, self.settings.sampler
+        guidance = self._guidance(denoiser.video, denoiser.audio)
         # all levels first: what embeds them need not be on the device while blocks run
         denoiser.tabulate(model_levels(sigmas, sampler))
         done = denoise(state, sigmas, denoiser, sampler, guidance, self.seed, self.progress)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lockstep.model.checkpoint import keymap
+from lockstep.model.denoiser import JointDenoiser
 from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import Engine, SampleSettings, latent_sha256
 from lockstep.model.errors import (
@@ -148,6 +150,32 @@ def test_a_given_stream_comes_out_bit_for_bit(engine):
     assert not torch.equal(fitted.video, made.video)
     fitted = engine.sample(prompt, shape, settings=UNGUIDED, seed=4, given_video=made.video)
     assert torch.equal(fitted.video, made.video)
+
+
+def test_a_given_stream_costs_no_guidance_of_its_own(engine, monkeypatch):
+    """Nor do pictures that a sound alone does not have: what would guide them is computed for nobody."""
+    shape, prompt = engine.shape(seconds=1.0), engine.encode_text("a red ball bounces")
+    made = engine.sample(prompt, shape, settings=UNGUIDED, seed=3)
+    asked, call = [], JointDenoiser.__call__
+
+    def noting(self, video, audio, sigma, name):
+        asked.append(name)
+        return call(self, video, audio, sigma, name)
+
+    monkeypatch.setattr(JointDenoiser, "__call__", noting)
+
+    def passes(guidance: Guidance, **given: Any) -> set[str]:
+        asked.clear()
+        engine.sample(prompt, shape, settings=SampleSettings(2, guidance), seed=3, **given)
+        return set(asked)
+
+    of_video, of_audio = Guidance(cfg_video=3.0), Guidance(cfg_audio=3.0, modality_audio=2.0)
+    assert passes(of_video, given_audio=made.audio) == {"cond", "uncond"}
+    assert passes(of_audio, given_audio=made.audio) == {"cond"}
+    assert passes(of_video, given_video=made.video) == {"cond"}
+    assert passes(of_audio, given_video=made.video) == {"cond", "uncond", "isolated"}
+    assert passes(of_video, sound_alone=True) == {"cond"}
+    assert passes(of_audio, sound_alone=True) == {"cond", "uncond"}
 
 
 def test_a_sound_alone_has_no_pictures_and_hears_none(engine):

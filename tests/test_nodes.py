@@ -1143,6 +1143,20 @@ def test_a_constant_that_the_host_does_not_hand_on_is_told(pack, host, monkeypat
     assert told == [("7", (sentence,)), ("7", ())]
 
 
+def test_a_node_that_another_node_runs_has_no_inputs_of_that_one(host, monkeypatch):
+    node = {"class_type": "LockstepSampler", "inputs": {"seed": 3}}
+    monkeypatch.setattr(host, "get_executing_context", lambda: SimpleNamespace(node_id="7"))
+    monkeypatch.setattr(
+        host,
+        "get_progress_state",
+        lambda: SimpleNamespace(dynprompt=SimpleNamespace(get_node=lambda _id: node)),
+    )
+    assert host.running_node("LockstepSampler") == ("7", {"seed": 3})
+    assert host.running_node("LockstepLoader") == (None, {})
+    monkeypatch.setattr(host, "get_executing_context", lambda: None)
+    assert host.running_node("LockstepSampler") == (None, {})
+
+
 def test_folders_of_latents_are_looked_through_once_in_a_few_seconds(host, monkeypatch, tmp_path):
     now = 100.0
     monkeypatch.setattr(host, "time", SimpleNamespace(monotonic=lambda: now))

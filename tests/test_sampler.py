@@ -166,6 +166,21 @@ def test_only_passes_that_matter_are_asked_for():
     assert HQ_GUIDANCE.passes == ("cond", "uncond", "isolated")
 
 
+def test_below_its_noise_level_a_stream_is_guided_no_more():
+    guidance = Guidance(
+        cfg_video=3.0, cfg_audio=7.0, modality_audio=2.0, rescale_video=0.7, until_video=0.8, until_audio=0.5
+    )
+    assert guidance.at(1.0) == guidance.at(0.8) == guidance
+    between = guidance.at(0.7)
+    assert (between.cfg_video, between.rescale_video, between.cfg_audio) == (1.0, 0.0, 7.0)
+    assert between.passes == ("cond", "uncond", "isolated")
+    assert guidance.at(0.49).passes == ("cond",)
+    full = full_guidance(28)
+    assert full.at(0.0) == full
+    assert full.only(False, False).passes == ("cond",)
+    assert full.only(True, False).audio({"cond": torch.ones(1, 1, 1)}).item() == 1.0
+
+
 def test_each_stream_has_its_own_weights():
     x0 = {"cond": torch.tensor([[[2.0]]]), "uncond": torch.tensor([[[1.0]]])}
     guidance = Guidance(cfg_video=3.0, cfg_audio=7.0)
@@ -194,6 +209,8 @@ def test_a_prediction_without_spread_is_not_divided_by_it():
     [
         ({"cfg_video": math.inf}, "cfg_video=inf"),
         ({"rescale_audio": 1.5}, "rescale_audio=1.5"),
+        ({"until_video": 1.5}, "until_video=1.5"),
+        ({"until_audio": math.nan}, "until_audio=nan"),
         ({"stg_video": 1.0}, "stg_blocks"),
     ],
 )
@@ -464,6 +481,19 @@ def test_the_denoiser_is_called_once_per_pass_with_host_sigmas():
     denoise(free_state(), (1.0, 0.5, 0.0), denoiser, guidance=Guidance(cfg_video=2.0))
     assert calls == [(1.0, "cond"), (1.0, "uncond"), (0.5, "cond"), (0.5, "uncond")]
     assert all(type(sigma) is float for sigma, _ in calls)
+    calls.clear()
+    denoise(
+        free_state(),
+        (1.0, 0.5, 0.25, 0.0),
+        denoiser,
+        guidance=Guidance(cfg_video=2.0, modality_audio=3.0, until_video=0.6, until_audio=0.4),
+    )
+    assert [(sigma, name) for sigma, name in calls if sigma == 1.0] == [
+        (1.0, "cond"),
+        (1.0, "uncond"),
+        (1.0, "isolated"),
+    ]
+    assert calls[3:] == [(0.5, "cond"), (0.5, "isolated"), (0.25, "cond")]
 
 
 def test_progress_reports_every_step_with_the_predicted_video():

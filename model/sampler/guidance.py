@@ -21,7 +21,7 @@ PASSES = ("cond", "uncond", "perturbed", "isolated")
 class Guidance:
     """Weights of the passes; the defaults are no guidance at all, one model call a step.
 
-    Raises WorkflowError for values that are not finite, a rescale outside [0, 1], or STG without blocks.
+    Raises WorkflowError for values that are not finite, a rescale or a noise level outside [0, 1], or STG without blocks.
     """
 
     cfg_video: float = 1.0  # 1 is off
@@ -33,6 +33,10 @@ class Guidance:
     modality_audio: float = 1.0
     rescale_video: float = 0.0  # 0 keeps the combined spread, 1 restores that of "cond"
     rescale_audio: float = 0.0
+    # noise levels below which a stream follows "cond" alone: what it shows is settled by then, and its details are truer
+    # and cheaper without (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval"); 0 guides to the end
+    until_video: float = 0.0
+    until_audio: float = 0.0
 
     def __post_init__(self):
         for field in fields(self):
@@ -44,6 +48,11 @@ class Guidance:
                 raise WorkflowError(
                     f"guidance {name}={getattr(self, name)} must lie between 0 and 1: 0.7 is usual"
                 )
+        for name in ("until_video", "until_audio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise WorkflowError(
+                    f"guidance {name}={getattr(self, name)} must lie between 0 and 1, as noise levels do: 0 guides to the end"
+                )
         if (self.stg_video or self.stg_audio) and not self.stg_blocks:
             raise WorkflowError(
                 "STG needs stg_blocks, the transformer blocks to perturb: set them or STG to 0"
@@ -53,6 +62,19 @@ class Guidance:
     def apart(self) -> "Guidance":
         """The same for a stream that is made without the other one: there is no pass to compare their meeting with."""
         return replace(self, modality_video=1.0, modality_audio=1.0)
+
+    def only(self, video: bool, audio: bool) -> "Guidance":
+        """The same for these streams alone; the others are left to "cond"."""
+        guided = self
+        if not video:
+            guided = replace(guided, cfg_video=1.0, stg_video=0.0, modality_video=1.0, rescale_video=0.0)
+        if not audio:
+            guided = replace(guided, cfg_audio=1.0, stg_audio=0.0, modality_audio=1.0, rescale_audio=0.0)
+        return guided
+
+    def at(self, sigma: float) -> "Guidance":
+        """What is left of it at a noise level."""
+        return self.only(sigma >= self.until_video, sigma >= self.until_audio)
 
     @property
     def passes(self) -> tuple[str, ...]:

@@ -155,11 +155,12 @@ class _Predictor:
     def __call__(self, free: Streams, sigma: float) -> Streams:
         tokens = self.whole(free)
         video_BTC, audio_BSC = tokens if len(tokens) == 2 else (tokens[0], None)
-        outputs = {name: self._denoiser(video_BTC, audio_BSC, sigma, name) for name in self._guidance.passes}
-        x0 = (self._guidance.video({name: video for name, (video, _) in outputs.items()}),)
+        guidance = self._guidance.at(sigma)
+        outputs = {name: self._denoiser(video_BTC, audio_BSC, sigma, name) for name in guidance.passes}
+        x0 = (guidance.video({name: video for name, (video, _) in outputs.items()}),)
         if audio_BSC is not None:
             heard = {name: audio for name, (_, audio) in outputs.items() if audio is not None}
-            x0 += (self._guidance.audio(heard),)
+            x0 += (guidance.audio(heard),)
         for given, wanted in zip(x0, tokens, strict=True):
             assert given.shape == wanted.shape, f"{given.shape=} {wanted.shape=}"
         self._last = tuple(x.to(self._dtype) * mask for x, mask in zip(x0, self._masks, strict=True))
