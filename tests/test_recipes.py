@@ -1,5 +1,6 @@
 """Which recipe a checkpoint gets: from its fingerprint, by name, refused where it does not suit, forced all the same."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from published_models import config, write_gemma, write_monolith
 
+from lockstep.model.embedded.config import RECIPE
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, WorkflowError
 from lockstep.model.recipes import Fingerprint, Recipe, choose_recipe, fingerprint, published_recipe
@@ -93,6 +95,16 @@ def test_a_recipe_is_one_line():
         .format_recipe()
         .startswith("distilled: 8 fixed steps, ancestral, no guidance;")
     )
+
+
+def test_the_embedded_model_s_guidance_ends_where_what_a_clip_shows_is_settled():
+    recipe = Recipe.from_metadata(json.dumps(RECIPE))
+    assert ", until noise 0.8 0.7, sound first; 96x96" in recipe.format_recipe()
+    assert recipe.guidance.at(0.8) == recipe.guidance
+    assert recipe.guidance.at(0.75).only(True, False).passes == ("cond",)
+    assert recipe.guidance.at(0.69).passes == ("cond",)
+    with pytest.raises(WorkflowError, match="until_video=2 must lie between 0 and 1"):
+        Recipe.from_metadata('{"guidance": {"until_video": 2}}')
 
 
 def test_a_recipe_of_numbers_beyond_reading_is_refused():
