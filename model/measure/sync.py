@@ -20,6 +20,7 @@ CONFIDENT = 0.5  # below, no offset is told
 _SLACK = 0.012
 _PAIR_SECONDS = 0.025  # how far a pair may lie from the common offset
 _UNCLEAR = 0.1  # share of a movement that its motion may leave unexplained
+_CLEARER = 0.5  # of what a smooth motion leaves unexplained, where turns count instead
 _EXACT_SECONDS = 0.006  # spread of pairs that the meter's own errors explain
 _CHANCE = 0.01  # of unrelated sounds falling so near to so many events; above it, no range is told
 
@@ -98,6 +99,11 @@ def _by_the_clearest(
         return loose if strict is None or loose.offset_ms is not None else strict
     if seen.kind == "smooth" and seen.speed is not None and len(heard) < 2:
         return _by_loudness(seen, min(last, seen.seconds), sound_CS, rate_hz)
+    if seen.kind == "smooth":
+        # harmonics follow a bounce that is not quite even, too, but its turns explain far more of it
+        turns = motion.find_turns(path)
+        if turns.unexplained < _CLEARER * seen.unexplained:
+            return _by_turns(turns, heard, last, fps, least=3)
     return _nothing("no clear event to judge")
 
 
