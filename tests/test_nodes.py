@@ -978,7 +978,7 @@ def test_inputs_that_hold_what_they_are_for_pass(pack):
 def test_numbers_of_numpy_become_python_s_own(pack):
     class Given(pack.base.Node):
         SCHEMA = SimpleNamespace(
-            node_id="Doubled",
+            node_id="Given",
             inputs=[
                 socket("INT", "seed", min=0, max=9),
                 socket("FLOAT", "fps", min=0.0, max=120.0),
@@ -1005,7 +1005,7 @@ def test_a_moment_outside_the_clip_is_refused_before_sampling(pack, moment):
 def test_linked_choices_are_checked_as_constants_are(pack):
     class Choosing(pack.base.Node):
         SCHEMA = SimpleNamespace(
-            node_id="Doubled", inputs=[socket("COMBO", "aspect"), socket("COMBO", "free")]
+            node_id="Choosing", inputs=[socket("COMBO", "aspect"), socket("COMBO", "free")]
         )
 
         @classmethod
