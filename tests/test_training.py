@@ -1,5 +1,6 @@
 """Training as its command has it: what is refused in one sentence, logs of runs that were broken off, several processes."""
 
+import atexit
 import json
 import random
 import subprocess
@@ -194,7 +195,8 @@ def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
 
 
 def test_processes_join_by_what_their_device_speaks(monkeypatch):
-    backends = []
+    backends, at_exit = [], []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(distributed, "init_process_group", backends.append)
@@ -203,6 +205,7 @@ def test_processes_join_by_what_their_device_speaks(monkeypatch):
     for device in ("cpu", "cuda:1"):
         assert join_processes(torch.device(device)) == (1, 2)
     assert backends == ["gloo", "nccl"]
+    assert at_exit == [distributed.destroy_process_group] * 2  # or threads of it abort the process as it ends
 
 
 def torchrun(*command: object) -> str:

@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.mel import LogMel
@@ -80,9 +79,6 @@ def main() -> None:
         _STAGES[given.stage](given)
     except TrainingError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def _fault(given: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ generator seeded by (seed, step), so a resumed run sees what an unbroken one wou
 worker processes meanwhile, if there are any: a GPU would wait for them.
 """
 
+import atexit
 import json
 import math
 import os
@@ -277,11 +278,13 @@ class Run(Generic[Model]):
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:
-    """This process's number and how many there are: (0, 1), or what torchrun says; device: of the weights."""
+    """This process's number and how many there are: (0, 1), or what torchrun says, whose group is left at exit; device: of the weights."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # a group whose threads still run as Python ends aborts the process
+        atexit.register(distributed.destroy_process_group)
     return distributed.get_rank(), distributed.get_world_size()
 
 
