@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import read_header
@@ -31,6 +32,7 @@ from lockstep.model.embedded.train_transformer import (
     encode_prompts,
     flow_loss,
     initialise_generator,
+    products_for_attention,
     tokenizer,
 )
 from lockstep.model.embedded.training import (
@@ -532,6 +534,33 @@ def test_every_mode_of_training_teaches_what_it_should(mode):
     # nor is it stepped: an update of nothing would be as large as any other
     assert (model.transformer.proj_out.weight.grad is None) == ("video" in mode or "sound" in mode)
     assert (model.transformer.audio_proj_out.weight.grad is None) == ("audio" in mode)
+
+
+class _Products(TorchDispatchMode):
+    """Notes of which dtypes batched products are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_of_training_is_of_products_in_half_the_width_on_a_cpu_and_leaves_torch_as_it_was():
+    batch, model = _random_batch(), Generator()
+    initialise_generator(model, seed=0)
+    ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    with products_for_attention("cpu"), _Products() as products:
+        flow_loss(model, batch, ids, mask, "nothing", random.Random(1))
+    assert products.dtypes == {torch.bfloat16}
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == allowed
+    with products_for_attention("cuda"), _Products() as products:
+        flow_loss(model, batch, ids, mask, "nothing", random.Random(1))
+    assert not products.dtypes  # the fused attention's, whatever a GPU chooses
 
 
 def test_the_shares_of_modes_are_whole():

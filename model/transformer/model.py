@@ -183,15 +183,15 @@ class AVTransformer(nn.Module):
 
     def _modulation(self, stream: StreamInput, other: StreamInput, prefix: str) -> Modulation:
         own = rearrange(stream.sigma, "B -> B 1") if stream.levels is None else stream.levels
-        level_of_token = None if stream.levels is None else stream.level_of_token
+        row_of_token = _row_of_token(stream)
         others = rearrange(other.sigma, "B -> B 1")
         rows, embedded = self._module(prefix, "adaln_single")(own * self.config.timestep_scale)
         return Modulation(
-            rows=Rows(rows, level_of_token),
+            rows=Rows(rows, row_of_token),
             prompt_rows=self._prompt_rows(stream, prefix),
-            av_rows=self._av_rows(prefix, own, level_of_token, others),
-            av_gate=self._av_gate(prefix, own, level_of_token, others),
-            time=Rows(rearrange(embedded, "B U W -> B U 1 W"), level_of_token),
+            av_rows=self._av_rows(prefix, own, row_of_token, others),
+            av_gate=self._av_gate(prefix, own, row_of_token, others),
+            time=Rows(rearrange(embedded, "B U W -> B U 1 W"), row_of_token),
         )
 
     def _state(
@@ -211,17 +211,17 @@ class AVTransformer(nn.Module):
             modulation, context_BLD, stream.context_bias, rope, cross_rope, stream.self_bias, stream.groups
         )
 
-    def _av_rows(self, prefix: str, own: Tensor, level_of_token: Tensor | None, others: Tensor) -> Rows:
+    def _av_rows(self, prefix: str, own: Tensor, row_of_token: Tensor | None, others: Tensor) -> Rows:
         name = "av_ca_audio_scale_shift_adaln_single" if prefix else "av_ca_video_scale_shift_adaln_single"
         if self.config.av_timestep == "cross":
-            own, level_of_token = others, None
-        return Rows(getattr(self, name)(own * self.config.timestep_scale)[0], level_of_token)
+            own, row_of_token = others, None
+        return Rows(getattr(self, name)(own * self.config.timestep_scale)[0], row_of_token)
 
-    def _av_gate(self, prefix: str, own: Tensor, level_of_token: Tensor | None, others: Tensor) -> Rows:
+    def _av_gate(self, prefix: str, own: Tensor, row_of_token: Tensor | None, others: Tensor) -> Rows:
         name = "av_ca_v2a_gate_adaln_single" if prefix else "av_ca_a2v_gate_adaln_single"
         if self.config.av_timestep != "own":
-            own, level_of_token = others, None
-        return Rows(getattr(self, name)(own * self.config.av_timestep_scale)[0], level_of_token)
+            own, row_of_token = others, None
+        return Rows(getattr(self, name)(own * self.config.av_timestep_scale)[0], row_of_token)
 
     def _prompt_rows(self, stream: StreamInput, prefix: str) -> Rows | None:
         config = self.config
@@ -243,6 +243,14 @@ class AVTransformer(nn.Module):
 
     def _module(self, prefix: str, name: str) -> nn.Module:
         return getattr(self, prefix + name)
+
+
+def _row_of_token(stream: StreamInput) -> Tensor | None:
+    """Which of all clips' levels, one after another, each token has: (B, T) into (B U), or None for one level."""
+    if stream.levels is None or stream.level_of_token is None:
+        return None
+    clips, levels = stream.levels.shape
+    return stream.level_of_token + levels * torch.arange(clips, device=stream.levels.device)[:, None]
 
 
 def _both(streams: Pair) -> tuple[Tensor, Tensor]:
