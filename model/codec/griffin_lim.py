@@ -1,9 +1,9 @@
 """Log-mel spectrograms to waveforms by Griffin-Lim, for models too small to hold phases.
 
 The mel bands are first unmixed into Fourier bands that are not negative, then phases are sought that such a spectrogram can
-have. A small network may say where within each mel band the sound lies. Sources: Griffin and Lim 1984; the accelerated form,
-Perraudin et al. 2013; multiplicative updates, Lee and Seung 2001; magnitudes from mels by a network before the search,
-Wang et al. 2017.
+have, and attacks are kept from sounding early. A small network may say where within each mel band the sound lies. Sources:
+Griffin and Lim 1984; the accelerated form, Perraudin et al. 2013; multiplicative updates, Lee and Seung 2001; magnitudes from
+mels by a network before the search, Wang et al. 2017.
 B batch, C channels, N waveforms (B * C), T mel frames, M mel bins, K Fourier bands, W width, S samples.
 """
 
@@ -18,9 +18,11 @@ from torch.nn import functional
 
 from ..errors import ShapeError, UnsupportedModelError
 from ..options import Options
+from .attacks import Attacks
 from .mel import FLOOR
 
 _MOMENTUM = 0.99
+_ROUNDS_WITH_ATTACKS = 10  # the last ones, when phases are nearly found; more of them find no better ones
 _HIGHEST_PEAK = 0.66  # leaves room for what lossy coding adds: true peaks stay below -1 dBFS
 _SPIKE = 2.5  # how far a bend may stand above all others 1 to 6 ms away; those of attacks hardly reach it
 _TINY = 1e-10
@@ -171,12 +173,16 @@ class GriffinLim(nn.Module):
         start = torch.rand(magnitude_NKT.shape, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
         direction_NKT = torch.polar(torch.ones_like(start), start).to(magnitude_NKT.device)
         before_NKT = torch.zeros_like(direction_NKT)
-        for _ in range(config.phase_rounds):
-            rebuilt_NKT = to_spectrum(to_waveform(magnitude_NKT * direction_NKT))
+        attacks = Attacks(magnitude_NKT, window, config.hop_samples, config.n_fft)
+        for left in reversed(range(config.phase_rounds)):
+            waveform_NS = to_waveform(magnitude_NKT * direction_NKT)
+            if left < _ROUNDS_WITH_ATTACKS:
+                waveform_NS = attacks.held_back(waveform_NS)
+            rebuilt_NKT = to_spectrum(waveform_NS)
             ahead_NKT = rebuilt_NKT - _MOMENTUM / (1 + _MOMENTUM) * before_NKT
             direction_NKT = ahead_NKT / (ahead_NKT.abs() + _TINY)
             before_NKT = rebuilt_NKT
-        return to_waveform(magnitude_NKT * direction_NKT)
+        return attacks.held_back(to_waveform(magnitude_NKT * direction_NKT))
 
 
 def without_spikes(waveform_NS: Tensor, sample_rate_hz: int) -> Tensor:
