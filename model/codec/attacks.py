@@ -25,9 +25,8 @@ class Attacks:
     def __init__(self, magnitude_NKT: Tensor, window: Tensor, hop: int, n_fft: int):
         self._parts = next(count for count in (4, 3, 2, 1) if hop % count == 0)
         self._samples = hop // self._parts
-        self._far = -(
-            -3 * len(window) // (4 * self._samples)
-        )  # no window that sees an attack reaches back so far
+        # no window that sees an attack reaches back so far
+        self._far = -(-3 * len(window) // (4 * self._samples))
         # half of all bands are given, which hold half of the power
         power_NT = magnitude_NKT.square().sum(1) / (n_fft / 2)
         self._power_NP = self._deconvolved(power_NT, window.square())

@@ -302,9 +302,8 @@ def products_for_attention(device: str) -> Iterator[None]:
     if device != "cpu":
         yield
         return
-    before = (
-        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    )  # its name says CUDA: it is read on CPUs, too
+    # its name says CUDA: it is read on CPUs, too
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):

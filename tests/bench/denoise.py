@@ -168,9 +168,8 @@ class Reference:
                    "isolated": {"isolate_modalities": True}}  # fmt: skip
         video, audio = (stream.tokens_BTC.to(self.first.dtype) for stream in self.ours.state.streams)
         sigma = torch.full((1,), SIGMA * 1000, device=self.first.device)
-        timestep = (
-            sigma if self.mask.all() else sigma * self.mask[..., 0].float()
-        )  # of each token if a picture is given
+        # of each token if a picture is given
+        timestep = sigma if self.mask.all() else sigma * self.mask[..., 0].float()
         texts = {
             name: (text.video.to(self.first), text.audio.to(self.first))
             for name, text in (
