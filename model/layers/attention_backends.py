@@ -30,7 +30,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 # root mean square error over that of the result: about one rounding of the dtype
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 _GAIN = 0.9  # another kernel must be this much faster than the usual one
-_QUERY_BLOCK = 512  # scores of one head and block stay in a CPU's cache
+# scores of one head and block stay in a CPU's cache; of few keys more queries go together, for a product has a cost of its own
+_QUERY_BLOCK, _SCORES = 512, 512 * 1536
 # heads and queries that are compared with the plain path, few enough that their scores take no room
 PROBE = (slice(None), slice(4), slice(128))
 _BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -162,13 +163,14 @@ def in_blocks(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tenso
     """Head by head and block by block in two matmuls of the inputs' dtype; for CPUs with 16-bit matmuls."""
     made = torch.empty_like(query_BNTK)
     zero, scale = query_BNTK.new_zeros(()), query_BNTK.shape[-1] ** -0.5
+    block = max(_QUERY_BLOCK, _SCORES // key_BNLK.shape[2])
     heads = (
         head
         for batch in zip(query_BNTK, key_BNLK, value_BNLK, made, strict=True)
         for head in zip(*batch, strict=True)
     )
     for query_TK, key_LK, value_LK, made_TK in heads:
-        for queries, results in zip(query_TK.split(_QUERY_BLOCK), made_TK.split(_QUERY_BLOCK), strict=True):
+        for queries, results in zip(query_TK.split(block), made_TK.split(block), strict=True):
             scores = torch.addmm(zero, queries, key_LK.mT, beta=0, alpha=scale)
             torch.mm(scores.softmax(dim=-1), value_LK, out=results)
     return made
