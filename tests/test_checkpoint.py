@@ -122,6 +122,20 @@ def test_every_published_tensor_has_its_parameter_and_none_is_left_over(model, c
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == PUBLISHED[model][component]
 
 
+def test_nothing_is_computed_on_meta(tmp_path):
+    """There most arithmetic loads torch's compiler, for a second and more."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_checkpoint import COMPONENTS, build_on_meta, golden_headers
+for model, component in COMPONENTS:
+    build_on_meta(component, golden_headers(model, None))
+    assert "torch._dynamo" not in sys.modules, (model, component)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ltx*.json")), ids=lambda path: path.stem)
 def test_the_configs_of_the_published_headers_are_understood_to_the_last_key(path):
     header = fake_header(golden_keys(path.stem), json.loads(path.read_text()))

@@ -441,6 +441,18 @@ def test_help_and_refusals_answer_without_loading_torch(tmp_path):
     assert "--last-image FILE" in run.stdout
 
 
+def test_a_clip_is_made_without_loading_torchs_compiler(tmp_path):
+    code = (
+        "import sys; from lockstep.model.cli import main\n"
+        "assert not main(['generate', 'a red ball bounces', '-o', 'x.mp4', '--seconds', '1', '--steps', '2'])\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def run_command(*arguments, folder):
     command = [sys.executable, "-m", "lockstep.model.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ)

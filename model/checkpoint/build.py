@@ -11,6 +11,7 @@ from io import BufferedReader
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, LockstepError, UnsupportedModelError
 from . import keymap
@@ -64,12 +65,24 @@ def build_on_meta(component: str, files: Files, family: Family | None = None) ->
         raise UnsupportedModelError(
             f"{file_names(headers)}: {component!r} is not implemented for {family.name}: {known} are"
         )
-    with torch.device("meta"), reading_config(component, headers):
+    with torch.device("meta"), _WithoutInit(), reading_config(component, headers):
         section = family.component_config(headers, component)
         module = family.modules[component](section)
     if is_dataclass(config := getattr(module, "config", None)):
         check_values(config, component)
     return module
+
+
+class _WithoutInit(TorchFunctionMode):
+    """In the body nothing is initialised, which would be lost.
+
+    Some of it loads torch's compiler on meta, which takes longer than to sample a clip of the embedded model.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def build_as_held(component: str, files: Files, dtype: torch.dtype) -> nn.Module:

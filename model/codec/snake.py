@@ -5,6 +5,7 @@ Source: spec section 2.17. B batch, C channels, S samples.
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +103,14 @@ def kaiser_sinc() -> Tensor:
 
     Window: Kaiser's formula for the attenuation (51 dB) of this length and a transition of 1.2 half bands.
     """
+    return _kaiser_sinc().to(torch.get_default_device(), copy=True)
+
+
+@cache
+def _kaiser_sinc() -> Tensor:
+    # on the CPU: arithmetic on meta would load torch's compiler
     attenuation = 2.285 * (_TAPS // 2 - 1) * math.pi * 1.2 + 7.95
     beta = 0.1102 * (attenuation - 8.7)
-    u = (torch.arange(_TAPS) - (_TAPS - 1) / 2) / 2
-    taps = torch.kaiser_window(_TAPS, periodic=False, beta=beta) * torch.sinc(u)
+    u = (torch.arange(_TAPS, device="cpu") - (_TAPS - 1) / 2) / 2
+    taps = torch.kaiser_window(_TAPS, periodic=False, beta=beta, device="cpu") * torch.sinc(u)
     return (taps / taps.sum())[None, None]
