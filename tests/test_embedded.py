@@ -20,7 +20,16 @@ from lockstep.model.checkpoint.header import read_header
 from lockstep.model.codec.audio_vae import AudioVAE, AudioVAEConfig
 from lockstep.model.codec.mel import LogMel
 from lockstep.model.codec.video_vae import VideoVAE, VideoVAEConfig
-from lockstep.model.embedded import WEIGHTS, config, dataset, language, train, train_transformer, world
+from lockstep.model.embedded import (
+    WEIGHTS,
+    config,
+    dataset,
+    language,
+    train,
+    train_transformer,
+    train_video_vae,
+    world,
+)
 from lockstep.model.embedded.dataset import FORMATS, Batch, format_of
 from lockstep.model.embedded.pack import pack, tokenizer_entry, unpack
 from lockstep.model.embedded.readings import readings
@@ -448,6 +457,32 @@ def test_the_object_stays_in_the_picture(motion, height, width):
         paper = torch.tensor(world.BACKGROUNDS[scene.background]) / 255
         inked = ((frames - paper).abs().amax(-1) > 0.1).float().mean((1, 2))
         assert inked.min() > 0.01
+
+
+@pytest.mark.parametrize("motion", world.MOTIONS)
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (96, 176), (176, 96)])
+def test_a_window_shows_the_object_and_the_background_in_its_first_corner(motion, height, width):
+    rng = random.Random(4)
+    for scene in scenes(6, motion=motion):
+        whole = world.render(scene, 17, height, width, 16.0)
+        cut = train_video_vae._cut(whole, scene, 16.0, 64, rng)
+        assert cut.shape == (17, 64, 64, 3)
+        paper = torch.tensor(world.BACKGROUNDS[scene.background]) / 255
+        assert (cut[:, 0, 0] == paper).all()
+        assert ((cut - paper).abs().amax(-1) > 0.1).float().mean((1, 2)).max() > 0.03
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        numbered = torch.stack([rows, columns, rows], -1).expand(17, -1, -1, -1).float()
+        square = train_video_vae._cut(numbered, scene, 16.0, 64, rng)
+        assert torch.equal(square - square[0, 0, 0], numbered[:, :64, :64])  # one place in all frames
+
+
+def test_all_formats_of_the_video_codec_cost_about_as_much():
+    whole = {}
+    for size, window, share, _ in train_video_vae._FORMATS:
+        frames, height, width = size
+        rows, columns = (window, window) if window else (height, width)
+        whole[size, window] = share * frames * rows * columns / (9 * 96 * 96)
+    assert all(0.4 < cost < 1.2 for cost in whole.values()), whole
 
 
 def test_sound_is_silent_without_motion_and_loud_at_events():

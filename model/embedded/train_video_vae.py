@@ -1,4 +1,4 @@
-"""Trains the video VAE on scenes drawn on the fly: short clips and single pictures, a few formats, any fps."""
+"""Trains the video VAE on scenes drawn on the fly: windows of short clips, whole ones and single pictures, a few formats, any fps."""
 
 import random
 from dataclasses import dataclass
@@ -13,23 +13,33 @@ from ..codec.video_vae import VideoVAE
 from . import world
 from .training import Run
 
-# (frames, height, width), so many of them for one of the usual clips, and how often
+_WINDOW = 64  # pixels; most of a whole clip is plain background, from which little is learned
+# (frames, height, width), side of a window of it or 0, so many of them for one of the usual clips, and how often
 _FORMATS = [
-    ((9, 96, 96), 1.0, 5),
-    ((1, 96, 96), 4.0, 1),
-    ((17, 96, 96), 0.5, 2),
-    ((9, 96, 176), 0.6, 1),
-    ((9, 176, 96), 0.6, 1),
+    ((9, 96, 96), _WINDOW, 2.0, 12),
+    ((17, 96, 96), _WINDOW, 1.0, 4),
+    ((9, 96, 96), 0, 1.0, 2),
+    ((1, 96, 96), 0, 4.0, 2),
+    ((9, 96, 176), 0, 0.6, 1),
+    ((9, 176, 96), 0, 0.6, 1),
 ]
 _KL_WEIGHT = 5e-5
 
 
-def draw_pixels(rng: random.Random, batch: int, frames: int, height: int, width: int) -> Tensor:
-    """Random scenes (B, 3, F, H, W) in [-1, 1]; some in colours outside the world's, so that given images pass too."""
+def draw_pixels(
+    rng: random.Random, batch: int, frames: int, height: int, width: int, window: int = 0
+) -> Tensor:
+    """Random scenes (B, 3, F, H, W) in [-1, 1]; some in colours outside the world's, so that given images pass too.
+
+    window: the side of a square that is cut from each where its object is or passes; 0 leaves them whole.
+    """
     clips = []
     for _ in range(batch):
         scene = world.draw_scene(rng, allow_held_out=False)
-        clip = world.render(scene, frames, height, width, fps=12 * 2 ** rng.random() ** 2)
+        fps = 12 * 2 ** rng.random() ** 2
+        clip = world.render(scene, frames, height, width, fps)
+        if window:
+            clip = _cut(clip, scene, fps, window, rng)
         if rng.random() < 0.2:
             clip = (clip[..., rng.sample(range(3), 3)] * rng.uniform(0.5, 1.1) + rng.uniform(0, 0.2)).clamp(
                 0, 1
@@ -38,17 +48,38 @@ def draw_pixels(rng: random.Random, batch: int, frames: int, height: int, width:
     return rearrange(torch.stack(clips), "B F H W C -> B C F H W") * 2 - 1
 
 
+def _cut(clip: Tensor, scene: world.Scene, fps: float, side: int, rng: random.Random) -> Tensor:
+    """A window (F, side, side, 3) of a clip (F, H, W, 3), near where its object is at one of the frames.
+
+    Its first corner shows the background if that can be had: the loss takes it for that.
+    """
+    frames, height, width, _ = clip.shape
+    short = min(height, width)
+    at = world.pose(scene, torch.arange(frames) / fps, width / short, height / short)
+    window, paper = clip, torch.tensor(world.BACKGROUNDS[scene.background]).expand(frames, 3) / 255
+    for _ in range(20):
+        frame = rng.randrange(frames)
+        top, left = (
+            min(max(round(float(centre[frame]) * short + side * rng.uniform(-0.75, -0.25)), 0), whole - side)
+            for centre, whole in ((at.y, height), (at.x, width))
+        )
+        window = clip[:, top : top + side, left : left + side]
+        if torch.equal(window[:, 0, 0], paper):
+            break
+    return window
+
+
 @dataclass(frozen=True, slots=True)
 class DrawClips:
-    """Draws the clips of a step (B, 3, F, H, W), half precision; batch: of those of nine square frames."""
+    """Draws the clips of a step (B, 3, F, H, W), half precision; batch: of whole ones of nine square frames."""
 
     seed: str
     batch: int
 
     def __call__(self, step: int) -> Tensor:
         rng = random.Random(f"{self.seed}/{step}")
-        ((size, share, _),) = rng.choices(_FORMATS, weights=[often for *_, often in _FORMATS])
-        return draw_pixels(rng, round(share * self.batch), *size).half()
+        ((size, window, share, _),) = rng.choices(_FORMATS, weights=[often for *_, often in _FORMATS])
+        return draw_pixels(rng, round(share * self.batch), *size, window).half()
 
 
 def reconstruct(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
