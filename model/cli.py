@@ -256,7 +256,9 @@ def _generate(parsed: argparse.Namespace) -> None:
     _check_output(parsed.output, ".mp4", ".wav")
     if parsed.trajectory is not None:
         _check_pictures(parsed.trajectory)
-        _check_spared(parsed.trajectory, _inputs(parsed))
+        # in a folder each of an earlier way may be replaced, or taken away
+        for picture in (parsed.trajectory, *parsed.trajectory.glob("[0-9]*.png")):
+            _check_spared(picture, _inputs(parsed))
     elif parsed.trajectory_steps is not None or parsed.trajectory_moment is not None:
         raise UsageError("--trajectory-steps and --trajectory-moment need --trajectory OUT")
     if parsed.reference_attention is not None and parsed.reference is None:

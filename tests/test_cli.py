@@ -144,6 +144,13 @@ def test_a_picture_that_is_given_is_not_written_over(generate, engine, tmp_path,
     assert picture.read_bytes() == content
 
 
+def test_a_picture_of_an_earlier_way_that_is_given_is_kept(generate, engine, tmp_path):
+    cli._write_trajectory(tmp_path, torch.zeros(3, 4, 4, 3))
+    code, _, stderr = generate("--image", tmp_path / "003.png", "--trajectory", tmp_path)
+    assert (code, engine.requests) == (2, [])
+    assert "003.png is given as an input too, and would be replaced" in stderr
+
+
 @pytest.mark.parametrize("steps", ["", "one", "0.5"])
 def test_steps_of_a_way_that_are_no_numbers_are_refused(generate, engine, tmp_path, steps):
     code, _, stderr = generate("--trajectory", tmp_path / "way", f"--trajectory-steps={steps}")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +55,7 @@ from lockstep.model.embedded.training import (
     orthogonal,
     save_start,
 )
-from lockstep.model.errors import CheckpointError, PromptError
+from lockstep.model.errors import CheckpointError, PromptError, TrainingError
 from lockstep.model.latents.patchify import video_to_tokens
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.text.tokenizer import WordTokenizer
@@ -667,6 +668,24 @@ def test_a_run_of_so_many_seconds_ends_then_with_its_rate_decayed(tmp_path, caps
     assert averaged_state(tmp_path / "run")
 
 
+def test_seconds_count_from_a_runs_beginning(tmp_path, capsys):
+    def start(seconds: float) -> list[float]:
+        run, rates = Run(tmp_path / "run", _Line(), TrainSettings(10**6, warmup_steps=2)), []
+
+        def loss_of(x: torch.Tensor):
+            rates.append(run.optimizers[0].param_groups[0]["lr"])
+            return run.model(x).square().mean(), {}
+
+        run.train(_draw, loss_of, seconds=seconds)
+        return rates
+
+    start(1.0)
+    rates = start(4.0)  # goes on after a quarter of it
+    assert 0.8e-3 < max(rates[2:]) < 0.9e-3
+    with pytest.raises(TrainingError, match="has run for 4 s already: give more --seconds"):
+        start(4.0)
+
+
 def test_matrices_of_one_shape_are_stepped_as_each_by_itself():
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (6, 4), (4, 6), (6, 2, 2))]
@@ -797,18 +816,31 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     assert [path.stem for path in sorted((runs / "shards").iterdir())] == [f"{i:05}" for i in range(4)]
     assert describe(packed).missing == describe(packed).unexpected == ()
     with safe_open(runs / "transformer" / "state.safetensors", "pt") as state:
-        assert state.metadata() == {"step": "3"}
+        told = state.metadata()
+        assert (told["step"], float(told["seconds"]) > 0) == ("3", True)
 
     assert not train.WEIGHTS.exists()
     monkeypatch.setattr(train, "WEIGHTS", packed)
     command("unpack", tmp_path / "again")
     assert last_logged(tmp_path / "again" / "transformer") == last_logged(runs / "transformer")
 
+    command("decoder", runs, "--steps", "1", "--batch", "1")
     command("video", runs, "--steps", "3", "--batch", "1")
-    for stage in ("shards", "transformer"):  # whose pictures the codec of before encoded
+
+    def refused(stage: str, *options: str) -> str:
         with pytest.raises(SystemExit):
-            command(stage, runs, "--steps", "5")
-        assert f"delete {runs / 'shards'} and run shards again" in capsys.readouterr().err
+            command(stage, runs, *options)
+        return capsys.readouterr().err
+
+    for stage in ("shards", "transformer"):  # whose pictures the codec of before encoded
+        assert f"delete {runs / 'shards'} and run shards again" in refused(stage, "--steps", "5")
+    shutil.rmtree(runs / "shards")
+    for stage in ("shards", "decoder"):
+        assert "decoder was polished for another video codec" in refused(stage, "--steps", "2")
+    shutil.rmtree(runs / "decoder")
+    assert "transformer was trained on the latents of other codecs" in refused("pack")
+    command("shards", runs, "--steps", "1")
+    assert "transformer was trained on the latents of other codecs" in refused("transformer", "--steps", "5")
 
 
 def test_a_transformer_is_moved_to_another_codec(tmp_path, monkeypatch, capsys, shipped):

@@ -6,6 +6,7 @@ Tolerances: contacts are seen to a tenth of a frame, sounds are heard to 2 ms: t
 import math
 import random
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -209,6 +210,20 @@ def test_first_frame_psnr_knows_its_picture():
     assert first_frame_psnr(back.frames, clip.frames[0]) > 28  # H.264 4:2:0
     assert first_frame_psnr(back.frames, clip.frames[3]) < 20
     assert first_frame_psnr(clip.frames, clip.frames[0]) == math.inf
+
+
+def test_slow_sounds_of_the_world_keep_their_time_and_nothing_has_no_figure(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "bench")
+    import evaluate
+
+    rng = random.Random(3)
+    for _ in range(12):
+        scene = world.draw_scene(rng, motion="slides", tempo="slow", ambience="none")
+        clip = Clip(torch.zeros(0, 1, 1, 3), sound.synthesize(scene, 4 * RATE_HZ, 1, 1), 12.0, RATE_HZ)
+        assert evaluate.keeps_time(clip, scene)
+        other = replace(scene, motion="bounces")
+        assert not evaluate.keeps_time(clip, other)
+    assert math.isnan(evaluate.pooled_f1([]))
 
 
 def test_evaluation_of_the_world_itself_reaches_the_calibration(monkeypatch, tmp_path, capsys):

@@ -164,6 +164,14 @@ def test_smooth_pictures_have_no_seams():
     assert seams(torch.zeros(2, 4, 4, 3)) == (1.0, 64)
 
 
+@pytest.mark.parametrize(("step", "seen"), [(1 / 255, False), (0.1, True)])
+def test_seams_do_not_depend_on_the_number_of_frames(step, seen):
+    picture = step * (torch.arange(64) // 8 % 2).float()[None, :, None].expand(64, 64, 3)
+    for frames in (1, 32, 33, 63, 121):
+        ratio, grid = seams((0.4 + picture).expand(frames, -1, -1, -1))
+        assert (ratio, grid) == (pytest.approx(101, rel=1e-3), 8) if seen else (1.0, 64)
+
+
 @pytest.mark.parametrize("step", [0.01, 0.05])
 @pytest.mark.parametrize("grid", [8, 16, 32, 64])
 def test_weak_seams_are_found_on_their_own_grid(grid, step):

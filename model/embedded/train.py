@@ -11,7 +11,7 @@ python -m lockstep.model.embedded.train pack        RUNS          # in place of 
 `unpack RUNS` starts all runs from the shipped file instead; `move RUNS --file FILE` the transformer's alone, from that of a packed
 file whose video codec was another one.
 
-Steps count from a run's beginning. --seconds ends a stage by the clock, with or without --steps. On a GPU --batch and --workers
+Steps count from a run's beginning, and so do the --seconds after which a stage ends by the clock, with or without --steps. On a GPU --batch and --workers
 make use of it; on several, torchrun spreads the transformer's batches.
 """
 
@@ -35,7 +35,16 @@ from .train_audio import initialise_audio_vae, measure_audio_statistics, train_a
 from .train_transformer import Generator, initialise_generator, train_transformer
 from .train_video_vae import initialise, measure_statistics, train_video_decoder, train_video_vae
 from .train_vocoder import new_vocoder, train_vocoder
-from .training import Run, TrainSettings, averaged_state, is_run, last_logged, refuse_over, save_start
+from .training import (
+    Run,
+    TrainSettings,
+    averaged_state,
+    check_data,
+    is_run,
+    last_logged,
+    refuse_over,
+    save_start,
+)
 
 _ENDLESS = 10**9  # steps that no run comes to
 
@@ -56,7 +65,7 @@ def main() -> None:
         "--seconds",
         type=float,
         default=0.0,
-        help="end after so long at latest, fully decayed; needs no --steps",
+        help="end after so long at latest, all starts of the run together, fully decayed; needs no --steps",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
@@ -129,6 +138,7 @@ def _decoder(given: argparse.Namespace) -> None:
     vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE))
     vae.load_state_dict(averaged_state(given.runs / "video"))
     vae.encoder.requires_grad_(False)
+    _check_decoder(given.runs)
     settings = TrainSettings(
         given.steps, learning_rate=5e-4, matrix_rate=0.008, warmup_steps=50, ema_decay=0.995
     )
@@ -164,19 +174,37 @@ def _shards(given: argparse.Namespace) -> None:
     encode_shards(given.runs / "shards", shards, *codecs, given.device, given.workers, done=done)
 
 
-def _check_shards(runs: Path) -> None:
-    codecs = hash_of_codecs(averaged_state(runs / "video"), averaged_state(runs / "audio"))
+def _hash_of_codecs(runs: Path) -> str:
+    return hash_of_codecs(averaged_state(runs / "video"), averaged_state(runs / "audio"))
+
+
+def _check_shards(runs: Path) -> str:
+    """The hash of the codecs, once all shards are known to be of them."""
+    codecs = _hash_of_codecs(runs)
     check_shards(runs / "shards", codecs)
+    return codecs
+
+
+def _check_decoder(runs: Path) -> None:
+    """Raises TrainingError if there is a decoder that was polished for another encoder than that of these runs."""
+    if not is_run(runs / "decoder"):
+        return
+    polished, video = averaged_state(runs / "decoder"), averaged_state(runs / "video")
+    if any(not torch.equal(polished[name], video[name]) for name in video if name.startswith("encoder.")):
+        raise TrainingError(
+            f"{runs / 'decoder'} was polished for another video codec than that in {runs / 'video'}: "
+            "move it away, and polish again if you like"
+        )
 
 
 def _transformer(given: argparse.Namespace) -> None:
-    _check_shards(given.runs)
+    codecs = _check_shards(given.runs)
     model = Generator()
     initialise_generator(model, seed=0)
     settings = TrainSettings(
         given.steps, learning_rate=1e-3, matrix_rate=0.02, warmup_steps=100, ema_decay=0.998
     )
-    run = Run(given.runs / "transformer", model.to(given.device), settings)
+    run = Run(given.runs / "transformer", model.to(given.device), settings, codecs)
     train_transformer(run, given.runs / "shards", given.device, **_how(given))
 
 
@@ -187,6 +215,7 @@ def _pack(given: argparse.Namespace) -> None:
         "vocoder": averaged_state(given.runs / "vocoder"),
         "generator": averaged_state(given.runs / "transformer"),
     }
+    check_data(given.runs / "transformer", _hash_of_codecs(given.runs))
     record = {stage: last_logged(given.runs / stage) for stage in _TRAINED}
     packed = given.file or WEIGHTS
     pack(states, record, packed)
@@ -196,8 +225,9 @@ def _pack(given: argparse.Namespace) -> None:
 def _unpack(given: argparse.Namespace) -> None:
     refuse_over(*(given.runs / stage for stage in _TRAINED))
     states, record = unpack(WEIGHTS)
+    codecs = hash_of_codecs(states["video"], states["audio"])
     for stage, state in states.items():
-        save_start(given.runs / stage, state, record[stage])
+        save_start(given.runs / stage, state, record[stage], codecs if stage == "transformer" else "")
 
 
 def _move(given: argparse.Namespace) -> None:
@@ -207,7 +237,8 @@ def _move(given: argparse.Namespace) -> None:
     old.load_state_dict(states["video"])
     new = finished_video_vae(given.runs, given.device)
     turn, unlike = rotation_between(new, old.to(given.device).eval())
-    save_start(given.runs / "transformer", turned(states["transformer"], turn), record["transformer"])
+    moved, codecs = turned(states["transformer"], turn), hash_of_codecs(new.state_dict(), states["audio"])
+    save_start(given.runs / "transformer", moved, record["transformer"], codecs)
     print(f"moved; the rotation leaves {unlike:.0%} of the latents' power unlike: train on")
 
 
@@ -215,6 +246,7 @@ def finished_video_vae(runs: Path, device: str = "cpu") -> VideoVAE:
     """The trained video VAE with measured statistics."""
     vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE)).to(device)
     vae.load_state_dict(averaged_state(runs / "video"))
+    _check_decoder(runs)
     measure_statistics(vae.eval().requires_grad_(False))
     if is_run(runs / "decoder"):
         polished = averaged_state(runs / "decoder")

@@ -139,8 +139,9 @@ def drawn_ahead(
 class Run(Generic[Model]):
     """One stage's weights, EMA and optimizer in a folder; continues where the folder stands."""
 
-    def __init__(self, folder: Path, model: Model, settings: TrainSettings):
-        self.folder, self.model, self.settings = folder, model, settings
+    def __init__(self, folder: Path, model: Model, settings: TrainSettings, data: str = ""):
+        """data: what names the data that it learns from, if others could take their place; a run of others is refused."""
+        self.folder, self.model, self.settings, self.data = folder, model, settings, data
         folder.mkdir(parents=True, exist_ok=True)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.weights = dict(model.named_parameters())
@@ -151,7 +152,7 @@ class Run(Generic[Model]):
             *([Muon([self.weights[n] for n in hidden], settings.matrix_rate)] if hidden else []),
         )
         self.ema = {name: self.weights[name].detach().clone() for name in self.names}
-        self.step = 0
+        self.step, self.seconds = 0, 0.0  # of all starts
         self.rank, self.processes = join_processes(next(model.parameters()).device)
         if (folder / _STATE).exists():
             self._load()
@@ -166,15 +167,22 @@ class Run(Generic[Model]):
     ) -> None:
         """Runs the remaining steps.
 
-        draw(step): its data; loss_of(data): the loss and figures to log; workers: processes that draw ahead. seconds: after which
-        it ends earlier, with the learning rate decayed by then; 0 for any time.  Raises TrainingError if no step remains.
+        draw(step): its data; loss_of(data): the loss and figures to log; workers: processes that draw ahead. seconds: after which,
+        with those of earlier starts, it ends earlier, with the learning rate decayed by then; 0 for any time.
+        Raises TrainingError if no step or no second remains.
         """
         if self.step >= self.settings.steps:
             raise TrainingError(f"{self.folder} stands at step {self.step} already: give more --steps")
+        if seconds and self.seconds >= seconds:
+            raise TrainingError(
+                f"{self.folder} has run for {self.seconds:.0f} s already: give more --seconds"
+            )
         started = saved = time.monotonic()
+        before = self.seconds
         first, logged, sums = self.step, self.step, {}
         for data in drawn_ahead(draw, range(self.step, self.settings.steps), workers):
-            ran = (time.monotonic() - started) / seconds if seconds else 0.0
+            self.seconds = before + time.monotonic() - started
+            ran = self.seconds / seconds if seconds else 0.0
             self._set_rate(max(self.step / self.settings.steps, min(ran, 1.0)))
             torch.manual_seed(
                 random.Random(f"{self.settings.seed}/noise/{self.step}/{self.rank}").randrange(2**31)
@@ -255,14 +263,16 @@ class Run(Generic[Model]):
                 for key, value in optimizer.state.get(self.weights[name], {}).items():
                     tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         partial = self.folder / "state.partial"
-        save_file(tensors, partial, {"step": str(self.step)})
+        save_file(tensors, partial, _header(self.step, self.seconds, self.data))
         os.replace(partial, self.folder / _STATE)
         if (self.folder / _LOG).exists():
             draw_curve(self.folder / _LOG, self.folder / "curve.png")
 
     def _load(self) -> None:
         with safe_open(self.folder / _STATE, "pt") as file:
-            self.step = int(file.metadata()["step"])
+            header = file.metadata()
+            self.step, self.seconds = int(header["step"]), float(header.get("seconds", 0))
+            _check_data(self.folder, header.get("data", ""), self.data)
             self.model.load_state_dict(_below(file, "model."))
             for name, value in _below(file, "ema.").items():
                 if name in self.ema:  # a finished state holds buffers, too
@@ -323,11 +333,32 @@ def last_logged(folder: Path) -> dict:
         return {"step": int(file.metadata()["step"])}
 
 
-def save_start(folder: Path, state: dict[str, Tensor], last_line: dict) -> None:
-    """Makes a run's folder that goes on from finished weights, with a fresh optimizer; last_line: of their log, may be empty."""
+def check_data(folder: Path, data: str) -> None:
+    """Raises TrainingError if the run in `folder` is known to have learned from other data."""
+    with safe_open(folder / _STATE, "pt") as file:
+        _check_data(folder, file.metadata().get("data", ""), data)
+
+
+def _check_data(folder: Path, had: str, data: str) -> None:
+    if had and data and had != data:
+        raise TrainingError(
+            f"{folder} was trained on the latents of other codecs: move it away, train it again"
+        )
+
+
+def _header(step: int, seconds: float = 0.0, data: str = "") -> dict[str, str]:
+    """Of a state; without data where nothing could take their place."""
+    return {"step": str(step), "seconds": f"{seconds:.1f}"} | ({"data": data} if data else {})
+
+
+def save_start(folder: Path, state: dict[str, Tensor], last_line: dict, data: str = "") -> None:
+    """Makes a run's folder that goes on from finished weights, with a fresh optimizer.
+
+    last_line: of their log, may be empty. data: as a Run's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{prefix}.{k}": v.clone() for prefix in ("model", "ema") for k, v in state.items()}
-    save_file(tensors, folder / "state.partial", {"step": str(last_line.get("step", 0))})
+    save_file(tensors, folder / "state.partial", _header(last_line.get("step", 0), data=data))
     os.replace(folder / "state.partial", folder / _STATE)
     _write_log(folder, [json.dumps(last_line)] if "loss" in last_line else [])
 

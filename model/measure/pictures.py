@@ -58,7 +58,7 @@ class Look:
     def __init__(self, frames: int, fps: float):
         self._frames, self._fps, self._size = frames, fps, (0, 0)
         self._small: np.ndarray | None = None
-        self._not_finite = self._came = 0
+        self._not_finite = self._came = self._looked = 0
         self._across = self._down = np.zeros((1, 1), np.float32)
 
     def push(self, frames_FHWC: Tensor) -> None:
@@ -74,6 +74,7 @@ class Look:
             grey = np.nan_to_num(frame.float().cpu().numpy(), posinf=0, neginf=0) @ LUMA
             self._across = self._across + np.abs(np.diff(grey, axis=1))
             self._down = self._down + np.abs(np.diff(grey, axis=0)).T
+            self._looked += 1
         self._came += len(frames_FHWC)
 
     @property
@@ -110,7 +111,7 @@ class Look:
 
         Seams run along the whole picture and at every line: the median of all places counts, which an object's own edge is not.
         """
-        maps = [total / min(self._frames, _SEAM_FRAMES) for total in (self._across, self._down)]
+        maps = [total / self._looked for total in (self._across, self._down)]
         return max((max(_seam_ratio(total, grid) for total in maps), grid) for grid in SEAM_GRIDS)
 
 
