@@ -922,13 +922,12 @@ class Engine:
     def _vocoder(self) -> Generator:
         return cast(Generator, self._module(keymap.VOCODER))
 
-    def _dtype(self, component: str) -> torch.dtype:
-        """Of every floating tensor but those that stay packed."""
-        # the vocoder's phases do not survive 16 bits (spec section 1.5)
-        if component in (keymap.VOCODER, keymap.AUDIO_VAE):
-            return torch.float32
+    @cached_property
+    def _dtype(self) -> Callable[[str], torch.dtype]:
+        """Of every floating tensor of a component but those that stay packed."""
         small = self.description.parameters < _SMALL_PARAMETERS
-        return self._precision or (torch.float32 if small else torch.bfloat16)
+        # what is handed on holds no engine: one that holds itself would stay in memory beside the next
+        return partial(_dtype_of, self._precision or (torch.float32 if small else torch.bfloat16))
 
     def _states(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Hidden states and mask of one text, as connect takes them."""
@@ -1026,6 +1025,11 @@ class Engine:
             raise WorkflowError(
                 f"these latents were sampled by {latents.model_id}, this model is {self.model_id}: use the model that made them"
             )
+
+
+def _dtype_of(usual: torch.dtype, component: str) -> torch.dtype:
+    # the vocoder's phases do not survive 16 bits (spec section 1.5)
+    return torch.float32 if component in (keymap.VOCODER, keymap.AUDIO_VAE) else usual
 
 
 def _pick_device(device: str) -> torch.device:

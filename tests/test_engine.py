@@ -1,6 +1,8 @@
 """The engine on the shipped weights: what stages promise each other, whatever the model has learnt."""
 
+import gc
 import re
+import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -605,6 +607,20 @@ def test_a_prompt_that_cannot_be_used_is_told_before_weights_are_read(tmp_path):
 def test_a_tokenizer_for_a_model_that_has_its_own_is_refused():
     with pytest.raises(CheckpointError, match=r"has a tokenizer of its own: leave words\.json out"):
         Engine("embedded", "cpu", tokenizer="words.json").generate(RED_BALL)
+
+
+def test_an_engine_that_nobody_holds_is_gone_at_once():
+    """One that holds itself would stay in memory beside the next, as long as nothing collects it."""
+    engine = Engine("embedded", "cpu")
+    engine.generate(RED_BALL)
+    gone = weakref.ref(engine)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_unknown_models_and_devices_are_refused(tmp_path):

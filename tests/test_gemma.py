@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lockstep.model.checkpoint import tokenizer_source
 from lockstep.model.checkpoint.agreement import disagreements
 from lockstep.model.checkpoint.build import build, build_on_meta
 from lockstep.model.checkpoint.families import describe
@@ -366,6 +367,15 @@ def test_a_sentencepiece_asset_is_told_from_a_json_one(tmp_path):
     save_file(gemma_state("2.3") | {"spiece_model": as_bytes("spm")}, path)
     source = find_tokenizer([read_header(path)])
     assert (source.sentencepiece, source.content) == (True, b"spm")
+
+
+def test_a_json_beside_the_file_serves_where_its_sentencepiece_model_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "gemma.safetensors"
+    save_file(gemma_state("2.3") | {"spiece_model": as_bytes("spm")}, path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    for there in (True, False):
+        monkeypatch.setattr(tokenizer_source, "find_spec", lambda _name, there=there: there or None)
+        assert find_tokenizer([read_header(path)]).sentencepiece == there
 
 
 def test_the_config_of_the_published_gemma_is_understood():

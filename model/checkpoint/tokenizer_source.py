@@ -5,6 +5,7 @@ Source: spec section 3.2; a file may carry `tokenizer_json`, `hf_asset__tokenize
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -39,8 +40,13 @@ def find_tokenizer(headers: Sequence[Header], given: str | Path | None = None) -
     """
     if given is not None:
         return _from_path(Path(given))
+    unreadable = None
     for source in _own(headers):
-        return source
+        if not source.sentencepiece or find_spec("sentencepiece"):
+            return source
+        unreadable = unreadable or source  # gives way to a JSON form beside it
+    if unreadable:
+        return unreadable
     folders = ", ".join(dict.fromkeys(str(header.path.parent) for header in headers))
     raise CheckpointError(
         f"{headers[0].path.name}: no tokenizer in the file and none beside it in {folders}: put the tokenizer.json of "
