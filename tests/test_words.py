@@ -92,6 +92,8 @@ def test_words_beside_left_and_right_may_stay_unknown(prompt, shown, unknown):
         ("a ball that is not wildly moving", "ball", "not wildly moving"),
         ("a ball doesn't go fast, it bounces slowly", "ball bounces slowly", "doesn't go fast"),
         ("a ball does not move fast and bounces", "ball bounces", "does not move fast"),
+        ("a non-blue ball bounces", "ball bounces", "non blue"),
+        ("a star pulses, except on the left", "star pulses", "except on the left"),
     ],
 )
 def test_a_negation_reaches_what_it_denies(prompt, shown, denied):
@@ -126,6 +128,9 @@ def test_what_does_not_move_is_still(prompt, shown):
         ("a tracking shot of a sliding ball", "sliding ball", "tracking shot"),
         ("a bouncing ball camera pans left", "bouncing ball", "camera pans left"),
         ("a ball bouncing camera zooms in", "ball bouncing", "camera zooms"),
+        ("a ball bounces, camera tilts up slowly", "ball bounces", "camera tilts up slowly"),
+        ("a ball bounces, the camera pushes in quickly", "ball bounces", "camera pushes in quickly"),
+        ("a ball bounces, filmed from the left", "ball bounces", "filmed from the left"),
     ],
 )
 def test_what_the_camera_does_is_not_done_by_the_object(prompt, shown, said):

@@ -10,13 +10,20 @@ _TRACKING = words_in("moving shaking shaky tracking tilting flying following han
 _LENSES = words_in("drone aerial wide cinematic smooth")
 _CAMERA = frozenset(["camera", "zoom", "pan", "pans", "panning", "dolly"])
 _GO = "is s that which moves move moving zooms zooming to the in out up down back around very"
-_GOES = frozenset(_GO.split())
+_DRIVE = words_in(
+    "tilts tilting tracks tracking follows following pushes pushing pulls pulling shakes shaking rises rising"
+)
+_GOES = frozenset(_GO.split()) | _DRIVE
+_SEEN = words_in("seen filmed viewed shot recorded")  # from a place, which is the camera's
 
 
 def leave_out_camera(phrases: Sequence[Phrase], kinds: Kinds) -> tuple[list[Phrase], tuple[str, ...]]:
     """The phrases with that unread which is of a camera's motion, and what to tell of it: "the camera slowly pans left"."""
     kept, told = list(phrases), []
     for at, phrase in enumerate(phrases):
+        if _is_seen_from(phrases, at, kinds):
+            told.append(quoted(phrases[at : at + 2]))
+            kept[at : at + 2] = [replace(phrase, words=()) for phrase in phrases[at : at + 2]]
         if phrase.said not in _CAMERA | _VIEWS or not kept[at].words:
             continue
         start, end = _start_of_camera(phrases, at, kinds), at
@@ -29,6 +36,13 @@ def leave_out_camera(phrases: Sequence[Phrase], kinds: Kinds) -> tuple[list[Phra
         told.append(quoted(phrases[start : end + 1]))
         kept[start : end + 1] = [replace(phrase, words=()) for phrase in phrases[start : end + 1]]
     return kept, (f"says {listed(told)}: the model's camera does not move, this is left out",) if told else ()
+
+
+def _is_seen_from(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> bool:
+    """Of "seen from the left": where the camera stands."""
+    if phrases[at].said not in _SEEN or phrases[at].ends or at + 1 == len(phrases):
+        return False
+    return kind_of(phrases[at + 1], kinds) == "place" and phrases[at + 1].said.startswith("from")
 
 
 def _start_of_camera(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> int:
@@ -54,7 +68,7 @@ def _end_of_camera(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> int:
         moves = kind in ("tempo", "place", "motion") or said in _CAMERA
         if phrases[here - 1].ends or not (moves or said in _GOES):
             break
-        end = here if moves or said in ("moves", "moving", "zooms", "zooming") else end
+        end = here if moves or said in _DRIVE or said in ("moves", "moving", "zooms", "zooming") else end
     return end
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from .phrases import ARTICLES, WALLS, Kinds, Phrase, kind_at, kind_of, listed, next_place, quoted, words_in
 
-_NOT = "no not without never neither nor dont doesnt isnt arent wont cant cannot"
+_NOT = "no not non without except never neither nor dont doesnt isnt arent wont cant cannot"
 _NEGATIONS = frozenset([*_NOT.split(), "instead of", "rather than"])
 # what may stand between a negation and that which it denies
 _FILLER = (
     "very so really quite too at all in is be being it of on from by for to some this that these "
-    "there have has do does want see show me make big small large nice beautiful bright plain simple "
+    "there have has do does want see show let me make big small large nice beautiful bright plain simple "
     "only longer much such even one any bit least other actually ever exactly go goes going move moves moving get gets "
     "getting become becomes look looks seem seems turn turns sound sounds"
 )
