@@ -235,6 +235,23 @@ def test_a_config_of_another_model_is_refused(told, sentence, tmp_path):
         build_on_meta("language_model", read_header(path))
 
 
+@pytest.mark.parametrize(
+    "stranger", [{"model_type": "gemma2_text"}, {"model_type": "gemma3_text", "hidden_size": 2560}]
+)
+def test_a_config_beside_the_file_that_is_of_another_model_is_passed_over(stranger, tmp_path, caplog):
+    path = tmp_path / "gemma.safetensors"
+    save_file(gemma_state("2.3"), path)
+    header = read_header(path)
+    shapes = component_shapes([header])["language_model"]
+    alone = language_config([header], shapes)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma", "text_config": stranger}))
+    assert language_config([header], shapes) == alone
+    assert "config.json is not of" in caplog.text
+    own = {"model_type": "gemma3_text", "rope_theta": 77.0}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": own}))
+    assert language_config([header], shapes)["rope_theta"] == 77.0
+
+
 def test_settings_that_transformers_does_not_take_are_told_as_its_words(tmp_path):
     path = tmp_path / "gemma.safetensors"
     save_file(gemma_state("2.3"), path, {"gemma_config": json.dumps({"hidden_activation": 7})})

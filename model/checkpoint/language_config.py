@@ -5,8 +5,9 @@ Source: spec section 1.2.
 """
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..errors import CheckpointError
 from .facts import Shapes
 from .header import Header
 
+_logger = logging.getLogger("lockstep")
+_BESIDE = "config.json"
 GEMMA_3, GEMMA_4 = "gemma3_text", "gemma4_unified_text"
 _ALSO: Mapping[str, tuple[str, ...]] = {GEMMA_4: ("gemma4_text",)}  # other classes of the same layers
 _LAYER = "model.layers.0."
@@ -56,34 +59,45 @@ def language_config(headers: Sequence[Header], shapes: Shapes) -> dict[str, Any]
     Raises CheckpointError for a config that contradicts them or belongs to another kind of model.
     """
     path, kind = ", ".join(str(header.path) for header in headers), generation(shapes)
-    seen, stated = _seen(shapes, kind, path), _stated(headers)
-    if stated is None:
-        return {"model_type": kind, **PUBLISHED[kind], **seen}
+    seen = _seen(shapes, kind, path)
+    for stated, source in _stated(headers):
+        fault = _contradiction(stated, seen, kind)
+        if fault and source.name == _BESIDE:  # a folder of many models may hold anybody's config
+            _logger.warning("%s is not of %s, and passed over: %s", source, path, fault)
+            continue
+        if fault:
+            raise CheckpointError(f"{path}: {fault}")
+        for key, value in stated.items():
+            if (
+                type(value) in (int, float)
+                and not key.endswith(("_id", "_index"))
+                and not 0 <= value < math.inf
+            ):
+                raise CheckpointError(
+                    f"{source}: the language model's config says {key}={value}, which cannot be"
+                )
+        return {"model_type": kind, **stated, **seen}
+    return {"model_type": kind, **PUBLISHED[kind], **seen}
+
+
+def _contradiction(stated: Mapping[str, Any], seen: Mapping[str, Any], kind: str) -> str:
+    """What a config says otherwise than the tensors, or nothing."""
     if stated.get("model_type", kind) not in (kind, *_ALSO.get(kind, ())):
-        raise CheckpointError(f"{path}: the config is for {stated['model_type']!r}, the tensors are {kind}")
-    for key, value in stated.items():
-        if type(value) in (int, float) and not key.endswith(("_id", "_index")) and not 0 <= value < math.inf:
-            raise CheckpointError(f"{path}: the language model's config says {key}={value}, which cannot be")
+        return f"the config is for {stated['model_type']!r}, the tensors are {kind}"
     for key, value in seen.items():
         if stated.get(key, value) != value:
-            raise CheckpointError(
-                f"{path}: the language model's config says {key}={stated[key]!r}, the tensors show {value!r}"
-            )
-    return {"model_type": kind, **stated, **seen}
+            return f"the language model's config says {key}={stated[key]!r}, the tensors show {value!r}"
+    return ""
 
 
-def _stated(headers: Sequence[Header]) -> dict[str, Any] | None:
-    """The text config in the metadata, or in the folder that the files lie in."""
+def _stated(headers: Sequence[Header]) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Text configs in the metadata, or in the folder that the files lie in, and where each is."""
     for header in headers:
-        text, source = header.metadata.get("gemma_config"), f"{header.path}: metadata gemma_config"
-        beside = header.path.parent / "config.json"
-        if text is None and beside.is_file() and beside.stat().st_size < 1_000_000:
-            text, source = _text(beside), str(beside)
-            if '"gemma' not in text:  # a folder of many models may hold anybody's config
-                continue
+        text, beside = header.metadata.get("gemma_config"), header.path.parent / _BESIDE
         if text is not None:
-            return _section(text, source)
-    return None
+            yield _section(text, f"{header.path}: metadata gemma_config"), header.path
+        elif beside.is_file() and beside.stat().st_size < 1_000_000 and '"gemma' in (text := _text(beside)):
+            yield _section(text, str(beside)), beside
 
 
 def _text(path: Path) -> str:
