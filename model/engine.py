@@ -330,7 +330,9 @@ class Engine:
             connectors = self._module(keymap.CONNECTORS)
             weight = next(connectors.parameters())
             length = max(self.recipe.text_length, states_BLDZ.shape[1])
-            video, audio = connectors(states_BLDZ.to(weight), mask_BL.to(weight.device), length)
+            # a package's kernel is for many tokens; whoever names one, or torch's, wants none chosen by speed
+            with attention_by("auto" if self._attention == "auto" else "pytorch"):
+                video, audio = connectors(states_BLDZ.to(weight), mask_BL.to(weight.device), length)
             return Context(video.float().cpu(), audio.float().cpu())
 
     def encode_image(
@@ -426,7 +428,7 @@ class Engine:
         sound_first = recipe.sound_first and not sound_alone and start is None and given.lets_sound_begin
         with self._lock:
             places = tuple(map(GuidePlace.of, guides))
-            self._tell_host(shape, settled.guidance, settled.step_cache, settled.loras, progress, places)
+            self._tell_host(run.inside, settled.guidance, settled.step_cache, settled.loras, progress, places)
             if sound_first:
                 given = replace(given, audio=self._sound(run, given, guides), audio_mask=None)
             layouts = self._layouts(run.inside, guides, given)
@@ -655,10 +657,10 @@ class Engine:
         video = clip_video(tokens_BTC.cpu(), shape)
         if not self._decodes_previews:
             return self._latent_colors.frames(video, shape.compression.time)
-        frames = self.decode_video(AVLatents(video, torch.empty(0), shape, self.model_id))
-        # a host that is short of room may have moved it away for the codec, in the middle of a run
-        self._module(keymap.TRANSFORMER)
-        return frames
+        try:
+            return self.decode_video(AVLatents(video, torch.empty(0), shape, self.model_id))
+        finally:  # a host that is short of room may have moved it away for the codec, and the run goes on without a preview
+            self._module(keymap.TRANSFORMER)
 
     def trajectory(
         self,
@@ -808,6 +810,7 @@ class Engine:
                 self._forecast.upscaling(self._open_upscaler(path)[0], before) for path, before in upscales
             ]
             needs = (text, sample, *grown, *decodes)
+            self._residence.leave(except_for=self._files.needed)  # upscalers of an earlier run
             # what an earlier run left on the device is in these needs as well
             held = self._residence.bytes_here + self._loras.bytes_here(keymap.TRANSFORMER)
             budget = None if self._place else free_bytes(self.device, held)
@@ -895,6 +898,8 @@ class Engine:
         texts = (request.prompt, request.negative)
         prompts = tuple(self.tokenizer.encode(text, required=False).places for text in texts)
         places = requests.guide_places(request, shape)
+        if request.sound_alone:
+            shape = shape.sound_alone()
         plan = self.plan(shape, guidance, request.step_cache, loras, upscales, prompts, places)
         _plan_logger.info("%s", plan.sentence())
 

@@ -104,8 +104,11 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether this error says that memory has ended, of a GPU or of the machine."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # torch's allocators of Linux and Windows; then CUDA itself, and its libraries, which take memory beside torch's allocator
-    said = ("can't allocate memory", "not enough memory", "error: out of memory", "_ALLOC_FAILED")
+    # torch's allocators of Linux and Windows; CUDA itself, and its libraries, which take memory beside torch's allocator; Metal; DirectML
+    said = (
+        *("can't allocate memory", "not enough memory", "error: out of memory", "_ALLOC_FAILED"),
+        *("backend out of memory", "Invalid buffer size", "not enough GPU video memory"),
+    )
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
@@ -133,6 +136,8 @@ def free_cached() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 # Plans

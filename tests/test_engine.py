@@ -25,6 +25,7 @@ from lockstep.model.errors import (
     UnsupportedModelError,
     WorkflowError,
 )
+from lockstep.model.layers import attention_backends
 from lockstep.model.sampler.guidance import Guidance
 from lockstep.model.text.tokenizer import Tokens
 from lockstep.model.transformer.block import Block
@@ -607,6 +608,43 @@ def test_a_prompt_that_cannot_be_used_is_told_before_weights_are_read(tmp_path):
 def test_a_tokenizer_for_a_model_that_has_its_own_is_refused():
     with pytest.raises(CheckpointError, match=r"has a tokenizer of its own: leave words\.json out"):
         Engine("embedded", "cpu", tokenizer="words.json").generate(RED_BALL)
+
+
+def test_a_sound_alone_is_planned_without_pictures(monkeypatch):
+    monkeypatch.setattr("lockstep.model.engine.free_bytes", lambda *_: 40_000_000)
+    engine = Engine("embedded", "cpu", memory="stream")
+    wide = replace(RED_BALL, seconds=4.0, size="176x176", steps=1)
+    with pytest.raises(MemoryShortError):
+        engine.generate(wide)
+    assert engine.generate(replace(wide, sound_alone=True)).clip.waveform is not None
+
+
+def test_a_plan_lets_go_of_an_upscaler_that_an_earlier_run_left():
+    engine = Engine("embedded", "cpu", memory="resident")
+    engine._residence.use("latent_upsampler (file)", torch.nn.Linear(1000, 1000))
+    assert engine._residence.bytes_here
+    engine.plan(engine.shape(seconds=1.0))
+    assert not engine._residence.bytes_here
+
+
+def test_the_transformer_comes_back_after_a_preview_that_failed(monkeypatch):
+    brought = []
+    engine = Engine("embedded", "cpu", lambda module, _beside: brought.append(type(module).__name__))
+    shape = engine.shape(seconds=1.0)
+    tokens = torch.zeros(1, shape.video_tokens, 32)
+    monkeypatch.setattr(
+        engine, "decode_video", lambda _latents: (_ for _ in ()).throw(MemoryShortError("full"))
+    )
+    with pytest.raises(MemoryShortError):
+        engine.preview(tokens, shape)
+    assert brought == ["AVTransformer"]
+
+
+def test_contexts_come_from_torchs_own_kernel_where_that_is_named(monkeypatch):
+    monkeypatch.setattr(attention_backends, "choose", lambda *_: pytest.fail("a kernel is chosen by speed"))
+    monkeypatch.setattr(attention_backends, "_chosen", {})
+    engine = Engine("embedded", "cpu", precision="bfloat16", attention="pytorch")
+    assert engine.encode_text("a red ball").positive.video.isfinite().all()
 
 
 def test_an_engine_that_nobody_holds_is_gone_at_once():

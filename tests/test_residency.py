@@ -74,6 +74,9 @@ def test_what_never_fits_ends_in_one_sentence():
     "said",
     [
         "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 9.57 GiB, other allocations: 1.2 GiB)",
+        "Invalid buffer size: 12.34 GiB",
+        "Could not allocate tensor with 1073741824 bytes. There is not enough GPU video memory available!",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     ],
