@@ -429,11 +429,12 @@ class Engine:
         with self._lock:
             places = tuple(map(GuidePlace.of, guides))
             self._tell_host(run.inside, settled.guidance, settled.step_cache, settled.loras, progress, places)
+            asked = given
             if sound_first:
                 given = replace(given, audio=self._sound(run, given, guides), audio_mask=None)
             layouts = self._layouts(run.inside, guides, given)
             latents = None if start is None else (start.video, carried_audio(start.audio, run.inside))
-            report = self._probed(run, sound_first)
+            report = self._probed(run, asked, sound_first)
             cache = trusted_cache(report)
             made = self._denoised(run, layouts, cache, latents)
         return with_reuse(made, report, cache)
@@ -509,17 +510,22 @@ class Engine:
             video = held(self._layouts(run.inside, seen, Given())[0])
         return self._denoised(alone, (video, audio)).audio
 
-    def _probed(self, run: Run, sound_first: bool) -> StepCacheReport | None:
-        """Whether the step cache may be trusted, None if it is off; a short clip tells it, once for the same words."""
+    def _probed(self, run: Run, given: Given, sound_first: bool) -> StepCacheReport | None:
+        """Whether the step cache may be trusted, None if it is off; a short clip tells it, once for the same words.
+
+        given: what the run is given; of streams that stay as they are the probe has a part.
+        """
         if not run.settings.step_cache:
             return None
         small = run.probe()
-        key = small.probe_key(sound_first)
+        held = given.beginning(small.inside)
+        key = small.probe_key(sound_first, held)
         if key not in self._probes:
-            given = Given(audio=self._sound(small, Given())) if sound_first else Given()
-            layouts = self._layouts(small.inside, (), given)
+            if sound_first:
+                held = Given(audio=self._sound(small, Given()))
+            layouts = self._layouts(small.inside, (), held)
             attempt = partial(self._denoised, small, layouts)
-            self._probes[key] = probe(run.settings.step_cache, attempt, self.hear)
+            self._probes[key] = probe(run.settings.step_cache, attempt, self.hear, layouts[1].frozen)
             while len(self._probes) > _MOST_PROBES:
                 del self._probes[next(iter(self._probes))]
         return self._probes[key]

@@ -112,6 +112,14 @@ class Given:
         masks = [self.audio_mask] if self.video is None else [self.audio_mask, self.video_mask]
         return all(mask is not None and bool(mask.any()) for mask in masks)
 
+    def beginning(self, shape: ClipShape) -> "Given":
+        """Of what stays wholly as it is the part that lies in a smaller clip; what has a mask is left out."""
+        video = None if self.video_mask is not None else self.video
+        audio = None if self.audio_mask is not None else self.audio
+        if video is not None:
+            video = video[:, :, : shape.latent_frames, : shape.latent_height, : shape.latent_width]
+        return Given(video, audio=None if audio is None else audio[:, :, : shape.audio_latents])
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -140,12 +148,13 @@ class Run:
         ticks = _of_stage("probe", self.progress)
         return replace(self, shape=probe_shape(self.shape), seed=0, progress=ticks)
 
-    def probe_key(self, sound_first: bool) -> tuple:
-        """What the outcome of a probe depends on."""
+    def probe_key(self, sound_first: bool, given: Given) -> tuple:
+        """What the outcome of a probe depends on; given: streams that stay as they are."""
         contexts = (self.conditioning.positive, self.conditioning.negative)
         words = _sha256(*(tensor for context in contexts for tensor in (context.video, context.audio)))
         loras = tuple((stamp(lora.path), lora.strength) for lora in self.settings.loras)
-        return words, self.shape, replace(self.settings, loras=()), loras, self.sound_alone, sound_first
+        held = tuple(None if stream is None else _sha256(stream) for stream in (given.video, given.audio))
+        return words, self.shape, replace(self.settings, loras=()), loras, self.sound_alone, sound_first, held
 
     def state(
         self,

@@ -190,6 +190,19 @@ def test_a_cache_that_can_be_heard_turns_itself_off(both, video_alone, streams, 
     assert told is None or told in report.warnings[0]
 
 
+@pytest.mark.parametrize(("change", "streams"), [(0.19, STREAMS), (0.22, ())])
+def test_where_the_sound_stays_its_pictures_tell_whether_a_cache_may_be_trusted(change, streams):
+    shape = ClipShape(9, 32, 48, 8.0, Compression(4, 16), AudioRate(16000, 160, 4))
+
+    def run(cache: StepCache | None) -> AVLatents:
+        return AVLatents(torch.full((1,), 1 + change * (cache is not None)), torch.ones(1), shape, "m")
+
+    report = probe(0.3, run, sounding(1.0, 0.0), by_pictures=True)
+    assert report.streams == streams
+    told = "step cache 0.3 turned itself off: a probe's pictures changed by 0.22 of their latents, 0.2 is allowed"
+    assert [warning.split(": use")[0] for warning in report.warnings] == ([] if streams else [told])
+
+
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
@@ -239,6 +252,33 @@ def test_a_probe_is_made_once_for_a_prompt_and_settings(engine):
     assert probes(settings, 2) == 0
     assert probes(replace(settings, step_cache=0.02), 2) >= 4
     assert probes(replace(settings, step_cache=0), 2) == 0
+
+
+def test_a_cache_that_changes_the_pictures_of_a_sound_made_first_is_refused(engine):
+    report = engine.generate(replace(REQUEST, steps=20, step_cache=1.0)).step_cache
+    assert (report.streams, report.steps, report.error.log_mel) == ((), 0, 0)
+    assert report.error.video_latents > 0.2
+
+
+def test_a_probe_is_given_what_the_clip_is_given(engine, monkeypatch):
+    conditioning, shape = engine.encode_text("a blue star orbits on black"), engine.shape(seconds=2.0)
+    settings = SampleSettings(steps=2, guidance=Guidance(), step_cache=0.02)
+    made = engine.sample(conditioning, shape, settings=replace(settings, step_cache=0))
+    asked = []
+    monkeypatch.setattr(
+        engine, "_layouts", lambda *given, own=engine._layouts: asked.append(given) or own(*given)
+    )
+
+    def probes(video: torch.Tensor) -> list[torch.Tensor]:
+        asked.clear()
+        engine.sample(conditioning, shape, settings=settings, given_video=video)
+        return [given.video for small, _, given in asked if small.frames < shape.frames]
+
+    (part,) = probes(made.video)
+    assert torch.equal(part, made.video[:, :, : part.shape[2]])
+    assert part.shape[2] < made.video.shape[2]
+    assert probes(made.video) == []  # known by now
+    assert len(probes(made.video + 0.1)) == 1
 
 
 def test_a_probe_is_made_anew_for_a_lora_s_new_file_and_old_ones_are_forgotten(engine, monkeypatch, tmp_path):
