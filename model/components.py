@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,7 @@ from .checkpoint.header import Header, Stamp, read_header, stamp
 from .checkpoint.index import Index, headers_of, index
 from .checkpoint.quantised import packed_layers
 from .checkpoint.resolver import complete, explain_missing, model_version, resolve
-from .checkpoint.tokenizer_source import find_tokenizer
+from .checkpoint.tokenizer_source import files_beside, find_tokenizer
 from .codec.audio_vae import AudioVAEConfig
 from .codec.diffusion_config import DiffusionVAEConfig
 from .codec.latent_upsampler import LatentUpsamplerConfig
@@ -46,9 +46,11 @@ def model_files(model: str | Path, folders: Sequence[str | Path] = ()) -> tuple[
     folders: as Engine's. Of a model that cannot be opened its own file alone: opening says what is wrong.
     """
     try:
-        paths = [header.path for header in resolve(Path(model), folders=folders)]
+        headers = resolve(Path(model), folders=folders)
     except LockstepError:
-        paths = [Path(model)]
+        return (stamp(Path(model)),)
+    encoder = headers_of(index(headers).get(keymap.LANGUAGE_MODEL, {}))
+    paths = (*(header.path for header in headers), *files_beside(encoder))
     return tuple(stamp(path) for path in dict.fromkeys((Path(model), *paths)))
 
 
@@ -162,10 +164,15 @@ class ModelFiles:
                 )
             return self._word_tokenizer(longest)
         self.require(keymap.LANGUAGE_MODEL)
-        source = find_tokenizer(headers_of(self.places[keymap.LANGUAGE_MODEL]), given)
+        encoder = self.places[keymap.LANGUAGE_MODEL]
+        source = find_tokenizer(headers_of(encoder), given)
         if source.sentencepiece:
-            return GemmaTokenizer.from_sentencepiece(source.content, longest)
-        return GemmaTokenizer.from_json(source.text(), longest)
+            tokenizer = GemmaTokenizer.from_sentencepiece(source.content, longest)
+        else:
+            tokenizer = GemmaTokenizer.from_json(source.text(), longest)
+        embedding = encoder.get("model.embed_tokens.weight")
+        words = embedding.info.shape[0] if embedding else tokenizer.words  # without one, building it says so
+        return replace(tokenizer, words=words, origin=source.origin)
 
     def _word_tokenizer(self, longest: int) -> WordTokenizer:
         text = self.header.metadata.get("tokenizer")

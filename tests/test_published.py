@@ -14,7 +14,9 @@ import pytest
 import torch
 from published_models import (
     config,
+    gemma_state,
     monolith_state,
+    tokenizer_json,
     write_gemma,
     write_gemma_folder,
     write_monolith,
@@ -28,6 +30,7 @@ from lockstep.model.checkpoint import build, keymap
 from lockstep.model.checkpoint.header import Header, read_header
 from lockstep.model.checkpoint.published_files import PUBLISHED
 from lockstep.model.codec.diffusion_decoder import ON_HOST, DiffusionDecoder, DiffusionVAE, Room
+from lockstep.model.components import model_files
 from lockstep.model.engine import Engine
 from lockstep.model.errors import CheckpointError, MemoryShortError, PromptError, UnsupportedModelError
 from lockstep.model.residency import MemoryCount
@@ -314,6 +317,23 @@ def test_a_component_of_another_model_is_refused_or_passed_over(models, tmp_path
     engine = Engine(main, "cpu", folders=[tmp_path])
     with pytest.raises(CheckpointError, match=r"gemma\.safetensors does not fit: it is a Gemma 4"):
         engine.require("language_model")
+
+
+def test_a_tokenizer_of_another_model_is_told_and_the_right_one_read_once_it_is_there(models, tmp_path):
+    main = tmp_path / "ltx-2.3.safetensors"
+    shutil.copy(models / "ltx-2.3.safetensors", main)
+    save_file(gemma_state("2.3"), tmp_path / "gemma.safetensors")
+    foreign = json.loads(tokenizer_json())
+    foreign["model"]["vocab"] |= {f"strange{number}": 1000 + number for number in range(3)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(foreign))
+    engine, before = Engine(main, "cpu", folders=[tmp_path]), model_files(main, [tmp_path])
+    assert made(engine).clip.frames.isfinite().all()
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json makes token 1002 of this prompt, .* of this one"
+    ):
+        made(engine, prompt="a red strange2")
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    assert model_files(main, [tmp_path]) != before  # whoever keeps engines opens a new one
 
 
 # a few names each of what other models keep in the same folders

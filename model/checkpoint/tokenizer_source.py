@@ -60,12 +60,20 @@ def _own(headers: Sequence[Header]) -> Iterator[TokenizerSource]:
             if name in header.tensors:
                 spm = name.endswith(("model", ".model"))
                 yield TokenizerSource(read_bytes(header, name), spm, f"{header.path}: {name}")
+    for path in _beside(headers, _IN_FOLDER):
+        yield _read(path)
+
+
+def _beside(headers: Sequence[Header], names: Sequence[str]) -> Iterator[Path]:
     for folder in dict.fromkeys(header.path.parent for header in headers):
         # a model's folder, and the folder beside it in which `diffusers` keeps tokenizers
         for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
-            for name in _IN_FOLDER:
-                if (place / name).is_file():
-                    yield _read(place / name)
+            yield from (place / name for name in names if (place / name).is_file())
+
+
+def files_beside(headers: Sequence[Header]) -> list[Path]:
+    """What lies beside a language model's files and may tell how it is read: tokenizers and configs."""
+    return list(_beside(headers, (*_IN_FOLDER, "config.json")))
 
 
 def _from_path(path: Path) -> TokenizerSource:

@@ -99,12 +99,14 @@ def _transformers(name: str) -> Any:
 class GemmaTokenizer:
     """Prompt to ids: stripped, beginning with <bos>, no end mark, cut at `longest` (spec section 1.2).
 
-    Half a surrogate pair, which is no character, counts as U+FFFD.
+    Raises CheckpointError for an id beyond `words`. Half a surrogate pair, which is no character, counts as U+FFFD.
     """
 
     encode_plain: Any  # text -> list of ids, without special tokens
     bos: int
     longest: int
+    words: int = 2**31  # that the text encoder knows
+    origin: str = "the tokenizer"  # where it was found
 
     @classmethod
     def from_json(cls, text: str, longest: int) -> "GemmaTokenizer":
@@ -152,4 +154,9 @@ class GemmaTokenizer:
             raise PromptError("the prompt is empty: say what is to be seen and heard")
         ids = [self.bos, *self.encode_plain(stripped)]
         kept = ids[: self.longest]
+        if max(kept) >= self.words:  # no word of the encoder; a GPU would never recover from reading there
+            raise CheckpointError(
+                f"{self.origin} makes token {max(kept)} of this prompt, and the text encoder has {self.words}: it belongs to another "
+                "model: put the tokenizer.json of this one in its place"
+            )
         return Tokens(torch.tensor(kept, dtype=torch.int64), (), len(ids) - len(kept))
