@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -668,7 +669,10 @@ def test_a_run_of_so_many_seconds_ends_then_with_its_rate_decayed(tmp_path, caps
     assert averaged_state(tmp_path / "run")
 
 
-def test_seconds_count_from_a_runs_beginning(tmp_path, capsys):
+def test_seconds_count_from_a_runs_beginning(tmp_path, capsys, monkeypatch):
+    clock = count()  # of which a step takes two hundredths of a second, however busy the machine is
+    monkeypatch.setattr("lockstep.model.embedded.training.time.monotonic", lambda: next(clock) / 100)
+
     def start(seconds: float) -> list[float]:
         run, rates = Run(tmp_path / "run", _Line(), TrainSettings(10**6, warmup_steps=2)), []
 

@@ -56,7 +56,8 @@ def generation(shapes: Shapes) -> str:
 def language_config(headers: Sequence[Header], shapes: Shapes) -> dict[str, Any]:
     """Config section for text/gemma.py, in agreement with the tensors.
 
-    Raises CheckpointError for a config that contradicts them or belongs to another kind of model.
+    Raises CheckpointError for one in the file that contradicts them or belongs to another kind of model; beside it such a one
+    is passed over.
     """
     path, kind = ", ".join(str(header.path) for header in headers), generation(shapes)
     seen = _seen(shapes, kind, path)

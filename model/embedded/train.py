@@ -11,8 +11,8 @@ python -m lockstep.model.embedded.train pack        RUNS          # in place of 
 `unpack RUNS` starts all runs from the shipped file instead; `move RUNS --file FILE` the transformer's alone, from that of a packed
 file whose video codec was another one.
 
-Steps count from a run's beginning, and so do the --seconds after which a stage ends by the clock, with or without --steps. On a GPU --batch and --workers
-make use of it; on several, torchrun spreads the transformer's batches.
+Steps count from a run's beginning, and so do the --seconds after which a stage ends by the clock, with or without --steps.
+On a GPU --batch and --workers make use of it; on several, torchrun spreads the transformer's batches.
 """
 
 import argparse

@@ -9,11 +9,11 @@ _VIEWS = frozenset(["shot", "view", "perspective"])
 _TRACKING = words_in("moving shaking shaky tracking tilting flying following handheld")
 _LENSES = words_in("drone aerial wide cinematic smooth")
 _CAMERA = frozenset(["camera", "zoom", "pan", "pans", "panning", "dolly"])
-_GO = "is s that which moves move moving zooms zooming to the in out up down back around very"
-_DRIVE = words_in(
-    "tilts tilting tracks tracking follows following pushes pushing pulls pulling shakes shaking rises rising"
+_DRIVES = words_in(
+    "moves moving zooms zooming tilts tilting tracks tracking follows following pushes pushing pulls pulling shakes shaking "
+    "rises rising"
 )
-_GOES = frozenset(_GO.split()) | _DRIVE
+_GOES = words_in("is s that which move to the in out up down back around very") | _DRIVES
 _SEEN = words_in("seen filmed viewed shot recorded")  # from a place, which is the camera's
 
 
@@ -68,7 +68,7 @@ def _end_of_camera(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> int:
         moves = kind in ("tempo", "place", "motion") or said in _CAMERA
         if phrases[here - 1].ends or not (moves or said in _GOES):
             break
-        end = here if moves or said in _DRIVE or said in ("moves", "moving", "zooms", "zooming") else end
+        end = here if moves or said in _DRIVES else end
     return end
 
 
