@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from .checkpoint import keymap
-from .checkpoint.build import build, check_numbers, reading_config
+from .checkpoint.build import build, check_numbers, latent_statistics, reading_config
 from .checkpoint.config_values import check_values
 from .checkpoint.description import ModelDescription
 from .checkpoint.families import component_config, describe
 from .checkpoint.header import Header, Stamp, read_header, stamp
 from .checkpoint.index import Index, headers_of, index
 from .checkpoint.quantised import packed_layers
-from .checkpoint.resolver import complete, explain_missing, model_version, resolve
+from .checkpoint.resolver import Shards, complete, explain_missing, model_version, resolve, shards_of
+from .checkpoint.structure import component_shapes, structure_version
 from .checkpoint.tokenizer_source import files_beside, find_tokenizer
 from .codec.audio_vae import AudioVAEConfig
 from .codec.diffusion_config import DiffusionVAEConfig
@@ -58,7 +59,7 @@ def model_files(model: str | Path, folders: Sequence[str | Path] = ()) -> tuple[
 class ModelFiles:
     """What the files of one model hold."""
 
-    header: Header  # of the checkpoint
+    main: Shards  # the checkpoint, mostly one file
     headers: tuple[Header, ...]  # of all files, those that count first in front
     folders: Sequence[str | Path]  # that were searched for what is missing
     places: Index
@@ -68,19 +69,29 @@ class ModelFiles:
     @classmethod
     def open(cls, path: Path, files: Sequence[str | Path], folders: Sequence[str | Path]) -> "ModelFiles":
         """Reads the headers; arguments and errors as of resolver.resolve."""
-        headers = resolve(path, files, folders)
-        header = next(header for header in headers if header.path == path)
-        return cls(header, headers, folders, index(headers), describe(header), describe(headers))
+        headers, main = resolve(path, files, folders), shards_of(path)
+        return cls(main, headers, folders, index(headers), describe(main), describe(headers))
+
+    @property
+    def header(self) -> Header:
+        """Of the checkpoint, the first of its shards if it has several."""
+        return self.main[0]
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of the checkpoint on disk."""
+        return sum(header.path.stat().st_size for header in self.main)
 
     @cached_property
     def info(self) -> ModelInfo:
-        """Name, version and SHA-256 of the checkpoint's file, or of a large one's header."""
-        whole = self.header.path.stat().st_size <= _DIGESTED_BYTES
-        digest, left = hashlib.sha256(), None if whole else self.header.data_start
-        with open(self.header.path, "rb") as file:
-            while block := file.read(1 << 24 if left is None else min(left, 1 << 24)):
-                digest.update(block)
-                left = None if left is None else left - len(block)
+        """Name, version and SHA-256 of the checkpoint's files, or of large ones' headers."""
+        whole, digest = self.bytes <= _DIGESTED_BYTES, hashlib.sha256()
+        for header in self.main:
+            left = None if whole else header.data_start
+            with open(header.path, "rb") as file:
+                while block := file.read(1 << 24 if left is None else min(left, 1 << 24)):
+                    digest.update(block)
+                    left = None if left is None else left - len(block)
         version = self.description.model_version or self.description.version
         return ModelInfo(self.description.name, version, ("" if whole else "header:") + digest.hexdigest())
 
@@ -115,7 +126,8 @@ class ModelFiles:
         """Raises an error for the first of these that no file holds, or that is packed in a way that is not read."""
         for component in components:
             if not complete(component, self.places.get(component, ())):
-                raise explain_missing(component, self.headers, self.folders)
+                chosen = component == keymap.TRANSFORMER  # never found in folders
+                raise explain_missing(component, self.main if chosen else self.headers, self.folders)
             packed_layers(component, self.places[component])
 
     @property
@@ -125,6 +137,17 @@ class ModelFiles:
         order = {header.path: number for number, header in enumerate(self.headers)}
         first = {name: min(order[h.path] for h in headers_of(self.places[name])) for name in both}
         return min(both, key=first.__getitem__, default=keymap.VIDEO_VAE)
+
+    @cached_property
+    def latent_space(self) -> str:
+        """What tells the latents of this model: those of the same structure whose codecs measured the same statistics.
+
+        Full, distilled and packed files of one version share it.
+        """
+        digest = hashlib.sha256()
+        for component in (self.video, keymap.AUDIO_VAE):
+            digest.update(latent_statistics(self.places.get(component, {})))
+        return f"LTX-{structure_version(component_shapes(self.headers))}/{digest.hexdigest()[:8]}"
 
     @property
     def text(self) -> str:

@@ -98,6 +98,7 @@ from .values import (
     Progress,
     ProgressCallback,
     StepCacheReport,
+    is_same_space,
 )
 
 _logger = logging.getLogger("lockstep")
@@ -188,8 +189,13 @@ class Engine:
 
     @cached_property
     def model_id(self) -> str:
-        """Which latents and contexts belong to this model: those of the same structure and statistics."""
-        return f"{self._files.description.name}/{self.header.path.stat().st_size}"
+        """Which contexts belong to this model: those of a file of the same name and size."""
+        return f"{self._files.description.name}/{self._files.bytes}"
+
+    @property
+    def latent_space(self) -> str:
+        """Which latents belong to this model: also those of other files of its version, full, distilled or packed."""
+        return self._files.latent_space
 
     @property
     def description(self) -> ModelDescription:
@@ -257,6 +263,7 @@ class Engine:
     @cached_property
     def blocks(self) -> int:
         """How many blocks the transformer has."""
+        self.require(keymap.TRANSFORMER)
         return int(component_config(self.headers, keymap.TRANSFORMER)["num_layers"])
 
     @cached_property
@@ -285,7 +292,7 @@ class Engine:
             torch.zeros(1, video.latent_channels, *grid),
             torch.zeros(1, audio.latent_channels, shape.audio_latents, audio.latent_bins),
             shape,
-            self.model_id,
+            self.latent_space,
         )
 
     # -- stages ----------------------------------------------------------------------------------------------------
@@ -567,7 +574,7 @@ class Engine:
             video = statistics.normalize(grown.to(statistics.get_buffer("std-of-means").device), 1).cpu()
             signals.check_finite("upscaled latents", video)
         progress(Progress("upscale", 1, 1))
-        return AVLatents(video, carried_audio(latents.audio, shape), shape, self.model_id)
+        return AVLatents(video, carried_audio(latents.audio, shape), shape, self.latent_space)
 
     def suggest_seconds(self, conditioning: Conditioning, fps: float | None = None) -> float | None:
         """How long the shot of a prompt wants to be, on the grid of frames; None for models without a duration head.
@@ -664,7 +671,7 @@ class Engine:
         if not self._decodes_previews:
             return self._latent_colors.frames(video, shape.compression.time)
         try:
-            return self.decode_video(AVLatents(video, torch.empty(0), shape, self.model_id))
+            return self.decode_video(AVLatents(video, torch.empty(0), shape, self.latent_space))
         finally:  # a host that is short of room may have moved it away for the codec, and the run goes on without a preview
             self._module(keymap.TRANSFORMER)
 
@@ -687,7 +694,7 @@ class Engine:
         pictures = torch.empty(len(trajectory.estimates), shape.height, shape.width, 3)
         for place, tokens_BTC in enumerate(trajectory.estimates.values()):
             tick = Progress("trajectory", place, len(pictures))
-            latents = AVLatents(clip_video(tokens_BTC, shape), torch.empty(0), shape, self.model_id)
+            latents = AVLatents(clip_video(tokens_BTC, shape), torch.empty(0), shape, self.latent_space)
             pieces = self.video_frames(latents, lambda _block, tick=tick: progress(tick))
             pictures[place] = signals.frame_of(pieces, frame)
             progress(replace(tick, step=place + 1))
@@ -1032,9 +1039,10 @@ class Engine:
         ]
 
     def _check_owner(self, latents: AVLatents) -> None:
-        if latents.model_id != self.model_id:
+        if not is_same_space(latents.latent_space, self.latent_space):
             raise WorkflowError(
-                f"these latents were sampled by {latents.model_id}, this model is {self.model_id}: use the model that made them"
+                f"these latents are of the space {latents.latent_space}, this model's is {self.latent_space}: "
+                "use the model that made them, or another of its version"
             )
 
 

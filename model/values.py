@@ -106,6 +106,11 @@ class StepCacheReport:
     reused: Mapping[str, int] = field(default_factory=dict)  # by stream, of those
 
 
+def is_same_space(one: str, other: str) -> bool:
+    """Whether latents of these two spaces are told to be of one, or one is not known."""
+    return not one or not other or one == other
+
+
 @dataclass(frozen=True, slots=True)
 class AVLatents:
     """A sampled clip before decoding, normalized float32 on the CPU."""
@@ -113,7 +118,7 @@ class AVLatents:
     video: Tensor  # (1, C, F, H, W)
     audio: Tensor  # (1, C, L, M)
     shape: ClipShape
-    model_id: str
+    latent_space: str  # of the model that made them; empty if nobody knows
     step_cache: StepCacheReport | None = None  # if they are approximate
 
 

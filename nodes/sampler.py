@@ -371,7 +371,7 @@ def latents_to_refine(given: dict[str, Stream], shape: ClipShape) -> AVLatents:
         raise WorkflowError(
             f"{video.name} is an empty latent, from which nothing is refined: leave refine empty, or connect a sampled clip"
         )
-    return AVLatents(video.samples, audio.samples, shape, video.origin.model_id)
+    return AVLatents(video.samples, audio.samples, shape, video.origin.latent_space)
 
 
 def encode_picture(

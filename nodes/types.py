@@ -22,7 +22,7 @@ from ..model.engine import carried_audio
 from ..model.errors import MediaError, NotFiniteError, ShapeError, WorkflowError
 from ..model.media import AAC_RATES_HZ, fit_sound
 from ..model.shapes import LEAST_FPS, MOST_FPS, ClipShape, frames_within, nearest_frames
-from ..model.values import AVLatents, Clip, Conditioning, check_places
+from ..model.values import AVLatents, Clip, Conditioning, check_places, is_same_space
 
 _KEY = "lockstep"
 _ORIGINS = {
@@ -225,7 +225,7 @@ class Origin:
     """What the samples of a LATENT do not say."""
 
     shape: ClipShape
-    model_id: str
+    latent_space: str
     video_channels: int
     audio_channels: int
     audio_bins: int
@@ -369,7 +369,7 @@ def from_video_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
     Raises WorkflowError where nobody says it, ShapeError for a batch, other channels or sound alone.
     """
     stream = _stream("video", read_latent("video", latent, model))
-    return AVLatents(stream.samples, torch.empty(0), stream.shape, stream.origin.model_id)
+    return AVLatents(stream.samples, torch.empty(0), stream.shape, stream.origin.latent_space)
 
 
 def from_audio_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
@@ -384,7 +384,7 @@ def from_audio_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
         samples = _sound_of_pictures(sound, shape)
     else:
         shape, samples = _shape_of_sound(sound), sound.samples
-    return AVLatents(torch.empty(0), samples, shape, sound.origin.model_id)
+    return AVLatents(torch.empty(0), samples, shape, sound.origin.latent_space)
 
 
 def from_joint_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
@@ -395,13 +395,13 @@ def from_joint_latent(latent: dict[str, Any], model: Any = None) -> AVLatents:
             f"latent holds {next(iter(streams))} alone: connect an av_latent output, which holds picture and sound"
         )
     video, audio = streams["video"], streams["audio"]
-    if audio.origin.model_id != video.origin.model_id:
+    if not is_same_space(audio.origin.latent_space, video.origin.latent_space):
         raise WorkflowError(
-            f"latent holds pictures of {video.origin.model_id} and sound of {audio.origin.model_id}: "
+            f"latent holds pictures of {video.origin.latent_space} and sound of {audio.origin.latent_space}: "
             "encode the sound with the model of the pictures"
         )
     samples = _sound_of_pictures(audio, video.shape)
-    return AVLatents(video.samples, samples, video.shape, video.origin.model_id)
+    return AVLatents(video.samples, samples, video.shape, video.origin.latent_space)
 
 
 def counted_fps_of(latent: dict[str, Any]) -> float | None:
@@ -425,9 +425,9 @@ def given_streams(
             raise ShapeError("audio_latent holds a video and no sound: connect it to latent instead")
         streams["audio"] = sound["audio"]
     for stream in streams.values():
-        if stream.origin.model_id != model.model_id:
+        if not is_same_space(stream.origin.latent_space, model.latent_space):
             raise WorkflowError(
-                f"{stream.name} was made by {stream.origin.model_id}, the sampler runs {model.model_id}: "
+                f"{stream.name} is of the latent space {stream.origin.latent_space}, the sampler's is {model.latent_space}: "
                 "encode it again with this model"
             )
     return streams
@@ -619,7 +619,7 @@ def _in_steps(mask: Tensor) -> Tensor:
 def _origin_of(latents: AVLatents, counted_fps: float | None = None) -> Origin:
     shape, audio = latents.shape, latents.audio.shape
     channels = (latents.video.shape[1], audio[1], audio[3])
-    return Origin(shape, latents.model_id, *channels, counted_fps=counted_fps or shape.fps)
+    return Origin(shape, latents.latent_space, *channels, counted_fps=counted_fps or shape.fps)
 
 
 def _stream(kind: str, streams: dict[str, Stream]) -> Stream:

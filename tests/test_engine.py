@@ -553,7 +553,7 @@ def test_values_of_another_model_are_refused(engine):
     prompt = engine.encode_text("a red ball")
     with pytest.raises(WorkflowError, match="encode it again"):
         engine.sample(replace(prompt, model_id="other"), shape, settings=UNGUIDED)
-    latents = replace(engine.sample(prompt, shape, settings=UNGUIDED), model_id="other")
+    latents = replace(engine.sample(prompt, shape, settings=UNGUIDED), latent_space="other")
     for decode in (engine.decode_video, engine.decode_audio):
         with pytest.raises(WorkflowError, match="use the model that made them"):
             decode(latents)

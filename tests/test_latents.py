@@ -133,7 +133,7 @@ def test_latents_come_back_from_a_file_as_they_went(tmp_path):
     back = read_latents(path)
     assert torch.equal(back.video, made.video)
     assert torch.equal(back.audio, made.audio)
-    assert (back.shape, back.model_id) == (made.shape, made.model_id)
+    assert (back.shape, back.latent_space) == (made.shape, made.latent_space)
     assert [file.name for file in tmp_path.iterdir()] == ["clip.latent"]
     with safe_open(path, "pt") as file:
         assert file.metadata()["prompt"] == "{}"
@@ -149,7 +149,7 @@ def damaged(path, **changes) -> None:
     with safe_open(path, "pt") as file:
         clip = json.loads(file.metadata()["lockstep"])
     clip["shape"] |= changes.pop("shape", {})
-    clip["model_id"] = changes.pop("model_id", clip["model_id"])
+    clip["latent_space"] = changes.pop("latent_space", clip["latent_space"])
     tensors = {"latent_tensor": made.video, "audio": made.audio} | changes
     save_file(tensors, path, {"lockstep": json.dumps(clip)})
 
@@ -175,7 +175,7 @@ def damaged(path, **changes) -> None:
         {"shape": {"compression": {"time": -4, "space": 16}}},
         *({"shape": {"audio_rate": RATE | {name: 0}}} for name in RATE),
         *({"shape": {"audio_rate": RATE | {"sample_rate_hz": hz}}} for hz in (math.inf, 10**400, "x", None)),
-        {"model_id": ["tiny/1"]},
+        {"latent_space": ["tiny/1"]},
     ],
 )
 def test_files_that_do_not_fit_their_clip_are_refused(tmp_path, change):
@@ -185,7 +185,9 @@ def test_files_that_do_not_fit_their_clip_are_refused(tmp_path, change):
         read_latents(path)
 
 
-@pytest.mark.parametrize("said", ["[" * 200_000, "5", "[]", '{"model_id": "a", "shape": "b"}', "9" * 5000])
+@pytest.mark.parametrize(
+    "said", ["[" * 200_000, "5", "[]", '{"latent_space": "a", "shape": "b"}', "9" * 5000]
+)
 def test_a_file_that_says_no_clip_is_refused(tmp_path, said):
     path, made = tmp_path / "clip.latent", clip_latents()
     save_file({"latent_tensor": made.video, "audio": made.audio}, path, {"lockstep": said})

@@ -372,11 +372,11 @@ def test_latents_come_back_as_they_went():
     for source in (video, joint):
         back = types.from_video_latent(source)
         assert torch.equal(back.video, made.video)
-        assert (back.shape, back.model_id) == (made.shape, made.model_id)
+        assert (back.shape, back.latent_space) == (made.shape, made.latent_space)
     for source in (audio, joint):
         back = types.from_audio_latent(source)
         assert torch.equal(back.audio, made.audio)
-        assert (back.shape, back.model_id) == (made.shape, made.model_id)
+        assert (back.shape, back.latent_space) == (made.shape, made.latent_space)
     for alone in (video, audio):
         with pytest.raises(ShapeError, match="connect an av_latent output"):
             types.from_joint_latent(alone)
@@ -385,15 +385,21 @@ def test_latents_come_back_as_they_went():
     assert torch.equal(both.audio, made.audio)
 
 
-def model(model_id: str = "tiny/1") -> SimpleNamespace:
+def model(latent_space: str = "tiny/1") -> SimpleNamespace:
     """Stands for an engine with latents such as those above; its own rate is 12."""
 
     def empty_latents(shape: ClipShape) -> AVLatents:
         grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
         sound = torch.zeros(1, 2, shape.audio_latents, 5)
-        return AVLatents(torch.zeros(1, 8, *grid), sound, shape, model_id)
+        return AVLatents(torch.zeros(1, 8, *grid), sound, shape, latent_space)
 
-    return SimpleNamespace(model_id=model_id, shape=shape_of, empty_latents=empty_latents, recipe=Recipe())
+    return SimpleNamespace(
+        model_id="tiny/1",
+        latent_space=latent_space,
+        shape=shape_of,
+        empty_latents=empty_latents,
+        recipe=Recipe(),
+    )
 
 
 def join(video: dict, audio: dict) -> dict:
@@ -407,17 +413,17 @@ def separate(joint: dict) -> tuple[dict, dict]:
     return joint | {"samples": video}, joint | {"samples": audio}
 
 
-def of_length(frames: int, fps: float = 12.0, model_id: str = "tiny/1") -> AVLatents:
+def of_length(frames: int, fps: float = 12.0, latent_space: str = "tiny/1") -> AVLatents:
     shape = replace(latents().shape, frames=frames, fps=fps)
-    return replace(model(model_id).empty_latents(shape), shape=shape)
+    return replace(model(latent_space).empty_latents(shape), shape=shape)
 
 
 def test_joined_streams_keep_what_each_of_them_says():
     video, audio = parts(of_length(9, 24.0, "a"))[0], parts(of_length(9, 12.0, "b"))[1]
     joint = join(video, audio)
     assert types.from_video_latent(joint).shape.fps == 24.0
-    assert types.from_video_latent(joint).model_id == "a"
-    assert types.from_audio_latent(joint).model_id == "b"
+    assert types.from_video_latent(joint).latent_space == "a"
+    assert types.from_audio_latent(joint).latent_space == "b"
     with pytest.raises(
         WorkflowError, match="pictures of a and sound of b: encode the sound with the model of"
     ):
@@ -487,7 +493,7 @@ def test_latents_of_other_nodes_are_those_of_the_model_that_they_are_given_to():
     made, engine = latents(), model()
     video = {"samples": made.video, "noise_mask": torch.ones(1, 1, 3, 1, 1)}
     shown = types.from_video_latent(video, engine)
-    assert (shown.model_id, shown.shape) == ("tiny/1", made.shape)
+    assert (shown.latent_space, shown.shape) == ("tiny/1", made.shape)
     given = types.given_streams(video, {"samples": made.audio, "type": "audio"}, engine, 24.0)
     assert {stream.shape.fps for stream in given.values()} == {24.0}
     assert given["audio"].shape.frames == 17  # 19 latents, 0.76 s

@@ -22,17 +22,25 @@ from published_models import (
     write_monolith,
     write_split,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import VERSIONS
 
 from lockstep.model import cli
 from lockstep.model.checkpoint import build, keymap
 from lockstep.model.checkpoint.header import Header, read_header
+from lockstep.model.checkpoint.index import index
 from lockstep.model.checkpoint.published_files import PUBLISHED
 from lockstep.model.codec.diffusion_decoder import ON_HOST, DiffusionDecoder, DiffusionVAE, Room
 from lockstep.model.components import model_files
 from lockstep.model.engine import Engine
-from lockstep.model.errors import CheckpointError, MemoryShortError, PromptError, UnsupportedModelError
+from lockstep.model.errors import (
+    CheckpointError,
+    MemoryShortError,
+    PromptError,
+    UnsupportedModelError,
+    WorkflowError,
+)
 from lockstep.model.residency import MemoryCount
 from lockstep.model.text.duration_head import frames_for
 from lockstep.model.values import GenerateRequest
@@ -317,6 +325,82 @@ def test_a_component_of_another_model_is_refused_or_passed_over(models, tmp_path
     engine = Engine(main, "cpu", folders=[tmp_path])
     with pytest.raises(CheckpointError, match=r"gemma\.safetensors does not fit: it is a Gemma 4"):
         engine.require("language_model")
+
+
+def _in_two_shards(whole: Path, folder: Path, name: str) -> list[Path]:
+    with safe_open(whole, "pt") as file:
+        told = file.metadata()
+    tensors = load_file(whole)
+    paths = [folder / f"{name}-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for path, own in zip(paths, (sorted(tensors)[::2], sorted(tensors)[1::2]), strict=True):
+        save_file({key: tensors[key] for key in own}, path, told)
+    return paths
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_a_shard_brings_the_others_of_its_set(models, tmp_path, chosen):
+    paths = _in_two_shards(models / "ltx-2.3.safetensors", tmp_path, "model")
+    write_gemma(tmp_path / "gemma.safetensors", "2.3")
+    engine = Engine(paths[chosen], "cpu", folders=[tmp_path])
+    alone = Engine(models / "ltx-2.3.safetensors", "cpu", files=[tmp_path / "gemma.safetensors"])
+    # the last digits change with a mapped tensor's alignment
+    torch.testing.assert_close(made(engine).clip.frames, made(alone).clip.frames, atol=1e-4, rtol=0)
+    other = Engine(paths[1 - chosen], "cpu", folders=[tmp_path])
+    assert (engine.model_id, engine.info) == (other.model_id, other.info)
+    paths[1 - chosen].unlink()
+    with pytest.raises(CheckpointError, match=rf"of its 2 shards {paths[1 - chosen].name} is not beside it"):
+        Engine(paths[chosen], "cpu", folders=[tmp_path])
+
+
+def test_a_given_shard_brings_the_others_and_an_incomplete_set_is_passed_over(models, tmp_path):
+    main = models / "ltx-2.3.safetensors"
+    write_gemma(tmp_path / "whole.safetensors", "2.3")
+    paths = _in_two_shards(tmp_path / "whole.safetensors", tmp_path, "text")
+    (tmp_path / "whole.safetensors").unlink()
+    held = {place.header.path for place in _places(Engine(main, "cpu", files=[paths[1]]))}
+    assert held == set(paths)
+    paths[0].unlink()
+    with pytest.raises(CheckpointError, match=rf"of its 2 shards {paths[0].name} is not beside it"):
+        Engine(main, "cpu", files=[paths[1]])
+    with pytest.raises(
+        CheckpointError, match=rf"{paths[1].name} does not fit: of its 2 shards {paths[0].name}"
+    ):
+        Engine(main, "cpu", folders=[tmp_path]).require("language_model")
+
+
+def _places(engine: Engine):
+    return index(engine.headers)["language_model"].values()
+
+
+def test_a_transformer_is_chosen_and_never_found(split):
+    folder, main = split
+    sound = next(folder.rglob("ltx-2.5-audio-vae*"))
+    engine = Engine(sound, "cpu", folders=[folder])
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{sound.name}: the .* no transformer, only audio VAE, vocoder: .*such as {main.name}",
+    ):
+        made(engine)
+    with pytest.raises(CheckpointError, match=r"put ltx-2.5-22b-dev-transformer.* and choose it"):
+        Engine(sound, "cpu").require("transformer")
+
+
+def test_latents_go_between_files_of_one_version(models, tmp_path):
+    """A full and a distilled file, or a packed one: their codecs measured the same statistics."""
+    whole = load_file(models / "ltx-2.3.safetensors")
+    twin, stranger = tmp_path / "ltx-2.3-distilled.safetensors", tmp_path / "ltx-2.3.safetensors"
+    with safe_open(models / "ltx-2.3.safetensors", "pt") as file:
+        told = file.metadata()
+    save_file({name: weight.bfloat16() for name, weight in whole.items()}, twin, told)
+    moved = "vae.per_channel_statistics.mean-of-means"
+    save_file(whole | {moved: whole[moved] + 1}, stranger, told)
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu")
+    latents = engine.empty_latents(engine.shape("48x32", 0.375))
+    assert Engine(twin, "cpu").decode_video(latents).shape == engine.decode_video(latents).shape
+    with pytest.raises(WorkflowError, match=r"are of the space LTX-2.3/.*use the model that made them"):
+        Engine(stranger, "cpu").decode_video(latents)
+    # an old file names no space
+    assert len(Engine(stranger, "cpu").decode_video(replace(latents, latent_space="")))
 
 
 def test_a_tokenizer_of_another_model_is_told_and_the_right_one_read_once_it_is_there(models, tmp_path):

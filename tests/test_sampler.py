@@ -447,6 +447,16 @@ def test_the_noise_seed_decides_the_noise_between_steps(sampler):
     assert not torch.equal(first, other)
 
 
+def test_res2s_runs_where_there_is_no_float64(monkeypatch):
+    assert Res2s().dtype_on(torch.device("mps")) == torch.float32
+    assert Res2s().dtype_on(torch.device("cpu")) == torch.float64
+    run = partial(denoise, free_state(), shifted_schedule(30), gaussian_denoiser(MEAN, SPREAD), "res2s")
+    wanted = run(noise_seed=1)
+    monkeypatch.setattr(Res2s, "dtype", torch.float32)
+    # sixty calls' roundings of values about 2
+    torch.testing.assert_close(run(noise_seed=1).video.tokens_BTC, wanted.video.tokens_BTC, atol=2e-5, rtol=0)
+
+
 def test_step_noise_is_drawn_from_the_seed_plus_10000_video_first():
     state = free_state()
     zero = constant_denoiser(torch.zeros(()), torch.zeros(()))

@@ -160,6 +160,13 @@ def _load(
     return fold_gates(state, family.gates.get(component, {}))
 
 
+def latent_statistics(places: Mapping[str, Place]) -> bytes:
+    """Mean and deviation of a codec's latents as bfloat16, in which most are stored; the same for files that store more digits."""
+    names = ("per_channel_statistics.mean-of-means", "per_channel_statistics.std-of-means")
+    kept = _read({name: places[name] for name in names if name in places}, torch.bfloat16)
+    return b"".join(kept[name].flatten().view(torch.uint8).numpy().tobytes() for name in sorted(kept))
+
+
 def _read(places: Mapping[str, Place], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every tensor, as a view of its mapped file; one of another dtype is read and converted, one at a time.
 

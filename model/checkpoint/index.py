@@ -13,7 +13,7 @@ from pathlib import Path
 from . import keymap
 from .header import Header, TensorInfo
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.safetensors$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,15 @@ def index(
 def shard_group(path: Path) -> str:
     """The path without its shard's number: the same for all shards of one set."""
     return str(path.parent / _SHARD.sub("", path.name))
+
+
+def names_of_shards(name: str) -> list[str]:
+    """All names of the numbered set that a file belongs to, from 00001 on; its own alone if it belongs to none."""
+    found = _SHARD.search(name)
+    if found is None:
+        return [name]
+    before, behind = name[: found.start()], name[found.end() :]
+    return [f"{before}-{number:05}-of-{found[1]}{behind}" for number in range(1, int(found[1]) + 1)]
 
 
 def _part(component: str, inside: str) -> str:

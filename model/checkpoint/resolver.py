@@ -6,8 +6,9 @@ folders are searched only for what is missing.
 
 import difflib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from ..errors import CheckpointError, LockstepError
@@ -15,7 +16,7 @@ from . import keymap
 from .agreement import disagreements
 from .families import LTX, detect
 from .header import Header, read_header
-from .index import headers_of, index, shard_group
+from .index import headers_of, index, names_of_shards, shard_group
 from .published_files import PUBLISHED, version_label
 from .quantised import packed_layers
 from .structure import MARKS, component_shapes, structure_version
@@ -43,25 +44,42 @@ Shards = tuple[Header, ...]  # of one set of files; mostly a single one
 def resolve(model: str | Path, files: Paths = (), folders: Paths = ()) -> tuple[Header, ...]:
     """Headers of all files of a model, those that count first in front.
 
-    model: the checkpoint, or the file of the transformer. files: of further components, each a file or a folder with
-    the shards of one; they replace what the checkpoint holds. folders: searched with all below them for whatever is
-    still missing, the version's own files preferred.  Raises CheckpointError for a given file that is damaged, holds
-    nothing of use or does not fit, UnsupportedModelError for a checkpoint of no known family.
+    model: the checkpoint, or the file of the transformer; any shard of either brings the others beside it. files: of
+    further components, each a file or a folder with the shards of one; they replace what the checkpoint holds. folders:
+    searched with all below them for whatever is still missing but the transformer, the version's own files preferred.
+    Raises CheckpointError for a given file that is damaged, holds nothing of use or does not fit, UnsupportedModelError
+    for a checkpoint of no known family.
     """
-    main = read_header(model)
+    main = shards_of(Path(model))
     detect(main)
-    headers = [*(header for path in files for header in _given(Path(path))), main]
+    name = main[0].path.name
+    headers = [*_given(files), *main]
     for component, fault in disagreements(component_shapes(headers)).items():
         holders = headers_of(index(headers)[component])
-        if main in holders:  # one file is one model, whatever it was trained with
+        if any(header in holders for header in main):  # one file is one model, whatever it was trained with
             continue
         where = ", ".join(header.path.name for header in holders)
-        raise CheckpointError(
-            f"{where}: this {TITLES[component]} does not belong to {main.path.name}: {fault}"
-        )
+        raise CheckpointError(f"{where}: this {TITLES[component]} does not belong to {name}: {fault}")
     for group in _missing(headers):
         headers += _search(group, headers, folders)
     return tuple(headers)
+
+
+def shards_of(path: Path) -> Shards:
+    """All files of the numbered set that this one belongs to, in their order; mostly itself alone.
+
+    Raises CheckpointError if one is not beside it.
+    """
+    if fault := _fault_of_set(path):
+        raise CheckpointError(f"{path}: {fault}: fetch it from where this one came from")
+    return tuple(read_header(path.parent / name) for name in names_of_shards(path.name))
+
+
+def _fault_of_set(path: Path) -> str | None:
+    """Which shards are not beside this one, None if all are."""
+    names = names_of_shards(path.name)
+    absent = [name for name in names if name != path.name and not (path.parent / name).is_file()]
+    return f"of its {len(names)} shards {', '.join(absent[:5])} is not beside it" if absent else None
 
 
 def explain_missing(component: str, headers: Sequence[Header], folders: Paths = ()) -> CheckpointError:
@@ -71,23 +89,34 @@ def explain_missing(component: str, headers: Sequence[Header], folders: Paths = 
     searched = f" (searched: {', '.join(map(str, folders))})" if folders else ""
     names = ", ".join(header.path.name for header in headers)
     advice = published.advice() if published else "put a file that holds it into the folder of models"
-    unfit = [
-        f"{shards[0].path.name} does not fit: {_fault(component, shards, headers)}"
-        for shards in _candidates(component, headers, folders)
-    ]
+    found = _candidates(component, headers, folders)
+    if component == keymap.TRANSFORMER:
+        there = ", ".join(shards[0].path.name for shards in found[:3])
+        held = ", ".join(TITLES.get(name, name) for name in index(headers))
+        way = f"choose a file that holds one, such as {there}" if there else f"{advice} and choose it"
+        return CheckpointError(f"{names}: the model that was chosen has no transformer, only {held}: {way}")
+    unfit = [f"{shards[0].path.name} does not fit: {_fault(component, shards, headers)}" for shards in found]
     return CheckpointError(
         f"{names}: no {TITLES.get(component, component)} for LTX-{version}{searched}: {advice}, or give the command "
         "its path by --file" + (f"; {'; '.join(unfit[:3])}" if unfit else "")
     )
 
 
-def _given(path: Path) -> list[Header]:
-    if not path.is_dir():
-        return [_useful(read_header(path))]
-    names = sorted(path.glob("*.safetensors"))
+def _given(files: Paths) -> Iterable[Header]:
+    headers: dict[Path, Header] = {}
+    for name in chain.from_iterable(map(_files_at, files)):
+        if name not in headers:
+            headers |= {header.path: _useful(header) for header in shards_of(name)}
+    return headers.values()
+
+
+def _files_at(path: str | Path) -> list[Path]:
+    if not Path(path).is_dir():
+        return [Path(path)]
+    names = sorted(Path(path).glob("*.safetensors"))
     if not names:
         raise CheckpointError(f"{path}: no .safetensors file in this folder")
-    return [_useful(read_header(name)) for name in names]
+    return names
 
 
 def _useful(header: Header) -> Header:
@@ -112,7 +141,9 @@ def model_version(headers: Sequence[Header]) -> str:
 def _missing(headers: Sequence[Header]) -> Iterator[tuple[str, ...]]:
     """Groups of which one component is needed, the preferred one first, evaluated as the headers grow."""
     preferred = (keymap.VIDEO_VAE_DIFFUSION, keymap.VIDEO_VAE)
-    for group in (*LTX.whole, (keymap.DURATION_HEAD,)):
+    # which transformer it is decides over the whole run: that one is chosen, not found
+    beside = (group for group in LTX.whole if keymap.TRANSFORMER not in group)
+    for group in (*beside, (keymap.DURATION_HEAD,)):
         held = index(headers)
         if keymap.TEXT_ENCODER in held and set(group) & {keymap.LANGUAGE_MODEL, keymap.DURATION_HEAD}:
             continue  # an embedded model is whole by itself
@@ -186,6 +217,8 @@ def _peek(path: Path, _changed: int, _size: int) -> frozenset[str]:
 
 def _fault(component: str, shards: Shards, headers: Sequence[Header]) -> str | None:
     """Why found files are not taken for this model, None if they fit."""
+    if fault := _fault_of_set(shards[0].path):
+        return fault
     label, wanted = version_label(shards[0]), model_version(headers)
     if label in PUBLISHED and label != wanted and component != keymap.LANGUAGE_MODEL:
         return f"it is of LTX-{label}"

@@ -21,7 +21,7 @@ from ..values import AVLatents
 
 _VIDEO, _AUDIO = "latent_tensor", "audio"
 _UNSCALED = "latent_format_version_0"  # without it ComfyUI rescales what it reads
-_CLIP = "lockstep"
+_CLIP, _SPACE = "lockstep", "latent_space"
 _MOST = 2**31  # beyond which no count of a clip lies
 
 
@@ -32,7 +32,7 @@ def write_latents(path: Path, latents: AVLatents, metadata: Mapping[str, str] | 
         _AUDIO: latents.audio.contiguous(),
         _UNSCALED: torch.zeros(0),
     }
-    clip = {"model_id": latents.model_id, "shape": asdict(latents.shape)}
+    clip = {_SPACE: latents.latent_space, "shape": asdict(latents.shape)}
     partial = path.with_name(f".{secrets.token_hex(6)}.part")
     try:
         save_file(tensors, partial, {**(metadata or {}), _CLIP: json.dumps(clip)})
@@ -49,9 +49,11 @@ def read_latents(path: Path) -> AVLatents:
         with safe_open(path, framework="pt") as file:
             clip = json.loads((file.metadata() or {}).get(_CLIP, "{}"))
             video, audio = (file.get_tensor(name).float() for name in (_VIDEO, _AUDIO))
-        if not isinstance(clip["model_id"], str):
-            raise TypeError("the model's id is no text")
-        latents = AVLatents(video, audio, _read_shape(clip["shape"]), clip["model_id"])
+        # files of early versions name a model's file instead, which says nothing of its latents
+        space = clip.get(_SPACE, "")
+        if not isinstance(space, str):
+            raise TypeError("the latent space is no text")
+        latents = AVLatents(video, audio, _read_shape(clip["shape"]), space)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise MediaError(
             f"{path.name} holds no latents of picture and sound: use a file of Lockstep Save AV Latent"

@@ -105,7 +105,8 @@ def denoise(
     stepper = make_sampler(sampler)
     levels = stepper.prepare(check_sigmas(sigmas))
     noise = _step_noise(state, stepper, noise_seed)
-    predict = _Predictor(state, denoiser, guidance, stepper.dtype)
+    device = state.streams[0].tokens_BTC.device
+    predict = _Predictor(state, denoiser, guidance, stepper.dtype_on(device))
     health = _Health(steps=len(levels) - 1)
 
     free = predict.free

@@ -68,6 +68,10 @@ class Sampler:
     whitened = False  # wants that noise standardized
     dtype = torch.float32  # of the latents between steps
 
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The same where the device has it: Metal has no float64."""
+        return torch.float32 if device.type == "mps" else self.dtype
+
     def prepare(self, sigmas: Sigmas) -> Sigmas:
         """The levels this sampler steps between."""
         return sigmas
@@ -215,7 +219,7 @@ class StepNoise:
 
     def _draw(self, mask_BT1: Tensor, channels: int) -> Tensor:
         noise_BTC = torch.randn(*mask_BT1.shape[:2], channels, generator=self._generator)
-        noise_BTC = noise_BTC.to(self._sampler.dtype)
+        noise_BTC = noise_BTC.to(self._sampler.dtype_on(mask_BT1.device))
         if self._sampler.whitened:
             noise_BTC = whiten(noise_BTC)
         return noise_BTC.to(mask_BT1.device) * mask_BT1

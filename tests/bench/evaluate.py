@@ -267,7 +267,7 @@ class Model:
         shape = self.shape(case)
         frames = draw(case, shape)
         latent = self.engine.encode_video(frames.permute(3, 0, 1, 2)[None] * 2 - 1)
-        back = self.engine.decode_video(AVLatents(latent, torch.zeros(0), shape, self.engine.model_id))
+        back = self.engine.decode_video(AVLatents(latent, torch.zeros(0), shape, self.engine.latent_space))
         return psnr(frames, back)
 
     def seconds_from_start(self, case: Case, path: Path) -> float:
