@@ -81,7 +81,7 @@ from .trajectory import Trajectory
 from .transformer.compiled import CompileReport, compile_blocks
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
-from .two_stage import Upscale, carried_audio, in_known_time
+from .two_stage import Upscale, carried_audio, in_known_time, reads_slowed
 from .values import (
     AVLatents,
     Clip,
@@ -467,6 +467,10 @@ class Engine:
             given_video=given_video, given_audio=seen.audio, video_mask=video_mask, progress=progress, start=seen,
         )  # fmt: skip
         return replace(start, video=made.video)
+
+    def reads_slowed(self, fps: float) -> bool:
+        """Whether add_frames makes pictures of this rate in another time than the clip's: later stages are made in it, too."""
+        return reads_slowed(fps, self.recipe.fast_fps)
 
     def steps(self, settings: SampleSettings, shape: ClipShape) -> int:
         """How many steps sample makes of these settings, as its progress counts them."""
@@ -979,7 +983,8 @@ class Engine:
         settings = SampleSettings(guidance=UNGUIDED, sampler="euler", sigmas=levels, loras=loras)
         guides = self._guides(request, grown.shape, progress)
         seed = request.seed + number  # noise of its own
-        if temporal:
+        grew = any(self.upscaler(before).temporal for before in request.upscalers[: number - 1])
+        if temporal or (grew and self.reads_slowed(grown.shape.fps)):
             return self.add_frames(conditioning, grown, guides, settings, seed, progress=progress)
         made = self.sample(conditioning, grown.shape, guides, settings, seed, progress=progress, start=grown)
         # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones

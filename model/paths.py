@@ -1,6 +1,8 @@
-"""Names of files that users give."""
+"""Files that users name, and those below their folders."""
 
 import difflib
+import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +15,23 @@ def nearest_name(path: Path) -> str | None:
     with suppress(OSError):
         names = sorted(file.name for file in path.absolute().parent.iterdir() if file.is_file())
     return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)), None)
+
+
+def files_below(folder: str | Path, suffix: str) -> list[Path]:
+    """Every file below a folder whose name ends so, sorted; linked folders are gone into, each folder once."""
+    return sorted(_walked(Path(folder), suffix))
+
+
+def _walked(folder: Path, suffix: str) -> Iterator[Path]:
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        own = os.path.realpath(place)
+        if own in seen:  # a link leads back
+            folders.clear()
+            continue
+        seen.add(own)
+        folders.sort()
+        yield from (Path(place, name) for name in names if name.endswith(suffix))
 
 
 def check_file(path: Path) -> None:

@@ -139,7 +139,7 @@ class Recipe:
 
     def unrefined(self, loras: Iterable[Lora]) -> tuple[str, ...]:
         """A sentence where a second stage is to run on weights that are not distilled, with these LoRAs on."""
-        if self.sigmas or any("distilled" in lora.path.name.lower() for lora in loras):
+        if self.sigmas or any(lora.strength and "distilled" in lora.path.name.lower() for lora in loras):
             return ()
         return (
             "the second stage takes a few steps that are made for distilled weights: add the distilled LoRA of this "
@@ -219,10 +219,12 @@ def clip_shape(
     size: str | None = None,
     seconds: float | None = None,
     fps: float | None = None,
+    step: int | None = None,
 ) -> ClipShape:
     """The clip that a user asks for, frames rounded to the nearest count that the codec holds, within the recipe's limits.
 
-    size: "WIDTHxHEIGHT" or an aspect such as "16:9" (the recipe's area, rounded to the grid).
+    size: "WIDTHxHEIGHT" or an aspect such as "16:9" (the recipe's area, rounded to the grid). step: pixels between the lines
+    of that grid, None a latent's.
     Raises ShapeError for a size, length or rate that the model cannot take, with the nearest that it can.
     """
     fps = recipe.fps if fps is None else float(fps)
@@ -231,7 +233,9 @@ def clip_shape(
         raise ShapeError(
             f"fps must lie between {LEAST_FPS:g} and {MOST_FPS:g}, got {fps:g}: {recipe.fps:g} is usual"
         )
-    width, height = (recipe.width, recipe.height) if size is None else _read_size(size, recipe, compression)
+    width, height = (
+        (recipe.width, recipe.height) if size is None else _read_size(size, recipe, step or compression.space)
+    )
     if seconds is not None:
         _check_range("seconds", seconds, recipe.seconds_limits, " s")
         if not 0 <= seconds * fps <= _MOST_FRAMES:  # also false for nan
@@ -249,7 +253,7 @@ def clip_shape(
     return ClipShape(frames, height, width, fps, compression, audio_rate)
 
 
-def _read_size(size: str, recipe: Recipe, compression: Compression) -> tuple[int, int]:
+def _read_size(size: str, recipe: Recipe, step: int) -> tuple[int, int]:
     for separator in ("x", ":"):
         left, found, right = size.strip().lower().partition(separator)
         if (
@@ -262,14 +266,14 @@ def _read_size(size: str, recipe: Recipe, compression: Compression) -> tuple[int
             and int(left) * int(right)
         ):
             numbers = int(left), int(right)
-            return numbers if separator == "x" else _from_aspect(*numbers, recipe, compression)
+            return numbers if separator == "x" else _from_aspect(*numbers, recipe, step)
     example = f"{recipe.width}x{recipe.height}"
     raise ShapeError(f"size {size!r} is not WIDTHxHEIGHT in pixels or an aspect: use {example} or 16:9")
 
 
-def _from_aspect(across: int, down: int, recipe: Recipe, compression: Compression) -> tuple[int, int]:
+def _from_aspect(across: int, down: int, recipe: Recipe, step: int) -> tuple[int, int]:
     """The recipe's short side, and the long side to the nearest grid line."""
-    short, step = min(recipe.width, recipe.height), compression.space
+    short = min(recipe.width, recipe.height)
     long = round(short * max(across, down) / min(across, down) / step) * step
     if recipe.side_limits and long > recipe.side_limits[1]:
         most = Fraction(int(recipe.side_limits[1]) // step * step, short)

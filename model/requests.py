@@ -11,7 +11,7 @@ from .run import SampleSettings, noise_levels
 from .sampler.guidance import Guidance
 from .shapes import AudioRate, ClipShape, Compression
 from .step_probe import check_threshold
-from .two_stage import Upscale, first_fps, first_size
+from .two_stage import Upscale, first_fps, first_size, total_scale
 from .values import GenerateRequest, GuidePlace
 
 AWAY = "a cfg below 1 leads away from the prompt: 1 is no guidance"
@@ -38,7 +38,8 @@ def first_shape(
     """The clip of the first stage. Raises ShapeError if it, or what the upscalers make of it, cannot be."""
     size = first_size(request.size, upscales, compression.space)
     fps = first_fps(request.fps, upscales)
-    shape = grown = clip_shape(recipe, compression, audio_rate, size, request.seconds, fps)
+    step = compression.space * total_scale(upscales).denominator
+    shape = grown = clip_shape(recipe, compression, audio_rate, size, request.seconds, fps, step)
     for upscale in upscales:
         grown = upscale.grown(grown)
     return shape

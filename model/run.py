@@ -57,7 +57,9 @@ def noise_levels(recipe: Recipe, steps: int | None, shape: ClipShape) -> tuple[f
     """Those of a clip made from noise, the last 0; steps None takes the recipe's."""
     if recipe.sigmas and steps in (None, len(recipe.sigmas) - 1):
         return recipe.sigmas
-    return shifted_schedule(steps or recipe.steps, recipe.schedule_tokens or shape.video_tokens)
+    return shifted_schedule(
+        recipe.steps if steps is None else steps, recipe.schedule_tokens or shape.video_tokens
+    )
 
 
 def steps_of(settings: SampleSettings, recipe: Recipe, shape: ClipShape) -> int:

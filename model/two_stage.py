@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import prod
 
 import torch
 from torch import Tensor
@@ -49,15 +50,18 @@ class Upscale:
         return int(grown) * space
 
 
+def total_scale(upscales: Sequence[Upscale]) -> Fraction:
+    """How much larger than in the first stage rows and columns are in the last."""
+    return prod((Fraction(upscale.scale) for upscale in upscales if not upscale.temporal), start=Fraction(1))
+
+
 def first_size(size: str | None, upscales: Sequence[Upscale], space: int) -> str | None:
     """The size of the first stage, for a size in pixels that the last one is to have; aspects stay as they are.
 
     space: pixels of a latent. Raises ShapeError with the nearest size that works.
     """
     pixels = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,6})\s*", size or "")
-    scale = Fraction(1)
-    for upscale in upscales:
-        scale *= 1 if upscale.temporal else Fraction(upscale.scale)
+    scale = total_scale(upscales)
     if pixels is None or scale == 1:
         return size
     sides = [int(side) for side in pixels.groups()]
@@ -83,6 +87,11 @@ def carried_audio(audio_BzLM: Tensor, shape: ClipShape) -> Tensor:
     return audio_BzLM[:, :, : shape.audio_latents]
 
 
+def reads_slowed(fps: float, fast_fps: float | None) -> bool:
+    """Whether in_known_time changes the time of a clip of this rate."""
+    return fast_fps is not None and fps > _ORDINARY_FPS
+
+
 def in_known_time(latents: AVLatents, fast_fps: float | None) -> AVLatents:
     """Latents with new frames as a model reads them that knows no rate above 30 but fast_fps; None: it knows all.
 
@@ -90,7 +99,7 @@ def in_known_time(latents: AVLatents, fast_fps: float | None) -> AVLatents:
     time that they then last, so that both stay together. Only the pictures that are made of it count.
     Source: diffusers 0.42.1, LTX2DFRTemporalRefinePipeline.
     """
-    if fast_fps is None or latents.shape.fps <= _ORDINARY_FPS:
+    if fast_fps is None or not reads_slowed(latents.shape.fps, fast_fps):
         return latents
     shape, given = replace(latents.shape, fps=fast_fps), latents.audio.shape[2]
     places = torch.arange(shape.audio_latents) * (given / shape.audio_latents)

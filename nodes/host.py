@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from ..model.embedded import WEIGHTS
 from ..model.engine import Engine, model_files
 from ..model.errors import CheckpointError, LockstepError, MediaError, MemoryShortError, NotFiniteError
+from ..model.paths import files_below
 from ..model.residency import BlockStream, out_of_memory, stack_need
 from ..model.values import Progress
 from .types import to_still
@@ -293,7 +294,7 @@ def latent_choices() -> list[str]:
 
 @lru_cache(maxsize=2)
 def _latents_below(folder: str, _period: int) -> tuple[str, ...]:
-    paths = sorted(path for path in Path(folder).rglob("*" + LATENT_SUFFIX) if path.is_file())
+    paths = (path for path in files_below(folder, LATENT_SUFFIX) if path.is_file())
     return tuple(path.relative_to(folder).as_posix() for path in paths)
 
 
@@ -314,8 +315,9 @@ def _file_inside(choice: str) -> Path | None:
         folder_paths.get_temp_directory(),
     )
     try:
-        path = Path(folder_paths.get_annotated_filepath(choice)).resolve()
-        inside = any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
+        # as the host does: what its folders hold as a link was put there by whoever owns them
+        path = Path(os.path.abspath(folder_paths.get_annotated_filepath(choice)))
+        inside = any(path.is_relative_to(os.path.abspath(folder)) for folder in folders)
         return path if inside and path.is_file() else None
     except (OSError, ValueError):  # no file can have such a name
         return None

@@ -45,9 +45,7 @@ _logger = logging.getLogger("lockstep")
 OWN_STG, OWN_SAMPLER = -1.0, "model default"
 SAMPLERS = (OWN_SAMPLER, *SAMPLER_NAMES)
 _NOTHING_TO_MAKE = "picture and sound are both given and stay as they are: leave one of them out, or free a part by a noise mask"
-_SOUND_STAYS = (
-    "refine temporal keeps the sound as it is: the part of its noise mask that asks for more is not followed"
-)
+_SOUND_STAYS = "where frames were added the sound is kept as it is: the part of its noise mask that asks for more is not followed"
 
 
 class LockstepSampler(Node):
@@ -253,6 +251,8 @@ class LockstepSampler(Node):
             # pictures of Lockstep Video Encode as they came: kept as they are, there would be nothing to refine
             given = {name: stream for name, stream in given.items() if name != "video" or name not in whole}
             whole -= {"video"}
+            # pictures that were made to a sound in another time than the clip's stay in it
+            temporal = temporal or (counted_fps != shape.fps and model.reads_slowed(shape.fps))
             if temporal:  # all of the sound stays
                 mask = given["audio"].mask
                 warnings += (_SOUND_STAYS,) if mask is not None and mask.any() else ()
@@ -270,7 +270,7 @@ class LockstepSampler(Node):
             guides = [
                 encode_picture(model, picture, shape, counted_fps, report)
                 for picture in script.pictures
-                if picture.strength > 0  # else it would be noise that the clip sees
+                if picture.strength > 0  # else nothing is held to it
             ]
             with history.measured(model, "sample") as meter:
                 if temporal and start is not None:
@@ -336,6 +336,8 @@ def guide(
         raise WorkflowError(
             f"stg_block {stg_block} is none of this model's blocks: use 0 to {model.blocks - 1}"
         )
+    if OWN_STG < stg < 0:
+        raise WorkflowError(f"stg {stg:g} is no strength: use 0 (off) or more, or -1 for the model's own")
     blocks = own.stg_blocks if stg_block < 0 else (stg_block,)
     if stg > 0:
         # published models perturb one at about 3/5 of their depth

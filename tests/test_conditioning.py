@@ -57,6 +57,42 @@ def test_a_guide_at_the_start_takes_only_what_a_given_video_leaves_free():
     assert layout.mask[0, :FRAME_TOKENS, 0].tolist() == [0.0, 0.0, 0.25] * 2
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.5])
+def test_a_guide_at_the_start_takes_no_token_that_a_given_video_holds_as_much(strength):
+    video, picture = torch.randn(1, 4, 3, 2, 3), latent()
+    layout = lay_out_video(SHAPE, 4, [Guide(picture, 0, strength)], video, torch.full((1, 1, 3, 2, 3), 0.5))
+    assert torch.equal(layout.clean, video_to_tokens(video))
+    assert layout.masks == (0.5,)
+
+
+def test_of_an_appended_guide_only_what_is_held_is_appended():
+    picture, mask = latent(), torch.ones(1, 1, 1, 2, 3)
+    mask[..., 0] = 0.5
+    layout = lay_out_video(
+        SHAPE, 4, [Guide(picture, 8, 1.0, mask), Guide(latent(), None, 0.5, attention=0.5)]
+    )
+    held_ = torch.tensor([True, False, False] * 2)
+    assert torch.equal(layout.clean[:, 18:20], video_to_tokens(picture)[:, held_])
+    assert torch.equal(layout.positions[:, :, 18:20], frame_positions(SHAPE, 8)[:, :, held_])
+    assert layout.mask[0, 18:, 0].tolist() == [0.5] * 2 + [0.5] * FRAME_TOKENS
+    assert layout.groups is not None
+    assert layout.groups.tokens == (18, 2, FRAME_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        Guide(latent(), 8, 0.0),
+        Guide(latent(), None, 1.0, attention=0.0),
+        Guide(latent(), 8, 1.0, torch.ones(1, 1, 1, 2, 3)),
+    ],
+    ids=["no strength", "no attention", "all free"],
+)
+def test_a_guide_of_which_nothing_counts_is_left_out(guide):
+    layout = lay_out_video(SHAPE, 4, [guide])
+    assert (layout.clean.shape[1], layout.masks, layout.groups) == (18, (1.0,), None)
+
+
 def test_a_later_guide_is_appended_at_its_frame():
     picture = latent()
     layout = lay_out_video(SHAPE, 4, [Guide(picture, 8, 0.75)])
@@ -181,7 +217,11 @@ def test_a_guide_holds_only_what_its_mask_leaves(frame):
     mask[..., 0] = 1
     layout = lay_out_video(SHAPE, 4, [Guide(latent(), frame, 0.8, mask)])
     place = slice(0, FRAME_TOKENS) if frame == 0 else slice(layout.own_tokens, None)
-    assert torch.allclose(layout.mask[:, place], video_to_tokens(1 - 0.8 * (1 - mask)))
+    wanted = video_to_tokens(1 - 0.8 * (1 - mask))
+    wanted = (
+        wanted if frame == 0 else wanted[:, wanted[0, :, 0] < 1]
+    )  # what is free of an appended one is left out
+    assert torch.allclose(layout.mask[:, place], wanted)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 1, 2, 2, 3), torch.full((1, 1, 3, 2, 3), 1.5)])

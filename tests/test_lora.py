@@ -268,6 +268,33 @@ def test_keys_that_fit_nothing_are_listed_and_the_rest_counts(models, tmp_path):
     )
 
 
+def test_what_no_pair_of_matrices_does_is_told_as_such(models, tmp_path):
+    save_file(_one(diff_b=torch.ones(32)), tmp_path / "lora.safetensors")
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu")
+    (told,) = engine.read_loras([Lora(tmp_path / "lora.safetensors")])
+    assert (
+        f"1 keys are whole differences, not pairs of matrices, and were left out: diffusion_model.{TO_Q}.diff_b"
+        in told
+    )
+
+
+def test_peft_s_alpha_is_read_beside_its_file_or_said_to_be_missing(models, tmp_path):
+    layers = layers_of(models)
+    state = {name.replace("diffusion_model.", "base_model.model."): value for name, value in _one().items()}
+    alone, own = tmp_path / "style.safetensors", tmp_path / "adapter_model.safetensors"
+    save_file(state, alone)
+    save_file(state, own)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8, "use_rslora": false, "r": 2}')
+    ((change,), (assumed,)) = (list(read_lora(path, layers).changes.values()) for path in (own, alone))
+    assert (change.scale, assumed.scale) == (8 / RANK, 1.0)
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu")
+    (told,) = engine.read_loras([Lora(alone), Lora(own)])
+    assert told.startswith("style.safetensors says no alpha, which PEFT keeps in adapter_config.json")
+    (tmp_path / "adapter_config.json").write_text('{"use_dora": true}')
+    with pytest.raises(UnsupportedModelError, match=r"its adapter_config\.json beside it says use_dora"):
+        read_lora(own, layers)
+
+
 def test_a_lora_for_reference_videos_says_that_none_can_be_given(models, tmp_path):
     state = as_published(pairs(layers_of(models, "2.3")))
     save_file(state, tmp_path / "lora.safetensors", {"reference_downscale_factor": "2"})
@@ -303,6 +330,10 @@ REFUSED = {
     "DoRA of peft": (_one(**{"lora_magnitude_vector.weight": torch.ones(32)}), UnsupportedModelError, "DoRA files"),
     "DoRA of peft, bare": (_one(lora_magnitude_vector=torch.ones(32)), UnsupportedModelError, "DoRA files"),
     "LoKr": ({f"diffusion_model.{TO_Q}.lokr_w1": torch.ones(2, 2)}, UnsupportedModelError, "LoKr"),
+    "LoHa": ({f"diffusion_model.{TO_Q}.hada_w1_b": torch.ones(2, 2)}, UnsupportedModelError, "LoHa"),
+    "OFT": ({f"diffusion_model.{TO_Q}.oft_blocks": torch.ones(2, 2, 2)}, UnsupportedModelError, "OFT"),
+    "GLoRA": ({f"diffusion_model.{TO_Q}.a1.weight": torch.ones(2, 2)}, UnsupportedModelError, "GLoRA"),
+    "differences": ({f"diffusion_model.{TO_Q}.diff": torch.ones(32, 32)}, UnsupportedModelError, r"difference files \(such as .*\.diff\)"),
 }  # fmt: skip
 
 
@@ -395,7 +426,9 @@ def test_loras_that_samplers_take_turns_with_are_read_once(models, tmp_path):
 def test_a_dora_that_only_its_metadata_tells_is_refused(models, tmp_path):
     told = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True, "connectors.use_dora": False})}
     save_file(as_diffusers(pairs(layers_of(models))), tmp_path / "a.safetensors", told)
-    with pytest.raises(UnsupportedModelError, match=r"DoRA files .its metadata says use_dora. are not"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"DoRA files .its metadata lora_adapter_metadata says use_dora. are not"
+    ):
         read_lora(tmp_path / "a.safetensors", layers_of(models))
 
 

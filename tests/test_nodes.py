@@ -438,7 +438,7 @@ def test_streams_of_two_clips_that_were_taken_apart_keep_what_each_of_them_says(
     again, sound = separate(joint)
     assert types.from_video_latent(again).shape.fps == 24.0
     assert types.from_audio_latent(sound).shape.fps == 12.0
-    with pytest.raises(WorkflowError, match="made by other/2"):
+    with pytest.raises(WorkflowError, match="latent space other/2"):
         types.given_streams(join(separate(parts(of_length(9, 12.0, "other/2"))[2])[0], audio), None, model())
 
 
@@ -854,9 +854,13 @@ def test_a_mask_with_the_channels_of_its_latent_is_read():
 
 def test_given_latents_that_do_not_fit_are_refused():
     video, audio, joint = parts()
-    with pytest.raises(WorkflowError, match=r"^audio_latent was made by tiny/1, the sampler runs other/2"):
+    with pytest.raises(
+        WorkflowError, match=r"^audio_latent is of the latent space tiny/1, the sampler's is other/2"
+    ):
         types.given_streams(None, audio, model("other/2"))
-    with pytest.raises(WorkflowError, match=r"^latent was made by tiny/1, the sampler runs other/2"):
+    with pytest.raises(
+        WorkflowError, match=r"^latent is of the latent space tiny/1, the sampler's is other/2"
+    ):
         types.given_streams(joint, None, model("other/2"))
     with pytest.raises(ShapeError, match="audio_latent holds a video and no sound"):
         types.given_streams(None, video, model())
@@ -1176,6 +1180,20 @@ def test_folders_of_latents_are_looked_through_once_in_a_few_seconds(host, monke
     assert host.latent_choices() == known
     now += 4
     assert host.latent_choices() == ["b.latent", "c.latent", "clips/a.latent [output]"]
+
+
+def test_latents_that_lie_behind_links_are_listed_and_loaded(host, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.latent").touch()
+    (tmp_path / "input" / "one.latent").symlink_to(elsewhere / "a.latent")
+    (tmp_path / "input" / "all").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path / "input")
+    assert host.latent_choices()[:2] == ["all/a.latent", "one.latent"]
+    for name in ("all/a.latent", "one.latent"):
+        assert host.latent_path(name) == tmp_path / "input" / name
+    with pytest.raises(MediaError, match="no latent file"):
+        host.latent_path("../elsewhere/a.latent")
 
 
 def test_a_saved_latent_s_name_may_hold_its_size(pack, host):
@@ -1573,8 +1591,9 @@ def test_refining_starts_at_the_levels_asked_for(words, levels):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("words", ["temporal", "spatial"])
-def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, words, masked):
+@pytest.mark.parametrize(("words", "counted_fps"), [("temporal", 48.0), ("spatial", 48.0), ("spatial", 24.0)])
+def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, words, counted_fps, masked):
+    grew = words == "temporal" or counted_fps == 24.0
     grown, seen = of_length(17, 48.0), {}
     grown = replace(grown, video=torch.randn_like(grown.video), audio=torch.randn_like(grown.audio))
 
@@ -1591,23 +1610,24 @@ def test_new_frames_are_made_to_the_sound_as_it_is(pack, host, monkeypatch, word
         device=torch.device("cpu"),
         within_layers=lambda guidance: guidance,
     )
-    engine.add_frames = MethodType(Engine.add_frames, engine)
+    for method in (Engine.add_frames, Engine.reads_slowed):
+        setattr(engine, method.__name__, MethodType(method, engine))
     monkeypatch.setattr(host, "join_latents", lambda streams: Nested(*streams))
     monkeypatch.setattr(host, "is_watched", lambda: False)
     monkeypatch.setattr(host, "warn", lambda _node, warnings: warned.extend(warnings))
     node = type("Sampler", (pack.sampler.LockstepSampler,), {"hidden": SimpleNamespace(unique_id=None)})
-    given = parts(grown)[2]
+    given = types.to_latents(grown, lambda streams: Nested(*streams), counted_fps=counted_fps)[2]
     if masked:
         half = torch.arange(grown.audio.shape[2]).view(1, 1, -1, 1) % 2
         given["noise_mask"] = Nested(torch.ones(1, 1, grown.video.shape[2], 1, 1), half.float())
     own = (types.OWN_ASPECT, 0, 0, 0.0, 0.0, 0, 0.0, 0.0, pack.sampler.OWN_SAMPLER, 7)
     node.run(engine, types.to_conditioning(script()), *own, latent=given, refine=words)
-    told = "refine temporal keeps the sound as it is"
-    assert any(text.startswith(told) for text in warned) == (words == "temporal" and masked)
+    told = "where frames were added the sound is kept as it is"
+    assert any(text.startswith(told) for text in warned) == (grew and masked)
     assert any("a rate of 48 fps (12 to 24 fps)" in text for text in warned)
     made = types.from_joint_latent(pack.sampler.io.NodeOutput.call_args.args[2])
     assert (made.shape, made.video.mean()) == (grown.shape, 1)
-    if words == "temporal":
+    if grew:
         assert (seen["start"].shape.fps, seen["given_video"]) == (60, None)
         assert torch.equal(seen["given_audio"], seen["start"].audio)
         assert torch.equal(made.audio, grown.audio)

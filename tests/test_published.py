@@ -556,6 +556,14 @@ def test_damaged_files_of_others_in_a_folder_do_not_stand_in_the_way(models, tmp
     engine.require("language_model")
 
 
+def test_parts_in_linked_folders_are_found_and_links_in_a_ring_end(models, tmp_path):
+    (tmp_path / "models" / "text_encoders").mkdir(parents=True)
+    (tmp_path / "models" / "text_encoders" / "ltx").symlink_to(models / "2.3")
+    (tmp_path / "models" / "again").symlink_to(tmp_path / "models")
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu", folders=[tmp_path / "models"])
+    engine.require("language_model")
+
+
 def test_an_empty_prompt_is_told_before_weights_are_read(models):
     engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "2.3" / "gemma.safetensors"])
     with pytest.raises(PromptError):

@@ -252,6 +252,29 @@ def test_stages_follow_one_another(engine, files):
     assert (result.clip.frames.shape[:3], result.clip.fps) == ((17, 64, 64), 48)
 
 
+@pytest.mark.parametrize(("fast_fps", "read"), [(60, [24, 60, 60]), (None, [24, 48, 48])])
+def test_a_stage_after_new_frames_is_made_in_their_time(engine, files, fast_fps, read):
+    paths = tuple(files[0] / f"{name}.safetensors" for name in ("time", "x2"))
+    sample, rates, own = engine.sample, [], engine.recipe
+    engine.sample = lambda _text, shape, *rest, **options: (
+        rates.append(shape.fps) or sample(_text, shape, *rest, **options)
+    )
+    engine.recipe = replace(own, fast_fps=fast_fps)
+    try:
+        result = engine.generate(replace(REQUEST, size="64x64", upscalers=paths))
+    finally:
+        del engine.sample
+        engine.recipe = own
+    assert (rates, result.clip.fps) == (read, 48)
+
+
+def test_an_aspect_grows_by_one_and_a_half(engine, files):
+    request = replace(REQUEST, size="4:3", upscalers=(files[0] / "x1.5.safetensors",))
+    shape = engine._first_shape(request)
+    assert (shape.width, shape.height) == (672, 512)
+    assert engine._first_shape(replace(request, upscalers=())).width == 688
+
+
 def test_whose_sound_is_kept(engine, files):
     """A full checkpoint's sound comes from its guided first stage, a distilled one's from the second."""
     path = files[0] / "x2.safetensors"

@@ -63,9 +63,23 @@ _MOST_UNUSED = 8  # files that stay read beside those in use; their tensors are 
 _OTHER_KINDS = {
     **dict.fromkeys(("dora_scale", "lora_magnitude_vector"), "DoRA"),
     **dict.fromkeys(("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a"), "LoKr"),
-    **dict.fromkeys(("hada_w1_a", "hada_w2_a"), "LoHa"),
+    **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), "LoHa"),
+    **dict.fromkeys(("oft_blocks", "oft_diag"), "OFT"),
+    **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight"), "GLoRA"),
     "lora_mid": "convolution LoRA",
 }
+# what a LoRA may bring beside its pairs of matrices: whole differences of weights, of biases and of norms
+_UNAPPLIED = (
+    ".diff",
+    ".diff_b",
+    ".set_weight",
+    ".reshape_weight",
+    ".w_norm",
+    ".b_norm",
+    ".lora_B.bias",
+    ".lora_up.bias",
+)
+_PEFT, _PEFT_FILE, _PEFT_CONFIG = "base_model.model.", "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +98,8 @@ class LoraFile:
     path: Path
     changes: Mapping[Target, Change]
     unmatched: tuple[str, ...]
+    unapplied: tuple[str, ...]  # keys that change what no pair of matrices does
+    alpha_assumed: bool  # it says no alpha, and is of a kind that has one
     reference: str  # what it says of the reference video that it was trained beside; empty: none
 
 
@@ -107,7 +123,7 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
     _refuse_other_kinds(header)
     spellings = _spellings(layers)
     halves: dict[str, dict[str, str]] = {}
-    unmatched = []
+    unmatched, unapplied = [], []
     for name in header.tensors:
         match, alpha = _KEY.match(name), name.endswith(_ALPHA)
         if match:
@@ -116,8 +132,8 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
         elif alpha:
             halves.setdefault(name.removesuffix(_ALPHA), {})["alpha"] = name
         else:
-            unmatched.append(name)
-    scales, changes = _scales_of_metadata(header), {}
+            (unapplied if name.endswith(_UNAPPLIED) else unmatched).append(name)
+    scales, changes = _scales_told(header), {}
     try:
         with safe_open(header.path, framework="pt") as file:
             for own_path, names in halves.items():
@@ -134,13 +150,18 @@ def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> Lor
                 changes[target] = _change(header, own_path, tensors, layers[target], told)
     except SafetensorError as error:
         raise CheckpointError(f"{header.path}: a tensor of this LoRA cannot be read: {error}") from error
+    if not changes and unapplied:
+        raise _other_kind(header, "difference", f"such as {unapplied[0]}")
     if not changes:
         first = ", ".join(list(header.tensors)[:3]) or "no tensor"
         raise CheckpointError(
             f"{header.path}: nothing in this LoRA fits this model: it begins with {first}, use one that was made for this model"
         )
     facts = (f"{key} {header.metadata[key]}" for key in _REFERENCE if key in header.metadata)
-    return LoraFile(header.path, changes, tuple(sorted(unmatched)), ", ".join(facts))
+    of_peft = any(name.startswith(_PEFT) for name in header.tensors)
+    assumed = of_peft and not scales and not any(name.endswith(_ALPHA) for name in header.tensors)
+    left = tuple(sorted(unmatched)), tuple(sorted(unapplied))
+    return LoraFile(header.path, changes, *left, assumed, ", ".join(facts))
 
 
 def _refuse_other_kinds(header: Header) -> None:
@@ -185,23 +206,22 @@ def _find(own_path: str, spellings: Mapping[str, Target]) -> Target | None:
     return None
 
 
-def _scales_of_metadata(header: Header) -> Mapping[str, Mapping[str, Any]]:
-    """What diffusers keeps beside the tensors, alpha and whether it is rank-stabilised, by component; "" is all of them."""
-    text = header.metadata.get("lora_adapter_metadata")
-    if text is None:
-        return {}
+def _scales_told(header: Header) -> Mapping[str, Mapping[str, Any]]:
+    """Alpha and whether it is rank-stabilised, by component, "" for all of them: of diffusers' metadata or PEFT's file beside it."""
+    source, text = "metadata lora_adapter_metadata", header.metadata.get("lora_adapter_metadata")
+    beside = header.path.with_name(_PEFT_CONFIG)
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{header.path}: metadata lora_adapter_metadata is not valid JSON: {error}"
-        ) from error
+        if text is None and header.path.name == _PEFT_FILE and beside.is_file():
+            source, text = f"{_PEFT_CONFIG} beside it", beside.read_text("utf-8")
+        told = json.loads(text or "{}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{header.path}: {source} is not valid JSON: {error}") from error
     scales: dict[str, dict[str, Any]] = {}
     for name, value in told.items() if isinstance(told, dict) else ():
         component, _, key = name.rpartition(".")
         scales.setdefault(component, {})[key] = value
     if any(scale.get("use_dora") for scale in scales.values()):
-        raise _other_kind(header, "DoRA", "its metadata says use_dora")
+        raise _other_kind(header, "DoRA", f"its {source} says use_dora")
     if any(scale.get("alpha_pattern") for scale in scales.values()):
         raise UnsupportedModelError(
             f"{header.path}: alphas of its own for some layers (alpha_pattern) are not followed: use a file with one alpha for "
@@ -350,6 +370,17 @@ def _told(files: Iterable[LoraFile]) -> Iterator[str]:
         if file.unmatched:
             listed = ", ".join(file.unmatched[:10])
             yield f"{file.path.name}: {len(file.unmatched)} keys fit no layer of this model and were left out: {listed}"
+        if file.unapplied:
+            listed = ", ".join(file.unapplied[:10])
+            yield (
+                f"{file.path.name}: {len(file.unapplied)} keys are whole differences, not pairs of matrices, and were left "
+                f"out: {listed}"
+            )
+        if file.alpha_assumed:
+            yield (
+                f"{file.path.name} says no alpha, which PEFT keeps in {_PEFT_CONFIG}: taken to be the rank; put both files, "
+                f"this one as {_PEFT_FILE}, into a folder of their own"
+            )
         if file.reference:
             yield (
                 f"{file.path.name} was trained to follow a reference video ({file.reference}), which cannot be given "

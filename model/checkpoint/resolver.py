@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..errors import CheckpointError, LockstepError
+from ..paths import files_below
 from . import keymap
 from .agreement import disagreements
 from .families import LTX, detect
@@ -187,9 +188,7 @@ def _candidates(component: str, headers: Sequence[Header], folders: Paths) -> li
     """Files below the folders that hold something of a component, the shards of one set together; no foreign codecs."""
     used = {header.path.resolve() for header in headers}
     groups: dict[str, list[Header]] = {}
-    for path in dict.fromkeys(
-        path for folder in folders for path in sorted(Path(folder).rglob("*.safetensors"))
-    ):
+    for path in dict.fromkeys(path for folder in folders for path in files_below(folder, ".safetensors")):
         try:
             facts = path.stat()
         except OSError:  # a link to nothing

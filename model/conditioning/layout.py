@@ -61,18 +61,23 @@ def lay_out_video(
             raise WorkflowError(
                 "the video is kept whole, so no picture can be held: leave out the picture, or free a part by a noise mask"
             )
-    appended = [guide for guide in guides if guide.frame != 0]
+    # one that is not seen would still be heard: the sound sees all tokens
+    appended = [
+        guide for guide in guides if guide.frame != 0 and guide.attention and _freedom(guide).min() < 1
+    ]
     for guide in _at_start(guides, shape):
         _check_latent("guide", guide.latent, (1, channels, guide.latent.shape[2], *grid[1:]))
         place = slice(guide.latent.shape[2])
-        made = mask[:, :, place] > 0  # what a given video keeps, it keeps
+        made = _freedom(guide) < mask[:, :, place]  # a token returns to what holds it more
         clean[:, :, place] = torch.where(made, guide.latent.float(), clean[:, :, place])
         mask[:, :, place] = torch.minimum(mask[:, :, place], _freedom(guide))
     cleans, masks, positions = [video_to_tokens(clean)], [video_to_tokens(mask)], [video_positions(shape)]
     for guide in appended:
-        cleans.append(video_to_tokens(guide.latent.float()))
-        masks.append(video_to_tokens(_freedom(guide)))
-        positions.append(_appended_positions(guide, shape, channels))
+        freedom = video_to_tokens(_freedom(guide))
+        keeps = freedom[0, :, 0] < 1  # others would be noise that the clip sees
+        cleans.append(video_to_tokens(guide.latent.float())[:, keeps])
+        masks.append(freedom[:, keeps])
+        positions.append(_appended_positions(guide, shape, channels)[:, :, keeps])
     counts = [tokens.shape[1] for tokens in cleans]
     marked = torch.arange(sum(counts)) < shape.latent_height * shape.latent_width
     of_reference = torch.tensor([False, *(guide.frame is None for guide in appended)])

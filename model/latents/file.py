@@ -50,7 +50,7 @@ def read_latents(path: Path) -> AVLatents:
             clip = json.loads((file.metadata() or {}).get(_CLIP, "{}"))
             video, audio = (file.get_tensor(name).float() for name in (_VIDEO, _AUDIO))
         # files of early versions name a model's file instead, which says nothing of its latents
-        space = clip.get(_SPACE, "")
+        space = clip[_SPACE] if _SPACE in clip else ""
         if not isinstance(space, str):
             raise TypeError("the latent space is no text")
         latents = AVLatents(video, audio, _read_shape(clip["shape"]), space)
