@@ -35,6 +35,7 @@ from .codec.video_vae import VideoVAE
 from .codec.vocoder import Generator
 from .conditioning.layout import Layout, held, lay_out_audio, lay_out_video
 from .embedded import WEIGHTS
+from .embedded.readings import with_newest_readings
 from .errors import NotFiniteError, UnsupportedModelError, WorkflowError
 from .forecast import Forecast
 from .latents.colors import LatentColors, fit_colors, probe_picture
@@ -269,7 +270,8 @@ class Engine:
     @cached_property
     def tokenizer(self) -> WordTokenizer | GemmaTokenizer:
         """Raises CheckpointError where there is no text encoder, or none of its tokenizer's files."""
-        return self._files.tokenizer(self._given_tokenizer, self.recipe.text_length)
+        tokenizer = self._files.tokenizer(self._given_tokenizer, self.recipe.text_length)
+        return with_newest_readings(tokenizer) if isinstance(tokenizer, WordTokenizer) else tokenizer
 
     def require(self, *components: str) -> None:
         """Raises CheckpointError for the first of these components that no file holds: its file, size, folder, source.

@@ -97,6 +97,7 @@ NODES_MAY_IMPORT = {
     "latents",
     "measure",
     "media",
+    "paths",
     "provenance",
     "residency",
     "shapes",

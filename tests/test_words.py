@@ -1,11 +1,15 @@
 """Free prompts whose words mean something else beside others: each is read as what it says, and what cannot be shown is told."""
 
+import json
+
 import pytest
 
 from lockstep.model.checkpoint.header import read_header
 from lockstep.model.embedded import WEIGHTS, config
 from lockstep.model.embedded.pack import tokenizer_entry
+from lockstep.model.embedded.readings import with_newest_readings
 from lockstep.model.embedded.train_transformer import tokenizer
+from lockstep.model.engine import Engine
 from lockstep.model.text.tokenizer import Tokens, WordTokenizer
 
 _LEFT_OUT = "the model knows no negation, this is left out: say what is to be seen instead"
@@ -27,10 +31,19 @@ def assert_shows(prompt: str, shown: str, *doubts: str, unknown: tuple[str, ...]
     assert tokens.unknown == unknown
 
 
-def test_the_shipped_file_reads_words_as_the_code_says():
-    metadata = read_header(WEIGHTS).metadata
-    assert metadata["tokenizer"] == tokenizer_entry()
+def test_the_shipped_file_has_the_code_s_words_and_an_engine_its_newest_readings():
+    metadata, newest = read_header(WEIGHTS).metadata, json.loads(tokenizer_entry())
+    shipped = json.loads(metadata["tokenizer"])
+    assert (shipped["words"], shipped["content"]) == (newest["words"], newest["content"])
     assert metadata["model_version"] == config.VERSION
+    read = Engine("embedded", "cpu").tokenizer
+    assert isinstance(read, WordTokenizer)
+    assert (read.readings, read.kinds) == (newest["readings"], newest["kinds"])
+
+
+def test_of_another_vocabulary_the_file_s_own_readings_count():
+    other = WordTokenizer(("ball", "red"), frozenset(["red"]), 8, {"crimson": "red"})
+    assert with_newest_readings(other) is other
 
 
 @pytest.mark.parametrize(

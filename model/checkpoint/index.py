@@ -54,8 +54,8 @@ def names_of_shards(name: str) -> list[str]:
     found = _SHARD.search(name)
     if found is None:
         return [name]
-    before, behind = name[: found.start()], name[found.end() :]
-    return [f"{before}-{number:05}-of-{found[1]}{behind}" for number in range(1, int(found[1]) + 1)]
+    before, behind = name[: found.start()], f"-of-{found[1]}{name[found.end() :]}"
+    return [f"{before}-{number:05}{behind}" for number in range(1, int(found[1]) + 1)]
 
 
 def _part(component: str, inside: str) -> str:

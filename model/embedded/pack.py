@@ -12,8 +12,7 @@ from torch import Tensor
 from ..checkpoint import keymap
 from ..text.tokenizer import FIRST_ID
 from . import config, language
-from .readings import asides, kinds, readings
-from .ways import ways
+from .readings import all_readings, kinds
 
 _GENERATOR = (
     (keymap.TEXT_ENCODER, "text_encoder."),
@@ -94,8 +93,7 @@ def metadata(record: dict) -> dict[str, str]:
 def tokenizer_entry() -> str:
     """What the file says of words: beside those of training, how a free prompt is to be understood."""
     words, content = language.vocabulary(), language.content_words()
-    read = ways() | readings() | asides()
-    entry = {"words": words, "content": content, "readings": read, "kinds": kinds()}
+    entry = {"words": words, "content": content, "readings": all_readings(), "kinds": kinds()}
     return json.dumps(entry, separators=(",", ":"))
 
 

@@ -5,7 +5,11 @@ stands in neither is reported as unknown. Nothing here says what the world canno
 nouns read that a sentence about something else has: a rock, the beat, the rest.
 """
 
+from dataclasses import replace
+
+from ..text.tokenizer import WordTokenizer
 from . import language, world
+from .ways import ways
 
 # words to read, then what is read as them, by commas; the longest that fits counts
 _READ_AS = {
@@ -145,6 +149,22 @@ _READ_AS = {
 }
 
 
+def with_newest_readings(tokenizer: WordTokenizer) -> WordTokenizer:
+    """A tokenizer of these words that reads others as this version does, which may know more of them than its file did.
+
+    One of another vocabulary is left as it is.
+    """
+    own = tuple(language.vocabulary()), frozenset(language.content_words())
+    if (tokenizer.vocabulary, tokenizer.content) != own:
+        return tokenizer
+    return replace(tokenizer, readings=all_readings(), kinds=kinds())
+
+
+def all_readings() -> dict[str, str]:
+    """By each word or phrase of a free prompt: the words of training that it is read as, none of what says nothing of the object."""
+    return ways() | readings() | asides()
+
+
 def readings() -> dict[str, str]:
     """By each word or phrase that training never said: those that it is read as; what training said stays as it is."""
     read_as = {phrase: words for words, phrases in _READ_AS.items() for phrase in phrases.split(", ")}
@@ -166,7 +186,7 @@ _RESTS = "does not move, not moving, is not moving, rests, is at rest, stays in 
 # what negations are made of, and what says of the world only what is always so
 _NOTHING = (
     "but, at all, instead of, rather than, in the center, in the centre, at the center, at the centre, in the very middle, "
-    "centered, centred, in place, on the spot, in mid air, clockwise, at normal speed, at a normal pace, at a steady pace, "
+    "centered, centred, in place, on the spot, in mid air, other than, anything but, apart from, aside from, clockwise, at normal speed, at a normal pace, at a steady pace, "
     "nothing else moves, golden hour, solid, pure, uniform, flat, lone, single, completely, perfectly, absolutely, totally, "
     "entirely, repeatedly, continuously, constantly, endlessly, steadily, rhythmically, over and over, again and again, "
     "seamless, seamlessly, looped, right side up, colour, color, motion, center, centre"

@@ -45,7 +45,7 @@ _CIRCLES = (
     f"along a circular path, in a loop, in loops, round and round, around and around, {_AROUND}"
 )
 _FLOOR = "the floor, the ground, on the floor, on the ground, against the floor, against the ground"
-_WALLS = "the walls, the wall, the side walls, against the walls, against the wall, into the walls, at the walls, on the walls"
+_WALLS = "the walls, the wall, the side walls, against the walls, against the wall, into the walls, at the walls, on the walls, into walls, against walls"
 _HUNG = (
     "from a string, on a string, from a rope, on a rope, from a chain, on a chain, from a thread, on a thread"
 )
@@ -54,8 +54,8 @@ _BIGGER = "bigger and smaller, larger and smaller, bigger then smaller, larger t
 _READ_AS = {
     "bounces": "bobs, bob, ricochets, ricochet",
     "bouncing": "bobbing, ricocheting, in a bouncing motion",
-    "falls and rebounds": "falls, fall",
-    "falling and rebounding": "falling, falling and bouncing, dropping and bouncing",
+    "falls and rebounds": "falls, fall, drops, drop, plummets, plunges",
+    "falling and rebounding": "falling, falling and bouncing, dropping, dropping and bouncing, plummeting, plunging",
     "slides from side to side": "crosses the screen from left to right",
     "sliding from side to side": f"{_SIDES}, left and right, right and left, in a sliding motion",
     "swinging like a pendulum": "pendulum, like a pendulum, pendulum like, pendulum motion, in a swinging motion",
@@ -66,8 +66,8 @@ _READ_AS = {
     "orbits": "circles, twirls, twirl, swirls, swirl",
     "orbiting": "twirling, swirling",
     "going round and round": _CIRCLES,
-    "stays still": "stays where it is, holds still, hold still, stays, remains",
-    "staying still": "staying, remaining still, holding still, keeping still, lying still, hanging still",
+    "stays still": "hovers, hover, stays where it is, holds still, hold still, stays, remains",
+    "staying still": "hovering, staying, remaining still, holding still, keeping still, lying still, hanging still",
     "stands still": "stands, stands in place, stands there, hangs still",
     "standing still": "standing, standing in place, standing there",
     "sits still": "sits there",
@@ -112,7 +112,7 @@ _WAYS = (
     (f"{_MOVE}, {_SLIDE}", f"{_TO_AND_FRO}, {_ONE_WAY}", "slides", "sliding"),
     (
         _RICOCHET,
-        f"{_TO_AND_FRO}, off the walls, off the side walls, off the left and right walls",
+        f"{_TO_AND_FRO}, off the walls, off walls, off the side walls, off the left and right walls",
         "slides",
         "sliding",
     ),

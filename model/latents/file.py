@@ -50,11 +50,19 @@ def read_latents(path: Path) -> AVLatents:
             clip = json.loads((file.metadata() or {}).get(_CLIP, "{}"))
             video, audio = (file.get_tensor(name).float() for name in (_VIDEO, _AUDIO))
         # files of early versions name a model's file instead, which says nothing of its latents
-        space = clip[_SPACE] if _SPACE in clip else ""
+        space = clip.get(_SPACE, "")
         if not isinstance(space, str):
             raise TypeError("the latent space is no text")
         latents = AVLatents(video, audio, _read_shape(clip["shape"]), space)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise MediaError(
             f"{path.name} holds no latents of picture and sound: use a file of Lockstep Save AV Latent"
         ) from error

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from .phrases import ARTICLES, WALLS, Kinds, Phrase, kind_at, kind_of, listed, next_place, quoted, words_in
 
 _NOT = "no not non without except never neither nor dont doesnt isnt arent wont cant cannot"
-_NEGATIONS = frozenset([*_NOT.split(), "instead of", "rather than"])
+_NEGATIONS = frozenset(
+    [*_NOT.split(), "instead of", "rather than", "other than", "anything but", "apart from", "aside from"]
+)
 # what may stand between a negation and that which it denies
 _FILLER = (
     "very so really quite too at all in is be being it of on from by for to some this that these "
