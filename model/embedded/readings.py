@@ -186,7 +186,8 @@ _RESTS = "does not move, not moving, is not moving, rests, is at rest, stays in 
 # what negations are made of, and what says of the world only what is always so
 _NOTHING = (
     "but, at all, instead of, rather than, in the center, in the centre, at the center, at the centre, in the very middle, "
-    "centered, centred, in place, on the spot, in mid air, other than, anything but, apart from, aside from, clockwise, at normal speed, at a normal pace, at a steady pace, "
+    "centered, centred, in place, on the spot, in mid air, clockwise, at normal speed, at a normal pace, at a steady pace, "
+    "other than, anything but, apart from, aside from, "
     "nothing else moves, golden hour, solid, pure, uniform, flat, lone, single, completely, perfectly, absolutely, totally, "
     "entirely, repeatedly, continuously, constantly, endlessly, steadily, rhythmically, over and over, again and again, "
     "seamless, seamlessly, looped, right side up, colour, color, motion, center, centre"

@@ -45,7 +45,10 @@ _CIRCLES = (
     f"along a circular path, in a loop, in loops, round and round, around and around, {_AROUND}"
 )
 _FLOOR = "the floor, the ground, on the floor, on the ground, against the floor, against the ground"
-_WALLS = "the walls, the wall, the side walls, against the walls, against the wall, into the walls, at the walls, on the walls, into walls, against walls"
+_WALLS = (
+    "the walls, the wall, the side walls, against the walls, against the wall, into the walls, at the walls, on the walls, "
+    "into walls, against walls"
+)
 _HUNG = (
     "from a string, on a string, from a rope, on a rope, from a chain, on a chain, from a thread, on a thread"
 )
