@@ -352,16 +352,15 @@ def _measure(parsed: argparse.Namespace) -> None:
 def _looked_at(path: Path) -> "tuple[ClipReport, Clip, Look]":
     from .measure.pictures import Look
     from .measure.report import report_clip
-    from .media import open_clip, read_origin, stream_seconds
+    from .media import open_clip, read_origin
 
-    file = open_clip(path)
+    file = open_clip(path, mixed=False)
     clip = file.clip
     look = Look(len(clip.frames), clip.fps)
     for piece in file.pieces():
         look.push(piece)
-    pictures, sound = stream_seconds(path)
-    difference_ms = None if sound is None else (sound - pictures) * 1000
-    return report_clip(clip, difference_ms, read_origin(path), look), clip, look
+    report = report_clip(clip, file.difference_ms, read_origin(path), look, channels=file.channels)
+    return report, clip, look
 
 
 def _write_trajectory(path: Path, pictures: "Tensor") -> None:

@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -43,6 +43,8 @@ from .values import Clip
 AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_FRAME_SAMPLES = 1024
 _LAYOUTS = {1: "mono", 2: "stereo"}
+_SURROUND = {5: "5.0", 6: "5.1", 8: "7.1"}  # of sound that names no channels; FFmpeg's orders
+_MOST_SIDE = 16384  # of H.264 pictures, by x264
 _MAX_PIXELS = 100_000_000  # a 10000x10000 picture takes 1.2 GB as float32
 _COARSEST_CRF = 51
 _FEW_FRAMES, _MOST_REPEATS = (
@@ -52,6 +54,7 @@ _FEW_FRAMES, _MOST_REPEATS = (
 _BT709 = 1  # the same number names primaries, transfer and matrix (ITU-T H.273)
 _TRIED_SECONDS = 60  # of sound, on which coders are compared
 _GAP_SECONDS = 0.01  # the least that moves sound; lost packets are longer, the clocks of containers finer
+_RESTART_SECONDS = 1.0  # time stamps that fall back by more are those of another clip
 _PIECE_FRAMES = 8  # pictures that are handed on together
 _STALE_SECONDS = 24 * 3600  # nobody writes a clip for so long
 _UNSPECIFIED = 2  # matrix not said (ITU-T H.273)
@@ -153,6 +156,14 @@ class ClipFile:
     path: Path
     clip: Clip  # of its frames the shape alone, on the meta device
     shown: np.ndarray  # (F,), which picture of the file each frame shows
+    picture_seconds: float  # as the file has them, the last one held
+    sound_seconds: float | None  # before it was cut or padded to the pictures; None without sound
+    channels: tuple[str, ...]  # of the waveform in FFmpeg's names, such as FL, or NONE
+
+    @property
+    def difference_ms(self) -> float | None:
+        """By how much the sound is longer than the pictures; None without sound."""
+        return None if self.sound_seconds is None else (self.sound_seconds - self.picture_seconds) * 1000
 
     def pieces(self) -> Iterator[Tensor]:
         """The frames in order, a few at a time: (n, H, W, 3), float32 0..1.  Raises MediaError."""
@@ -160,15 +171,16 @@ class ClipFile:
             yield from _shown_pictures(container, self.shown)
 
 
-def open_clip(path: str | Path) -> ClipFile:
+def open_clip(path: str | Path, mixed: bool = True) -> ClipFile:
     """Finds a constant frame rate for a clip's pictures, and its sound, aligned with the first picture and cut or padded to F / fps.
 
     Time stamps are obeyed: frames of a variable rate are repeated or dropped, late sound is preceded by silence.
-    Sound of more than two channels is mixed down to two; waveform is None without sound.  Raises MediaError.
+    mixed: sound of more than two channels becomes two; else it keeps its own, as it is to be measured. waveform is None
+    without sound.  Raises MediaError, also where stamps start again or the sound changes its channels or its rate.
     """
     check_file(Path(path))
     with _reading(path), _opened(path) as container:
-        return ClipFile(Path(path), *_decode(container))
+        return _decode(Path(path), container, mixed)
 
 
 def read_clip(path: str | Path) -> Clip:
@@ -200,32 +212,6 @@ def _reading(path: str | Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # what damaged headers make of sizes, times and formats
         raise MediaError(f"cannot read {path} as a clip: {_reason(error)}") from error
-
-
-def stream_seconds(path: str | Path) -> tuple[float, float | None]:
-    """How long the pictures and the sound of a clip's file last, as the file says; None without sound.
-
-    read_clip cuts or pads sound to the pictures: only the file tells whether it had to.  Raises MediaError.
-    """
-    with _reading(path), _opened(path) as container:
-        pictures, audio = _pictures_of(container), container.streams.audio[:1]
-        video = [] if pictures is None else [pictures]
-        seconds = {stream.index: _told_seconds(stream) for stream in (*video, *audio)}
-        silent = [stream for stream in (*video, *audio) if not seconds[stream.index]]
-        for packet in container.demux(*silent) if silent else ():
-            if packet.pts is not None:
-                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                seconds[packet.stream.index] = max(seconds[packet.stream.index], end)
-        # streams are not to be asked once their file is closed
-        return seconds[video[0].index] if video else 0.0, seconds[audio[0].index] if audio else None
-
-
-def _told_seconds(stream: av.VideoStream | av.AudioStream) -> float:
-    """What the header says of a stream, or its tag as Matroska has it ("00:00:02.500000000"); 0 where neither does."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) if tag else 0.0
 
 
 def read_origin(path: str | Path) -> dict:
@@ -336,24 +322,38 @@ def compress_image(image_HWC: Tensor, crf: int) -> Tensor:
 
 
 def fit_sound(waveform_CS: Tensor, rate_hz: int, wanted_hz: int, channels: int) -> Tensor:
-    """Sound (C, S) at another rate, its channels averaged to one, or one repeated; float32, lasting as long to the sample.
+    """Sound (C, S) at another rate and in one or two channels; float32, lasting as long to the sample.
 
-    channels: 1 or 2. Sound of more than two channels becomes their mean first.
+    channels: 1 or 2; two become one by their mean, one is repeated. 5, 6 and 8 are taken for 5.0, 5.1 and 7.1 and mixed
+    as those of a file are, other counts become their mean.
     """
-    if waveform_CS.shape[0] != channels:
+    if not waveform_CS.shape[1]:
+        return torch.zeros(channels, 0)
+    if len(waveform_CS) in _SURROUND:
+        frame = _audio_frame(waveform_CS, rate_hz, _SURROUND[len(waveform_CS)], packed=True)
+        parts = list(_in_channels([frame], av.AudioLayout(_LAYOUTS[channels])))
+        waveform_CS = torch.from_numpy(np.concatenate(parts, axis=1))
+    elif len(waveform_CS) != channels:
         waveform_CS = waveform_CS.mean(0, keepdim=True).expand(channels, -1)
     if rate_hz == wanted_hz:
         return waveform_CS.float().contiguous()
     resampler = av.AudioResampler(format="fltp", layout=_LAYOUTS[channels], rate=wanted_hz)
-    frame = av.AudioFrame.from_ndarray(
-        waveform_CS.float().contiguous().numpy(), format="fltp", layout=_LAYOUTS[channels]
-    )
-    frame.sample_rate = rate_hz
+    frame = _audio_frame(waveform_CS, rate_hz, _LAYOUTS[channels])
     parts = [part.to_ndarray() for piece in (frame, None) for part in resampler.resample(piece)]
     silence = np.zeros((channels, 0), np.float32)
     made = torch.from_numpy(np.concatenate([silence, *parts], axis=1))
     samples = round(waveform_CS.shape[1] * wanted_hz / rate_hz)
     return functional.pad(made[:, :samples], (0, max(0, samples - made.shape[1])))
+
+
+def _audio_frame(
+    sound_CS: Tensor, rate_hz: int, layout: str, start: int = 0, packed: bool = False
+) -> av.AudioFrame:
+    """packed: all channels in one plane, for PyAV miscounts planes from eight on."""
+    values = (rearrange(sound_CS, "C S -> 1 (S C)") if packed else sound_CS).float().contiguous().numpy()
+    frame = av.AudioFrame.from_ndarray(values, format="flt" if packed else "fltp", layout=layout)
+    frame.sample_rate, frame.pts, frame.time_base = rate_hz, start, Fraction(1, rate_hz)
+    return frame
 
 
 def _reason(error: Exception) -> str:
@@ -372,6 +372,9 @@ def _check(clip: Clip) -> None:
     if height % 2 or width % 2 or not height or not width:
         near = f"{max(2, width - width % 2)}x{max(2, height - height % 2)}"
         raise MediaError(f"H.264 needs even sizes, got {width}x{height}: use {near}")
+    if max(height, width) > _MOST_SIDE:
+        near = f"{min(width, _MOST_SIDE)}x{min(height, _MOST_SIDE)}"
+        raise MediaError(f"H.264 has sides of at most {_MOST_SIDE} pixels, got {width}x{height}: use {near}")
     if not LEAST_FPS <= clip.fps <= MOST_FPS:  # also false for nan
         raise MediaError(
             f"frames per second must lie between {LEAST_FPS:g} and {MOST_FPS:g}, got {clip.fps:g}"
@@ -474,10 +477,11 @@ def _nearest_coder(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> st
     given = torch.cat(
         [torch.from_numpy(x.to_ndarray()) for x in _audio_frames(waveform_CS, samples, sample_rate_hz)], 1
     )
-    errors = {}
+    # of a clock of 1 ms the rounding may cut a last packet of a few samples off
+    errors, clock = {}, {"movie_timescale": str(sample_rate_hz)}
     for coder in ("fast", "twoloop"):
         file = io.BytesIO()
-        with av.open(file, "w", format="mp4") as container:
+        with av.open(file, "w", format="mp4", options=clock) as container:
             stream = _audio_stream(container, len(given), sample_rate_hz, coder)
             for frame in (*_audio_frames(waveform_CS, samples, sample_rate_hz), None):
                 container.mux(stream.encode(frame))
@@ -493,16 +497,14 @@ def _audio_frames(waveform_CS: Tensor, samples: int, sample_rate_hz: int) -> Ite
     sound_CS = waveform_CS.float().cpu().clamp(-1, 1)[:, :samples]
     sound_CS = functional.pad(sound_CS, (0, samples - sound_CS.shape[1]))
     for start in range(0, samples, _AAC_FRAME_SAMPLES):
-        chunk = sound_CS[:, start : start + _AAC_FRAME_SAMPLES].contiguous().numpy()
-        frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout=_LAYOUTS[len(chunk)])
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate_hz, start, Fraction(1, sample_rate_hz)
-        yield frame
+        chunk_CS = sound_CS[:, start : start + _AAC_FRAME_SAMPLES]
+        yield _audio_frame(chunk_CS, sample_rate_hz, _LAYOUTS[len(chunk_CS)], start)
 
 
 # Reading
 
 
-def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
+def _decode(path: Path, container: InputContainer, mixed: bool) -> ClipFile:
     """The clip without its pictures, and which of them each frame shows; no picture is kept meanwhile."""
     video = _pictures_of(container)
     if video is None:
@@ -510,34 +512,87 @@ def _decode(container: InputContainer) -> tuple[Clip, np.ndarray]:
     if video.width * video.height > _MAX_PIXELS:
         raise MediaError(f"has pictures of {video.width}x{video.height} pixels: 100 million are the most")
     audio = container.streams.audio[0] if container.streams.audio else None
+    times, size, held_seconds, sounds = _stamped(container, video, audio)
+    told = video.average_rate or video.guessed_rate
+    if not times or not told:
+        raise MediaError("holds no picture that can be decoded")
+    # as a float: the fraction 1/10 is less than 0.1
+    if not LEAST_FPS <= float(told) <= MOST_FPS:
+        raise MediaError(
+            f"says that it has {float(told):g} frames per second: {LEAST_FPS:g} to {MOST_FPS:g} can be read"
+        )
+    start_seconds, rate = times[0] or 0.0, _grid(times, told, float(video.time_base or 0))
+    # the last picture of a variable rate lasts as long as they do on average
+    shown = _constant_rate(times, float(rate), start_seconds, rate != told, max(1, round(rate / told)))
+    frames_FHWC = torch.empty(len(shown), *size, 3, device="meta")
+    clip = Clip(frames_FHWC, None, float(rate), audio.rate if audio else 0)
+    lasting = _lasting(times, held_seconds or float(1 / told)) or clip.seconds
+    if audio is None or not sounds:
+        return ClipFile(path, clip, shown, lasting, None, ())
+    layout = av.AudioLayout(_LAYOUTS[min(2, sounds[0].layout.nb_channels)]) if mixed else sounds[0].layout
+    sample_rate_hz = sounds[0].sample_rate  # the header's own may be wrong, as in HE-AAC
+    samples = round(len(shown) / rate * sample_rate_hz)
+    waveform_CS, seconds = _joined(sounds, layout, samples, start_seconds)
+    if audio.duration and audio.time_base:
+        # the header may know where in the last packet the sound ends
+        seconds = min(seconds, float(audio.duration * audio.time_base))
+    clip = replace(clip, waveform=waveform_CS, sample_rate_hz=sample_rate_hz)
+    return ClipFile(path, clip, shown, lasting, seconds, tuple(channel.name for channel in layout.channels))
+
+
+def _stamped(
+    container: InputContainer, video: av.VideoStream, audio: av.AudioStream | None
+) -> tuple[list[float | None], tuple[int, int], float, list[av.AudioFrame]]:
+    """Times of the pictures, their rows and columns, how long the last is held, 0 where nothing tells it, and the sound."""
     times: list[float | None] = []
-    sounds, size = [], (0, 0)
+    size, held_seconds, sounds = (0, 0), 0.0, []
     for frame in container.decode(*filter(None, (video, audio))):
         if isinstance(frame, av.VideoFrame):
             size = size if times else _upright(frame).shape[:2]
             times.append(frame.time)
+            held_seconds = _told_seconds(frame)
         else:
             sounds.append(frame)
-    rate = video.average_rate or video.guessed_rate
-    if not times or not rate:
-        raise MediaError("holds no picture that can be decoded")
-    if not LEAST_FPS <= rate <= MOST_FPS:
+    _check_order(times)
+    _check_order([frame.time for frame in sounds])
+    _check_alike(sounds)
+    # in an mp4 that stores pictures in another order it is that of a neighbour in the file
+    return times, size, 0.0 if video.codec_context.has_b_frames else held_seconds, sounds
+
+
+def _told_seconds(picture: av.VideoFrame) -> float:
+    """How long the file holds a picture; 0 where it does not tell, or PyAV before 15."""
+    return float((getattr(picture, "duration", 0) or 0) * (picture.time_base or 0))
+
+
+def _check_order(times: Sequence[float | None]) -> None:
+    """Frames without a time are passed over. Raises MediaError where another clip begins."""
+    known = np.array([time for time in times if time is not None])
+    falls = np.flatnonzero(np.diff(known) < -_RESTART_SECONDS)
+    if len(falls):
         raise MediaError(
-            f"says that it has {float(rate):g} frames per second: {LEAST_FPS:g} to {MOST_FPS:g} can be read"
+            f"has time stamps that start again after {known[falls[0]] - known[0]:.1f} s: it is several clips, join them "
+            "by FFmpeg first"
         )
-    start_seconds = times[0] or 0.0
-    # the last picture of a variable rate lasts as long as they do on average
-    told, rate = rate, _grid(times, rate, float(video.time_base or 0))
-    shown = _constant_rate(times, float(rate), start_seconds, rate != told, max(1, round(rate / told)))
-    frames_FHWC = torch.empty(len(shown), *size, 3, device="meta")
-    if not sounds:
-        return Clip(frames_FHWC, None, float(rate), audio.rate if audio else 0), shown
-    sample_rate_hz = sounds[0].sample_rate  # the header's own may be wrong, as in HE-AAC
-    if sample_rate_hz <= 0:
-        raise MediaError(f"says that its sound has {sample_rate_hz} samples per second")
-    samples = round(len(shown) / rate * sample_rate_hz)
-    waveform_CS = _joined(sounds, samples, start_seconds)
-    return Clip(frames_FHWC, waveform_CS, float(rate), sample_rate_hz), shown
+
+
+def _check_alike(sounds: list[av.AudioFrame]) -> None:
+    """Raises MediaError where channels or rate change."""
+    kinds = [(frame.layout.nb_channels, frame.sample_rate) for frame in sounds]
+    if kinds and kinds[0][1] <= 0:
+        raise MediaError(f"says that its sound has {kinds[0][1]} samples per second")
+    for channels, rate_hz in kinds:
+        if (channels, rate_hz) != kinds[0]:
+            before = f"{kinds[0][0]} channel{'' if kinds[0][0] == 1 else 's'} at {kinds[0][1]} Hz"
+            raise MediaError(
+                f"has sound that changes from {before} to {channels} at {rate_hz}: bring it to one kind by FFmpeg first"
+            )
+
+
+def _lasting(times: Sequence[float | None], held_seconds: float) -> float | None:
+    """How long pictures are shown whose last one is held for so long; None where a time is not known."""
+    known = [time for time in times if time is not None]
+    return max(known) - min(known) + held_seconds if len(known) == len(times) else None
 
 
 def _pictures_of(container: InputContainer) -> av.VideoStream | None:
@@ -638,19 +693,23 @@ def _pixels(picture: av.VideoFrame, width: int, height: int, mirrored: bool) -> 
     return np.rot90(pixels, picture.rotation // 90)  # phones store how they were held
 
 
-def _joined(sounds: list[av.AudioFrame], samples: int, start_seconds: float) -> Tensor:
-    channels = min(2, sounds[0].layout.nb_channels)
-    waveform = np.zeros((channels, samples), np.float32)
+def _joined(
+    sounds: list[av.AudioFrame], layout: av.AudioLayout, samples: int, start_seconds: float
+) -> tuple[Tensor, float]:
+    """The sound in these channels, (C, samples) from the clip's start on, and how many seconds of it the file has."""
+    waveform = np.zeros((layout.nb_channels, samples), np.float32)
     starts, delays = _delays(sounds, start_seconds)
     heard = 0
-    for frame in _in_channels(sounds, channels):
-        chunk = frame.to_ndarray()
+    for chunk in _in_channels(sounds, layout):
         place = heard + delays[np.searchsorted(starts, heard, side="right") - 1]
         first, last = max(place, 0), min(place + chunk.shape[1], samples)
         if first < last:
             waveform[:, first:last] = chunk[:, first - place : last - place]
         heard += chunk.shape[1]
-    return torch.from_numpy(waveform)
+    # what lies before the time 0 is not to be heard: an encoder's run-up, which not every FFmpeg leaves out
+    first = max(delays[0], -round(max(0.0, start_seconds) * sounds[0].sample_rate))
+    seconds = (starts[-1] + sounds[-1].samples + delays[-1] - first) / sounds[0].sample_rate
+    return torch.from_numpy(waveform), float(seconds)
 
 
 def _delays(sounds: list[av.AudioFrame], start_seconds: float) -> tuple[np.ndarray, list[int]]:
@@ -674,20 +733,26 @@ def _delays(sounds: list[av.AudioFrame], start_seconds: float) -> tuple[np.ndarr
     return starts, delays
 
 
-def _in_channels(sounds: list[av.AudioFrame], channels: int) -> Iterator[av.AudioFrame]:
-    """The sound as float32 in one or two channels; more are mixed by weights of at most 1 together, so that none clips."""
-    first, layout = sounds[0], _LAYOUTS[channels]
-    if first.layout.nb_channels == channels:
-        resampler = av.AudioResampler(format="fltp", layout=layout, rate=first.sample_rate)
+def _in_channels(sounds: list[av.AudioFrame], layout: av.AudioLayout) -> Iterator[np.ndarray]:
+    """Pieces (C, n) of the sound as float32 in these channels; where it has more, mixed so that none clips."""
+    for part in _converted(sounds, layout):
+        yield rearrange(part.to_ndarray(), "1 (S C) -> C S", C=layout.nb_channels)
+
+
+def _converted(sounds: list[av.AudioFrame], layout: av.AudioLayout) -> Iterator[av.AudioFrame]:
+    """All channels in one plane, for PyAV miscounts planes from eight on."""
+    first = sounds[0]
+    if first.layout.nb_channels == layout.nb_channels:
+        resampler = av.AudioResampler(format="flt", layout=layout, rate=first.sample_rate)
         yield from (part for sound in [*sounds, None] for part in resampler.resample(sound))
         return
-    # AudioResampler takes options from PyAV 18 on only
+    # weights of at most 1 together; AudioResampler takes options from PyAV 18 on only
     graph = Graph()
     source = graph.add_abuffer(
         sample_rate=first.sample_rate, format=first.format, layout=first.layout, time_base=first.time_base
     )
     mix = graph.add("aresample", rematrix_maxval="1.0")
-    form = graph.add("aformat", sample_fmts="fltp", channel_layouts=layout)
+    form = graph.add("aformat", sample_fmts="flt", channel_layouts=layout.name)
     graph.link_nodes(source, mix, form, graph.add("abuffersink")).configure()
     for sound in [*sounds, None]:
         graph.push(sound)

@@ -4,10 +4,12 @@ import json
 import math
 import tracemalloc
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from surround import write_surround
 
 from lockstep.model import cli
 from lockstep.model.errors import MediaError
@@ -22,9 +24,9 @@ from lockstep.model.measure.pictures import (
     to_lab,
 )
 from lockstep.model.measure.report import draw_report, report_clip
-from lockstep.model.measure.sound import look_at_sound, loudness
+from lockstep.model.measure.sound import USUAL_CHANNELS, look_at_sound, loudness
 from lockstep.model.measure.sync import measure_sync
-from lockstep.model.media import read_origin, stream_seconds, write_clip, write_image
+from lockstep.model.media import open_clip, read_origin, write_clip, write_image
 from lockstep.model.values import Clip, Progress
 
 RATE_HZ = 48000
@@ -260,6 +262,50 @@ def test_loudness_is_that_of_the_standard():
     assert loudness(np.zeros((1, RATE_HZ)), RATE_HZ) is None
 
 
+@pytest.mark.parametrize(
+    ("channels", "lufs"),
+    [
+        (("FC",), -26.0),
+        (("LFE",), None),
+        (("SL",), -26.0 + 10 * math.log10(1.41)),
+        (("FL", "FR", "BL"), -23.0 + 10 * math.log10((2 + 1.41) / 2)),
+        (("FL", "BL", "SL"), -23.0 + 10 * math.log10((2 + 1.41) / 2)),
+        (("FL", "FR", "BC"), -23.0 + 10 * math.log10(3 / 2)),
+    ],
+)
+def test_channels_count_by_where_they_stand(channels, lufs):
+    """A 997 Hz sine at -23 dBFS in each; BS.1770-4, annex 3: from 60 to 120 degrees 1.41, elsewhere 1."""
+    wave = tone(10 ** (-23 / 20), 2).expand(len(channels), -1).numpy().astype(np.float64)
+    told = loudness(wave, RATE_HZ, channels=channels)
+    assert told == (None if lufs is None else pytest.approx(lufs, abs=0.1))
+
+
+@pytest.mark.parametrize("layout", ["5.0", "5.1", "7.1"])
+def test_channels_without_names_stand_as_is_usual(layout):
+    names = tuple(channel.name for channel in av.AudioLayout(layout).channels)
+    assert USUAL_CHANNELS[len(names)] == names
+    noise = (
+        np.random.default_rng(0).normal(0, 0.1, (len(names), 8000)) * np.arange(1, len(names) + 1)[:, None]
+    )
+    named = loudness(noise, 8000, channels=names)
+    assert loudness(noise, 8000) == loudness(noise, 8000, channels=("NONE",) * len(names)) == named
+
+
+def test_the_command_measures_the_channels_of_the_file(tmp_path, capsys):
+    """At full scale one channel clips, however little of it a mix to two would hold."""
+    wave = tone(0.1, 1.0).repeat(6, 1).numpy()
+    wave[3] = 0  # low-frequency effects
+    wave[4] = (20 * wave[4]).clip(-1, 1)
+    write_surround(tmp_path / "a.mkv", wave, RATE_HZ, "5.1")
+    assert cli.main(["measure", str(tmp_path / "a.mkv"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["sound"]
+    facts = look_at_sound(torch.from_numpy(wave), RATE_HZ)
+    assert (told["channels"], told["clipped_samples"]) == (6, facts.clipped_samples)
+    assert facts.clipped_samples > 1000
+    assert told["loudness_lufs"] == pytest.approx(facts.loudness_lufs, abs=1e-3)
+    assert told["true_peak_dbfs"] == pytest.approx(facts.true_peak_dbfs, abs=1e-3)
+
+
 def test_the_loudness_of_a_sound_in_pieces_is_that_of_the_whole(monkeypatch):
     """The filters' ringing of a piece ends in what is read before the next: 1e-9 of what is cut off, and rounding."""
     noise = np.random.default_rng(0).normal(size=(2, 40_000)) * np.repeat([0.2, 0.001, 0.4, 0.02], 10_000)
@@ -352,6 +398,20 @@ def test_a_jump_at_every_join_of_windows_clicks():
     for join in (24000, 48000, 72000):
         wave[0, join:] += 0.1 * (-1) ** (join // 24000)
     assert look_at_sound(wave, RATE_HZ).clicks == 3
+
+
+@pytest.mark.parametrize("rate_hz", [16000, 48000])
+@pytest.mark.parametrize("hz", [100, 250, 440, 900])
+@pytest.mark.parametrize("late", [0.0, 0.25, 0.5])
+def test_an_attack_that_goes_on_from_where_the_sound_was_does_not_click(rate_hz, hz, late):
+    """Six beeps that begin at a zero, at a sample or between two; a step at the same place is a click."""
+    times = torch.arange(2 * rate_hz) / rate_hz
+    starts = 0.2 + 0.3 * torch.arange(6)[:, None] + late / rate_hz
+    since = (times - starts).clamp(min=0)
+    beeps = (0.7 * torch.sin(2 * math.pi * hz * since) * torch.exp(-since / 0.03)).sum(0, keepdim=True)
+    assert look_at_sound(beeps, rate_hz).clicks == 0
+    beeps[0, round(1.9 * rate_hz) :] += 0.3
+    assert look_at_sound(beeps, rate_hz).clicks == 1
 
 
 def test_what_is_wrong_with_sound_is_named():
@@ -477,11 +537,13 @@ def test_a_picture_of_the_report_is_checked_before_any_work(tmp_path, capsys):
 
 def test_a_file_says_how_long_its_streams_are(tmp_path):
     write_clip(tmp_path / "a.mp4", good())
-    assert stream_seconds(tmp_path / "a.mp4") == pytest.approx((2.0, 2.0), abs=1e-3)
+    whole = open_clip(tmp_path / "a.mp4")
+    assert (whole.picture_seconds, whole.sound_seconds) == pytest.approx((2.0, 2.0), abs=1e-3)
     write_clip(tmp_path / "b.mp4", Clip(moving(), None, 12.0, 0))
-    assert stream_seconds(tmp_path / "b.mp4") == (pytest.approx(2.0), None)
+    silent = open_clip(tmp_path / "b.mp4")
+    assert (silent.picture_seconds, silent.difference_ms) == (pytest.approx(2.0), None)
     with pytest.raises(MediaError, match=r"absent\.mp4"):
-        stream_seconds(tmp_path / "absent.mp4")
+        open_clip(tmp_path / "absent.mp4")
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ F frames, H rows, W columns.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -68,14 +69,17 @@ def report_clip(
     made: dict | None = None,
     look: Look | None = None,
     progress: ProgressCallback = lambda _progress: None,
+    channels: Sequence[str] = (),
 ) -> ClipReport:
     """Looks at a whole clip.
 
-    difference_ms: of the lengths that a file says, where the clip was read from one; else of the clip's own.
-    look: has seen the frames already, where the clip has their shape alone. progress: of the sound's analysis, as of
-    look_at_sound.
+    difference_ms: of the lengths that a file has, where the clip was read from one; else of the clip's own.
+    look: has seen the frames already, where the clip has their shape alone. progress, channels: of the sound's analysis,
+    as of look_at_sound.
     """
-    sound = None if clip.waveform is None else look_at_sound(clip.waveform, clip.sample_rate_hz, progress)
+    sound = None
+    if clip.waveform is not None:
+        sound = look_at_sound(clip.waveform, clip.sample_rate_hz, progress, channels)
     if difference_ms is None and sound is not None:
         difference_ms = (sound.seconds - len(clip.frames) / clip.fps) * 1000
     if look is None:

@@ -4,7 +4,7 @@ C channels, S samples. Levels in dB relative to full scale (a sample of 1).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -19,6 +19,12 @@ _CLIPPED = 0.999
 _PULSE_SECONDS, _PULSES = 0.06, 5  # that many clicks in a row, evenly and so closely, are a tone: a bass
 _PIECE, _MARGIN = 1 << 18, 2048  # samples that are oversampled at once, and what is read beyond them
 _FILTERED = 1 << 19  # samples that are filtered at once
+_LOW = ("LFE", "LFE2")
+USUAL_CHANNELS = {
+    5: ("FL", "FR", "FC", "BL", "BR"),
+    6: ("FL", "FR", "FC", "LFE", "BL", "BR"),
+    8: ("FL", "FR", "FC", "LFE", "BL", "BR", "SL", "SR"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +45,15 @@ class SoundFacts:
 
 
 def look_at_sound(
-    waveform_CS: Tensor, sample_rate_hz: int, progress: ProgressCallback = lambda _progress: None
+    waveform_CS: Tensor,
+    sample_rate_hz: int,
+    progress: ProgressCallback = lambda _progress: None,
+    channels: Sequence[str] = (),
 ) -> SoundFacts:
     """All facts of one soundtrack (channels, S), -1..1, of any length; values that are no numbers are counted as silence.
 
-    progress: told before each part of the work, and at its end; what it raises ends it.
+    progress: told before each part of the work, and at its end; what it raises ends it. channels: their names, as of
+    loudness.
     """
     given_CS = waveform_CS.float().cpu().numpy().astype(np.float64)
     wave_CS = np.nan_to_num(given_CS, posinf=0, neginf=0)
@@ -59,7 +69,7 @@ def look_at_sound(
         sample_rate_hz=sample_rate_hz,
         seconds=samples / sample_rate_hz,
         not_finite=int((~np.isfinite(given_CS)).sum()),
-        loudness_lufs=loudness(wave_CS, sample_rate_hz, tick),
+        loudness_lufs=loudness(wave_CS, sample_rate_hz, tick, channels),
         rms_dbfs=_level(math.sqrt(np.square(wave_CS).mean())) if samples else None,
         true_peak_dbfs=_level(peak),
         clipped_samples=count_clipped(wave_CS),
@@ -135,16 +145,25 @@ def _without_pulses(places: np.ndarray, sample_rate_hz: int) -> np.ndarray:
 
 
 def _find_clicks(wave: np.ndarray, sample_rate_hz: int) -> np.ndarray:
-    """Where the second difference is eight times the loudest of both sides, 1 to 6 ms away."""
+    """Where the second difference is eight times the loudest of both sides, 1 to 6 ms away, and turns back at once."""
     near, far = max(1, sample_rate_hz // 1000), max(3, 6 * sample_rate_hz // 1000)
     if len(wave) < 3:
         return np.empty(0, int)
-    bend = np.pad(np.abs(np.diff(wave, 2)), far)
+    bends = np.diff(wave, 2)
+    bend = np.pad(np.abs(bends), far)
     windows = _largest_in_a_row(bend, far - near)
     size = len(bend) - 2 * far
     before, after, here = windows[:size], windows[far + near + 1 :][:size], bend[far : far + size]
     here, before = here[: len(after)], before[: len(after)]
-    return np.flatnonzero((here > 0.02) & (here > 8 * np.maximum(before, after)))
+    found = np.flatnonzero((here > 0.02) & (here > 8 * np.maximum(before, after)))
+    return found[_turns_back(bends, found, max(3, near // 8))]
+
+
+def _turns_back(bends: np.ndarray, places: np.ndarray, reach: int) -> np.ndarray:
+    """Whether half as much bends the other way within reach: a jump does so, an abrupt attack bends one way alone."""
+    around = np.pad(bends, reach)[places[:, None] + np.arange(2 * reach + 1)]
+    against = -np.sign(bends[places])[:, None] * around
+    return against.max(1) >= 0.5 * np.abs(bends[places])
 
 
 def _largest_in_a_row(values: np.ndarray, count: int) -> np.ndarray:
@@ -167,18 +186,23 @@ def _silent_share(wave_CS: np.ndarray, sample_rate_hz: int) -> float:
 
 
 def loudness(
-    wave_CS: np.ndarray, sample_rate_hz: int, tick: Callable[[], None] = lambda: None
+    wave_CS: np.ndarray,
+    sample_rate_hz: int,
+    tick: Callable[[], None] = lambda: None,
+    channels: Sequence[str] = (),
 ) -> float | None:
     """Integrated loudness in LUFS; None under 0.4 s or where all is below the gate of -70 LUFS.
 
-    Source: ITU-R BS.1770-4, sections 1 and 5.1; channels beyond the second count as front channels.
+    channels: their names as FFmpeg has them, such as FL; without names 5, 6 and 8 are taken for 5.0, 5.1 and 7.1, others
+    for front channels.
+    Source: ITU-R BS.1770-4, annex 1 and the weights of annex 3.
     """
     block, hop = _block(sample_rate_hz), max(1, round(0.1 * sample_rate_hz))
     if wave_CS.shape[1] < block:
         return None
     power = np.zeros(wave_CS.shape[1])
-    for channel in wave_CS:
-        power += np.square(_weighted(channel, sample_rate_hz, tick))
+    for channel, weight in zip(wave_CS, _weights(len(wave_CS), channels), strict=True):
+        power += weight * np.square(_weighted(channel, sample_rate_hz, tick))
     total = np.concatenate([[0.0], np.cumsum(power)])
     starts = np.arange(0, wave_CS.shape[1] - block + 1, hop)
     power = (total[starts + block] - total[starts]) / block
@@ -187,6 +211,14 @@ def loudness(
         return None
     power = power[power > power.mean() * 0.1]
     return float(-0.691 + 10 * np.log10(power.mean()))
+
+
+def _weights(count: int, channels: Sequence[str]) -> list[float]:
+    """Of each channel's power: those at 60 to 120 degrees count 1.41 times, low-frequency effects not at all."""
+    names = USUAL_CHANNELS.get(count, ("NONE",) * count) if set(channels) <= {"NONE"} else channels
+    # where there are side channels, those at the back stand at 135 degrees
+    aside = {"SL", "SR"} if "SL" in names else {"BL", "BR"}
+    return [0.0 if name in _LOW else 1.41 if name in aside else 1.0 for name in names]
 
 
 def _block(sample_rate_hz: int) -> int:
