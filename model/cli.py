@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -203,9 +203,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--certificate", metavar="FILE", type=Path, help="PEM chain: signs Content Credentials (C2PA)")
     add("--private-key", metavar="FILE", type=Path, help="PEM key of the certificate")
-    add("--idle-seconds", metavar="S", type=_positive, help="rest first, to tell net from gross joules")
-    add("--grams-per-kwh", metavar="G", type=_not_negative, help="CO2e of your electricity, for the report")
-    add("--price-per-kwh", metavar="P", type=_not_negative, help="price of your electricity, for the report")
+    add(
+        "--idle-seconds",
+        metavar="S",
+        type=_positive,
+        help="with --json: rest first, to tell net from gross joules",
+    )
+    add("--grams-per-kwh", metavar="G", type=_not_negative, help="with --json: CO2e of your electricity")
+    add("--price-per-kwh", metavar="P", type=_not_negative, help="with --json: price of your electricity")
     add("--json", action="store_true", help="print a JSON object about the clip as the last line of stdout")
 
     measure = commands.add_parser("measure", help="say what a clip is like", allow_abbrev=False)
@@ -269,6 +274,9 @@ def _generate(parsed: argparse.Namespace) -> None:
         raise UsageError("--image-crf needs a picture: --image, --last-image or --reference FILE")
     if parsed.output.suffix.lower() == ".wav" and parsed.size is not None:
         raise UsageError("a sound alone has no size: leave --size out")
+    for option in ("idle_seconds", "grams_per_kwh", "price_per_kwh"):
+        if getattr(parsed, option) is not None and not parsed.json:
+            raise UsageError(f"--{option.replace('_', '-')} needs --json: energy is told there alone")
     _check_spared(parsed.output, _inputs(parsed))
     for picture in filter(None, (parsed.image, parsed.last_image, parsed.reference)):
         check_file(picture)
@@ -296,6 +304,8 @@ def _generate(parsed: argparse.Namespace) -> None:
     meter = EnergyMeter(device=engine.device)
     if parsed.idle_seconds and meter.sources:
         meter.rest(parsed.idle_seconds)
+    elif parsed.idle_seconds:
+        print("warning: nothing counts energy here: --idle-seconds is left out", file=sys.stderr)
     writer = None if request.sound_alone else _ClipWriter(parsed, request, disclosure)
     options: dict = {"writer": writer} | ({"energy": meter} if meter.sources else {})
     with _Bars() as bars, meter.window() as energy:
@@ -586,11 +596,13 @@ def _report(
 
     started = time.perf_counter()
     clip = result.clip
-    stages = dict(result.stages)
+    stages, costs = dict(result.stages), dict(result.costs)
     if writer is not None:
         found = report_clip(clip, look=writer.look).to_dict()
         seconds += writer.seconds
         stages["video"] -= writer.seconds  # they take turns
+        if "video" in costs:
+            costs["video"] = replace(costs["video"], seconds=costs["video"].seconds - writer.seconds)
     else:
         nothing = dict.fromkeys(("sync", "difference_ms", "picture"))
         found = {**nothing, "sound": report_sound(clip), "findings": []}
@@ -607,7 +619,7 @@ def _report(
         "seconds": clip.seconds,
         "sample_rate": None if clip.waveform is None else clip.sample_rate_hz,
         "stages": {name: round(seconds, 3) for name, seconds in stages.items()},
-        "costs": {name: asdict(cost) for name, cost in result.costs.items()},
+        "costs": {name: asdict(cost) for name, cost in costs.items()},
         "peak_rss_bytes": max((peak for peak in peaks if peak is not None), default=None),
         "latent_sha256": result.latent_sha256,
         "nondeterministic": list(result.nondeterministic),

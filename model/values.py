@@ -158,9 +158,10 @@ class StageCost:
     peak_vram_bytes: int | None = None
     joules: float | None = None
     net_joules: float | None = None  # less what the machine takes at rest
+    rough: bool = False  # joules of so short a time that a counter may have missed them
 
     def plus(self, other: "StageCost") -> "StageCost":
-        """Both one after the other: times and joules add up, of peaks the higher counts."""
+        """Both one after the other: times and joules add up, of peaks the higher counts; rough where both are."""
 
         def both(a: float | None, b: float | None) -> float | None:
             return None if a is None or b is None else a + b
@@ -171,6 +172,7 @@ class StageCost:
             max((p for p in (self.peak_vram_bytes, other.peak_vram_bytes) if p is not None), default=None),
             both(self.joules, other.joules),
             both(self.net_joules, other.net_joules),
+            self.rough and other.rough,
         )
 
 

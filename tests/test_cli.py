@@ -17,7 +17,8 @@ from lockstep.model import cli, media
 from lockstep.model.embedded import WEIGHTS
 from lockstep.model.engine import ATTENTION_NAMES, PRECISIONS
 from lockstep.model.errors import MemoryShortError, PromptError, ShapeError
-from lockstep.model.values import Clip, CompileCost, GenerateResult, ModelInfo, Progress
+from lockstep.model.measure import energy
+from lockstep.model.values import Clip, CompileCost, GenerateResult, ModelInfo, Progress, StageCost
 
 
 class GreyEngine:
@@ -53,7 +54,7 @@ class GreyEngine:
             clip = replace(clip, frames=clip.frames.to("meta"))
         result = GenerateResult(
             clip, "cd" * 32, {"text": 0.1, "sample": 0.25, "video": 0.5}, self.warnings, request.seed, model,
-            compiling=self.compiling,
+            compiling=self.compiling, costs={"video": StageCost(0.5)},
         )  # fmt: skip
         if writer:
             writer(pieces, result)
@@ -94,6 +95,9 @@ def test_a_prompt_becomes_a_playable_file_and_a_json_line(generate, tmp_path):
     assert report["model"] == {"name": "grey", "version": "1.0", "sha256": "ab" * 32}
     assert (report["latent_sha256"], report["warnings"]) == ("cd" * 32, [])
     assert set(report["stages"]) == {"text", "sample", "video", "write", "report"}
+    # of the half second that is said to have gone by meanwhile, both without the writing
+    assert report["costs"]["video"]["seconds"] == pytest.approx(report["stages"]["video"], abs=1e-3)
+    assert report["stages"]["video"] < 0.5
     assert report["sync"]["offset_ms"] is None
     assert report["findings"] == [
         "almost nothing moves: try another seed, or a prompt that names a motion",
@@ -251,6 +255,19 @@ def test_warnings_are_printed_and_reported(generate, engine):
     _, stdout, stderr = generate("--json")
     assert "warning: the model does not know: zebra\n" in stderr
     assert json.loads(stdout.splitlines()[-1])["warnings"] == ["the model does not know: zebra"]
+
+
+@pytest.mark.parametrize("option", ["--idle-seconds", "--grams-per-kwh", "--price-per-kwh"])
+def test_what_only_the_json_tells_is_refused_without_it(generate, engine, option):
+    assert generate(option, 1)[::2] == (2, f"lockstep: {option} needs --json: energy is told there alone\n")
+    assert engine.requests == []
+
+
+def test_a_rest_is_left_out_where_nothing_counts_energy(generate, monkeypatch):
+    monkeypatch.setattr(energy, "find_sources", lambda *_: [])
+    code, _, stderr = generate("--idle-seconds", 1000, "--json")
+    assert code == 0
+    assert stderr.startswith("warning: nothing counts energy here: --idle-seconds is left out\n")
 
 
 def test_a_silent_or_black_clip_is_told_as_such_and_a_still_one_is_not(generate, engine, monkeypatch):

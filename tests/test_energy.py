@@ -180,6 +180,14 @@ def test_other_processes_on_the_board_are_told():
     assert "shared with 2 other processes" in notes[0]
     nvidia_sources(alone := [], FakeNVML(millijoules=1, pids=(os.getpid(),)))
     assert alone == []
+    nvidia_sources(pair := [], FakeNVML(millijoules=1, pids=(os.getpid(), 1)))
+    assert "shared with 1 other process," in pair[0]
+
+
+def test_in_a_container_this_process_is_not_taken_for_another():
+    """The driver tells the host's numbers of processes, which are not those that a container has."""
+    nvidia_sources(notes := [], FakeNVML(millijoules=1, pids=(os.getpid() + 1,)))
+    assert notes == []
 
 
 def test_only_the_board_that_works_on_the_clip_is_counted():
@@ -296,6 +304,24 @@ def test_each_stage_has_its_seconds_memory_and_joules():
     assert stages.seconds["sample"] > 0.01
     assert stages.costs["sample"].peak_rss_bytes > 160e6
     assert stages.costs["sample"].peak_vram_bytes is None
+
+
+def test_a_stage_shorter_than_two_ticks_of_a_counter_is_rough():
+    """A counter that did not move while the stage ran: its 0 J are no measurement."""
+    stages = StageMeter(torch.device("cpu"), EnergyMeter([FakeSource(5.0)]))
+    with stages.stage("text"):
+        pass
+    text = stages.costs["text"]
+    assert (text.joules, text.rough) == (0, True)
+    long = StageCost(1.0, joules=50.0)
+    assert text.plus(text).rough
+    assert not text.plus(long).rough
+    assert tell_joules([text, text], 2.0)["rough"]
+    assert not tell_joules([text, long], 2.0)["rough"]
+    unmeasured = StageMeter(torch.device("cpu"), EnergyMeter([FakeSource(OSError("gone"))]))
+    with unmeasured.stage("text"):
+        pass
+    assert (unmeasured.costs["text"].joules, unmeasured.costs["text"].rough) == (None, False)
 
 
 def test_joules_of_a_clip_are_those_of_all_its_stages_or_none():

@@ -3,6 +3,7 @@
 import json
 import math
 import tracemalloc
+from dataclasses import asdict
 
 import av
 import numpy as np
@@ -27,7 +28,7 @@ from lockstep.model.measure.report import draw_report, report_clip
 from lockstep.model.measure.sound import USUAL_CHANNELS, look_at_sound, loudness
 from lockstep.model.measure.sync import measure_sync
 from lockstep.model.media import open_clip, read_origin, write_clip, write_image
-from lockstep.model.values import Clip, Progress
+from lockstep.model.values import Clip, Progress, StageCost
 
 RATE_HZ = 48000
 
@@ -468,6 +469,18 @@ def test_a_report_is_json_text_and_picture():
     assert drawn.shape == (420, 960, 3)
     assert 0 <= drawn.min() < drawn.max() <= 1
     draw_report(report_clip(Clip(moving(), None, 12.0, 0)), Clip(moving(), None, 12.0, 0))
+
+
+@pytest.mark.parametrize(
+    ("rough", "told"), [(True, ", 0 J (rough: too short for the counter)"), (False, ", 0 J")]
+)
+def test_joules_that_a_counter_may_have_missed_are_told_as_rough(rough, told):
+    cost = asdict(StageCost(0.05, joules=0.0, rough=rough))
+    energy = {"joules": 0.0, "rough": rough}
+    made = {"stages": {"text": 0.05}, "costs": {"text": cost}, "energy": energy}
+    lines = report_clip(good(), made=made).to_text().splitlines()
+    assert f"text: 0.05 s{told}" in lines
+    assert f"energy: 0.0 J{told.removeprefix(', 0 J')}" in lines
 
 
 def test_the_command_measures_a_file(tmp_path, capsys):

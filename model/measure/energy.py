@@ -7,6 +7,7 @@ RAPL on Linux. A counter is of the whole board or package: other processes count
 
 import importlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -156,7 +157,10 @@ class EnergyMeter:
 
 
 def tell_joules(costs: Iterable[StageCost], clip_seconds: float) -> dict:
-    """Joules of a clip's stages together, as Energy.to_dict tells them; not measured unless all of them were."""
+    """Joules of a clip's stages together, as Energy.to_dict tells them; not measured unless all of them were.
+
+    rough: where all are; of a long stage beside them the tick of a counter is a small part.
+    """
     stages = list(costs)
     joules = [cost.joules for cost in stages if cost.joules is not None]
     if not joules or len(joules) < len(stages):
@@ -167,6 +171,7 @@ def tell_joules(costs: Iterable[StageCost], clip_seconds: float) -> dict:
         "joules": round(gross, 3),
         "net_joules": round(sum(rested), 3) if len(rested) == len(stages) else None,
         "wh": round(gross / JOULES_PER_WH, 6),
+        "rough": all(cost.rough for cost in stages),
         "joules_per_clip_second": round(gross / clip_seconds, 3),
     }
 
@@ -226,7 +231,8 @@ def nvidia_sources(notes: list[str], nvml=None, uuid: str | None = None) -> list
                 notes.append(f"{name}: energy is not measured: {error}")
         others = _others(nvml, board)
         if others:
-            notes.append(f"{name} is shared with {others} other processes, whose energy is counted, too")
+            others_are = "1 other process" if others == 1 else f"{others} other processes"
+            notes.append(f"{name} is shared with {others_are}, whose energy is counted, too")
     return sources
 
 
@@ -235,13 +241,14 @@ def _text(answer: bytes | str) -> str:
 
 
 def _others(nvml, board) -> int:
-    import os
-
+    """How many processes beside this one; 0 where this one is not among them."""
     try:
         running = nvml.nvmlDeviceGetComputeRunningProcesses(board)
     except (nvml.NVMLError, AttributeError):
         return 0
-    return sum(process.pid != os.getpid() for process in running)
+    pids = {process.pid for process in running}
+    # a container has numbers of its own: those of the host may name this very process
+    return len(pids) - 1 if os.getpid() in pids else 0
 
 
 class _NvidiaCounter:

@@ -23,6 +23,7 @@ _FROZEN_SECONDS = 1.0  # without any change in a clip that moves elsewhere
 _DRIFT = 3.0  # CIELAB, in ten seconds
 _SEAM = 1.25  # seam ratio above which a grid can be seen
 _PEAK_DBFS = -1.0
+_ROUGH = " (rough: too short for the counter)"  # behind joules
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,8 @@ def _lines(report: ClipReport):
     energy = report.made.get("energy")
     if energy is not None:
         measured = energy.get("joules")
-        yield "energy: not measured" if measured is None else f"energy: {measured:.1f} J"
+        rough = _ROUGH if energy.get("rough") else ""
+        yield "energy: not measured" if measured is None else f"energy: {measured:.1f} J{rough}"
     for name in ("seed", "latent_sha256"):
         if name in report.made:
             yield f"{name}: {report.made[name]}"
@@ -189,9 +191,8 @@ def _cost(cost: dict) -> str:
         ("peak_vram_bytes", 1e6, "MB of GPU memory"),
         ("joules", 1, "J"),
     )
-    return "".join(
-        f", {cost[name] / unit:.0f} {word}" for name, unit, word in said if cost.get(name) is not None
-    )
+    known = [f", {cost[name] / unit:.0f} {word}" for name, unit, word in said if cost.get(name) is not None]
+    return "".join(known) + (_ROUGH if cost.get("rough") else "")
 
 
 def _db(level: float | None, unit: str) -> str:

@@ -42,6 +42,7 @@ class StageMeter:
             torch.cuda.max_memory_allocated(self._gpu) if self._gpu is not None else None,
             spent.gross if spent else None,
             spent.net if spent else None,
+            spent is not None and spent.gross is not None and spent.rough,
         )
         self.costs[name] = self.costs[name].plus(cost) if name in self.costs else cost
 
