@@ -3,6 +3,7 @@
 The reference is diffusers 0.42.1 on the same seeded weights (golden/make_transformer.py).
 """
 
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,3 +286,18 @@ if FIXTURES:  # further references of published layout: collected only where a f
         made = getattr(tables, table)
         assert_near(made.cos, reference[f"rope.{table}.cos"])
         assert_near(made.sin, reference[f"rope.{table}.sin"])
+
+
+def test_the_benchmark_s_error_below_float32_is_that_of_the_size_at_hand(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "bench")
+    import denoise
+
+    args = Namespace(sizes=["64x64x9", "96x64x9"], dtype="bfloat16", device="cpu", first_image=False)
+    config = denoise.transformer_config("tiny")
+    ours = denoise.random_transformer(config, "cpu", torch.bfloat16)
+    ours = denoise.Ours(ours, denoise.clip_of("96x64x9"), denoise.contexts(config, 4), 1)
+    sides = {"ours": ours.step(("cond",)), "reference": ours.step(("cond",))}
+    with torch.inference_mode():
+        found = denoise.errors(args, "96x64x9", "single", ours, sides, ("cond",))
+    assert found["max_abs_error"] == 0
+    assert 0 < found["ours_rms_error_from_float32"] == found["reference_rms_error_from_float32"] < 0.1

@@ -302,7 +302,7 @@ def measure(
         found |= report(size, work, seconds, flop * len(passes), ceiling)
         found[f"{work}_peak_mb" if work != "single" else "peak_mb"] = peak.bytes / 2**20
         if reference is not None:
-            found |= errors(args, work, ours, sides, passes)
+            found |= errors(args, size, work, ours, sides, passes)
     found |= whole_run(args, ours, size, flop, ceiling)
     if args.compile:
         found |= {
@@ -355,12 +355,14 @@ def report(
     return found
 
 
-def errors(args: argparse.Namespace, work: str, ours: Ours, sides: Mapping, passes: tuple[str, ...]) -> dict:
+def errors(
+    args: argparse.Namespace, size: str, work: str, ours: Ours, sides: Mapping, passes: tuple[str, ...]
+) -> dict:
     made = {side: run() for side, run in sides.items()}
     prefix = "" if work == "single" else f"{work}_"
     found = {f"{prefix}max_abs_error": difference(made["ours"], made["reference"])}
     if args.dtype != "float32" and args.device == "cpu" and work == "single":
-        shape = clip_of(args.sizes[0])
+        shape = clip_of(size)
         same = Ours(ours.transformer.float(), shape, ours.conditioning, ours.stg, args.first_image)
         exact = same.step(passes)()
         found |= {
