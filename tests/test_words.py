@@ -367,3 +367,22 @@ def test_a_drum_is_unknown_and_its_beats_are_no_pulse():
 )
 def test_filler_is_not_called_unknown(prompt, shown):
     assert_shows(prompt, shown)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a green triangle drops", "green triangle falls rebounds"),
+        ("a yellow ball hovers on a black canvas", "yellow ball stays still black"),
+        ("red cube bounces off walls", "red cube slides"),
+        ("a blue ball bouncing off the floor, heavy rain", "blue ball bouncing rain"),
+        ("white star oscillates like a clock pendulum", "white star swings swinging pendulum"),
+    ],
+)
+def test_more_is_read_than_the_shipped_file_s_own_entry_holds(prompt, shown):
+    assert_shows(prompt, shown)
+
+
+def test_other_than_denies_what_follows():
+    left_out = f"says 'other than red': {_LEFT_OUT}"
+    assert_shows("a ball of a colour other than red bounces", "ball bounces", left_out)

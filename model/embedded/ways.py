@@ -61,9 +61,9 @@ _READ_AS = {
     "falling and rebounding": "falling, falling and bouncing, dropping, dropping and bouncing, plummeting, plunging",
     "slides from side to side": "crosses the screen from left to right",
     "sliding from side to side": f"{_SIDES}, left and right, right and left, in a sliding motion",
-    "swinging like a pendulum": "pendulum, like a pendulum, pendulum like, pendulum motion, in a swinging motion",
+    "swinging like a pendulum": "pendulum, like a pendulum, like a clock pendulum, like a clock s pendulum, pendulum like, pendulum motion, in a swinging motion",
     "pulses": "beeps, beats like a heart, beats like a heartbeat, swells, swell, shrinks, shrink, grows, grow, expands, contracts",
-    "pulsing": "beeping, beating like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting",
+    "pulsing": "beeping, beating like a heart, like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting",
     "grows and shrinks": "scales up and down, zooms in and out, changes its size, changes in size",
     "growing and shrinking": "scaling up and down, zooming in and out, changing its size, changing in size",
     "orbits": "circles, twirls, twirl, swirls, swirl",
@@ -89,7 +89,8 @@ _READ_AS = {
     "on the left": "left side, left hand side, from the left",
     "on the right": "right side, right hand side, from the right, right of center, right of centre",
     "on the left side": "left of center, left of centre",
-    "while it rains": "it rains, it is raining, rain falls, rain is falling, falling rain, rain falling, rain pouring down",
+    "while it rains": "it rains, it is raining, rain falls, rain is falling, falling rain, rain falling, rain pouring down, it pours, it is pouring",
+    "in the rain": "heavy rain, light rain, pouring rain, pouring",
     "on a rainy day": "rainy",
     "while the wind blows": "the wind blows, wind blows, wind blowing, wind is blowing, the wind is blowing",
     "on a windy day": "windy, winds, strong winds, stormy winds",
@@ -106,7 +107,7 @@ _READ_AS = {
         "five point star, 5 point star, 5 pointed star, five pointed stars, pentagrams, starlets, pentacles, asterisks, "
         "star shapes"
     ),
-    "background": "bg",
+    "background": "bg, canvas",
 }
 
 
@@ -122,6 +123,7 @@ _WAYS = (
     (_SWING, f"{_TO_AND_FRO}, like a pendulum", "swings", "swinging"),
     (f"{_SWING}, dangles, dangling", _HUNG, "swings", "swinging"),
     (_HIT, _FLOOR, "bounces", "bouncing"),
+    (_RISE, "off the floor, off the ground, off a floor, off the bottom", "bounces", "bouncing"),
     (_HIT, _WALLS, "slides", "sliding"),
     (_MOVE, _CIRCLES, "orbits", "orbiting"),
     (_TURN, "around, round", "orbits", "orbiting"),
