@@ -1,11 +1,11 @@
 """Trains the embedded model from nothing, stage by stage; every stage resumes where its folder stands.
 
-python -m lockstep.model.embedded.train video       RUNS --steps 10280
+python -m lockstep.model.embedded.train video       RUNS --steps 7500
 python -m lockstep.model.embedded.train audio       RUNS --steps 1500
 python -m lockstep.model.embedded.train vocoder     RUNS --steps 8000   # after the audio codec
 python -m lockstep.model.embedded.train decoder     RUNS --steps 500    # if wanted: the video decoder alone, latents stay
 python -m lockstep.model.embedded.train shards      RUNS --steps 200
-python -m lockstep.model.embedded.train transformer RUNS --steps 21443
+python -m lockstep.model.embedded.train transformer RUNS --steps 30000
 python -m lockstep.model.embedded.train pack        RUNS          # in place of the shipped file; --file OUT writes another
 
 `unpack RUNS` starts all runs from the shipped file instead; `move RUNS --file FILE` the transformer's alone, from that of a packed

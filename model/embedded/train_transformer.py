@@ -316,7 +316,7 @@ def train_transformer(
     run: Run[Generator],
     folder: Path,
     device: str,
-    batch: int = 24,
+    batch: int = 8,
     workers: int = 0,
     seconds: float = 0.0,
 ) -> None:
