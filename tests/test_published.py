@@ -490,7 +490,7 @@ def test_a_transformer_of_another_model_is_not_taken_for_one_that_is_missing(spl
     folder = with_foreign_files(Path(shutil.copytree(split[0], tmp_path / "models")))
     (folder / split[1].relative_to(split[0])).unlink()
     engine = Engine(folder / "vae/ltx-2.5-audio-vae-bf16.safetensors", "cpu", folders=[folder])
-    with pytest.raises(CheckpointError, match=r"no transformer for LTX-2\.5"):
+    with pytest.raises(CheckpointError, match=r"no transformer, only audio VAE, vocoder: put ltx-2\.5-22b"):
         engine.require(keymap.TRANSFORMER)
 
 

@@ -8,7 +8,7 @@ import difflib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from ..errors import CheckpointError, LockstepError
@@ -92,7 +92,8 @@ def explain_missing(component: str, headers: Sequence[Header], folders: Paths = 
     advice = published.advice() if published else "put a file that holds it into the folder of models"
     found = _candidates(component, headers, folders)
     if component == keymap.TRANSFORMER:
-        there = ", ".join(shards[0].path.name for shards in found[:3])
+        fitting = (shards for shards in found if not _fault(component, shards, headers))
+        there = ", ".join(shards[0].path.name for shards in islice(fitting, 3))
         held = ", ".join(TITLES.get(name, name) for name in index(headers))
         way = f"choose a file that holds one, such as {there}" if there else f"{advice} and choose it"
         return CheckpointError(f"{names}: the model that was chosen has no transformer, only {held}: {way}")
