@@ -93,11 +93,11 @@ def _refusals(
     if not streams:
         return ()
     if by_pictures:
-        changed = f"a probe's pictures changed by {error.video_latents:.2g} of their latents, {PICTURE_LIMIT} is allowed"
+        changed = f"a probe's pictures changed by {error.video_latents:.3g} of their latents, {PICTURE_LIMIT} is allowed"
         return (f"step cache {threshold:g} turned itself off: {changed}: use a smaller one",)
-    louder = "from or to silence" if error.loudness_lu is None else f"by {error.loudness_lu:.2g} LU"
+    louder = "from or to silence" if error.loudness_lu is None else f"by {error.loudness_lu:.3g} LU"
     changed = (
-        f"a probe's sound changed {louder} and by {error.log_mel:.2g} in log-mel, "
+        f"a probe's sound changed {louder} and by {error.log_mel:.3g} in log-mel, "
         f"{LOUDNESS_LIMIT_LU} and {LOG_MEL_LIMIT} are allowed"
     )
     if streams == STREAMS:

@@ -170,7 +170,7 @@ def sounding(gain: float, mel_error: float):
     ("both", "video_alone", "streams", "told"),
     [
         ((1.0, 0.1), (1.0, 0.0), STREAMS, None),
-        ((1.05, 0.0), (1.0, 0.1), ("video",), "off for the audio: a probe's sound changed by 0.42 LU"),
+        ((1.05, 0.0), (1.0, 0.1), ("video",), "off for the audio: a probe's sound changed by 0.424 LU"),
         ((1.0, 0.3), (1.0, 0.0), ("video",), "off for the audio: a probe's sound changed by 0 LU and by 0.3"),
         ((1.0, 0.3), (1.0, 0.21), (), "turned itself off: a probe's sound changed by 0 LU and by 0.21"),
         ((0.0, 0.0), (0.0, 0.0), (), "turned itself off: a probe's sound changed from or to silence"),
