@@ -518,9 +518,9 @@ class Engine:
         """
         alone = run.of_sound()
         video, audio = self._layouts(alone.inside, (), replace(given, video=None, video_mask=None))
-        seen = [guide for guide in guides if guide.strength and guide.attention]
-        if seen:
-            video = held(self._layouts(run.inside, seen, Given())[0])
+        seen = held(self._layouts(run.inside, guides, Given())[0])
+        if seen.clean.shape[1]:
+            video = seen
         return self._denoised(alone, (video, audio)).audio
 
     def _probed(self, run: Run, given: Given, sound_first: bool) -> StepCacheReport | None:

@@ -666,3 +666,13 @@ def test_unknown_models_and_devices_are_refused(tmp_path):
         Engine(tmp_path / "nowhere.safetensors")
     with pytest.raises(UnsupportedModelError, match="auto, cpu or cuda"):
         Engine("embedded", device="abacus")
+
+@pytest.mark.parametrize("frame", [0, 8, None])
+def test_a_guide_that_holds_nothing_changes_nothing_of_pictures_or_sound(engine, frame):
+    text, shape = engine.encode_text("a red ball bounces on gray"), engine.shape("96x96", 1.0)
+    guide = engine.encode_image(torch.rand(96, 96, 3), shape, frame)
+    free = replace(guide, mask=torch.ones_like(guide.latent[:, :1]))
+    settings = SampleSettings(steps=2)
+    made, alone = (engine.sample(text, shape, guides, settings) for guides in ([free], []))
+    assert torch.equal(made.video, alone.video)
+    assert torch.equal(made.audio, alone.audio)
