@@ -667,6 +667,7 @@ def test_unknown_models_and_devices_are_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="auto, cpu or cuda"):
         Engine("embedded", device="abacus")
 
+
 @pytest.mark.parametrize("frame", [0, 8, None])
 def test_a_guide_that_holds_nothing_changes_nothing_of_pictures_or_sound(engine, frame):
     text, shape = engine.encode_text("a red ball bounces on gray"), engine.shape("96x96", 1.0)
