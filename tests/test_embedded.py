@@ -44,6 +44,7 @@ from lockstep.model.embedded.train_transformer import (
     flow_loss,
     initialise_generator,
     products_for_attention,
+    set_task,
     tokenizer,
 )
 from lockstep.model.embedded.training import (
@@ -562,7 +563,7 @@ def test_every_mode_of_training_teaches_what_it_should(mode):
     batch, model = _random_batch(), Generator()
     initialise_generator(model, seed=0)
     ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
-    loss, figures = flow_loss(model, batch, ids, mask, mode, random.Random(1))
+    loss, figures = flow_loss(model, set_task(model, batch, ids, mask, mode, random.Random(1)))
     loss.backward()
     # a stream that is given has nothing to learn; an untrained model answers 0, so that the loss is the size of the velocity
     assert (figures["video"] == 0) == ("video" in mode or "sound" in mode)
@@ -592,11 +593,11 @@ def test_attention_of_training_is_of_products_in_half_the_width_on_a_cpu_and_lea
     ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     with products_for_attention("cpu"), _Products() as products:
-        flow_loss(model, batch, ids, mask, "nothing", random.Random(1))
+        flow_loss(model, set_task(model, batch, ids, mask, "nothing", random.Random(1)))
     assert products.dtypes == {torch.bfloat16}
     assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == allowed
     with products_for_attention("cuda"), _Products() as products:
-        flow_loss(model, batch, ids, mask, "nothing", random.Random(1))
+        flow_loss(model, set_task(model, batch, ids, mask, "nothing", random.Random(1)))
     assert not products.dtypes  # the fused attention's, whatever a GPU chooses
 
 
@@ -768,7 +769,7 @@ class Shipped:
     def error(self, batch: Batch, mode: str, nameless: float = 0.0) -> dict[str, float]:
         ids, mask = encode_prompts(batch, random.Random(11), tokenizer(), nameless)
         torch.manual_seed(0)
-        return flow_loss(self.model, batch, ids, mask, mode, random.Random(0))[1]
+        return flow_loss(self.model, set_task(self.model, batch, ids, mask, mode, random.Random(0)))[1]
 
 
 @pytest.fixture(scope="module")

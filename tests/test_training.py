@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from torch import distributed, nn
 
 from lockstep.model.embedded import train, world
 from lockstep.model.embedded.dataset import SHARD, check_shards, hash_of_codecs
+from lockstep.model.embedded.gradients import Gradients, RecordedGradients, _Recorded
 from lockstep.model.embedded.train_transformer import Generator, train_transformer
 from lockstep.model.embedded.training import (
     Run,
@@ -268,3 +269,113 @@ def test_the_transformer_trains_in_two_processes(tmp_path):
     )  # fmt: skip
     assert json.loads(told.splitlines()[-1])["step"] == 2
     assert last_logged(tmp_path / "transformer")["step"] == 2
+
+
+@dataclass(frozen=True)
+class Points:
+    """Inputs of a step: some points, in a tuple among other parts."""
+
+    parts: tuple[torch.Tensor, None]
+    both: bool
+
+
+class TwoLines(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Line(), Line()
+
+    def loss(self, points: Points) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        x = points.parts[0]
+        loss = self.one(x).square().mean()
+        loss = loss + self.other(x).mean() if points.both else loss
+        return loss, {"mean": x.mean().detach()}
+
+
+class Played(RecordedGradients[Points]):
+    """On a CPU: what a graph would run again is computed again from what it reads."""
+
+    def __init__(self, model: TwoLines):
+        Gradients.__init__(self, model, model.loss)
+        self._recorded, self.works, self.plays = {}, True, 0
+
+    def __call__(self, inputs: Points) -> dict[str, torch.Tensor]:
+        return self._by_graph(inputs)
+
+    def _record(self, inputs: Points, tensors: list[torch.Tensor]):
+        figures = Gradients.__call__(self, inputs)
+        gradients = [parameter.grad for parameter in self._parameters]
+
+        class Graph:
+            @staticmethod
+            def replay() -> None:
+                self.plays += 1
+                made = Gradients.__call__(self, inputs)
+                for name, value in made.items():
+                    figures[name].copy_(value)
+                for kept, parameter in zip(gradients, self._parameters, strict=True):
+                    if kept is not None and parameter.grad is not None:
+                        kept.copy_(parameter.grad)
+
+        return _Recorded(Graph(), tensors, gradients, figures)  # pyright: ignore[reportArgumentType]
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def assert_same_gradients(model: nn.Module, wanted: list[torch.Tensor | None]) -> None:
+    for made, right in zip(gradients_of(model), wanted, strict=True):
+        if made is None or right is None:
+            assert made is right
+        else:
+            assert torch.equal(made, right)
+
+
+def test_recorded_gradients_are_those_of_the_inputs_at_hand_whatever_came_between():
+    torch.manual_seed(0)
+    model = TwoLines()
+    played, plain = Played(model), Gradients(model, model.loss)
+    for count, both in [(5, True), (5, False), (5, True), (7, True), (5, False), (5, True), (7, True)] * 2:
+        points = Points((torch.randn(count, 6), None), both)
+        wanted, figures = plain(Points((points.parts[0].clone(), None), both)), {}
+        gradients = gradients_of(model)
+        figures = played(points)
+        assert figures == wanted
+        assert_same_gradients(model, gradients)
+    assert played.plays == 14 - 3  # the first of each of three shapes alone was computed plainly
+
+
+def test_what_cannot_be_recorded_is_computed_and_said_once(caplog):
+    class Refusing(Played):
+        def _record(self, inputs, tensors):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    torch.manual_seed(0)
+    model = TwoLines()
+    gradients = Refusing(model)
+    made = [gradients(Points((torch.full((3, 6), 0.5), None), True))["loss"] for _ in range(2)]
+    assert made[0] == made[1]
+    assert not gradients.works
+    assert [record.message for record in caplog.records] == [
+        "steps run without CUDA graphs: operation not permitted when stream is capturing"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="graphs are recorded on a CUDA device, of which there is none here"
+)
+def test_gradients_of_graphs_are_those_of_autograd():
+    torch.manual_seed(0)
+    model, device = TwoLines().cuda(), torch.device("cuda")
+    recorded, plain = RecordedGradients(model, model.loss, device), Gradients(model, model.loss)
+    for count, both in [(5, True), (5, False), (5, True), (7, True), (5, False), (5, True), (7, True)] * 2:
+        points = Points((torch.randn(count, 6, device=device), None), both)
+        wanted = plain(Points((points.parts[0].clone(), None), both))
+        gradients, figures = gradients_of(model), recorded(points)
+        # the same kernels in the same order
+        assert {name: float(value) for name, value in figures.items()} == {
+            name: float(value) for name, value in wanted.items()
+        }
+        assert_same_gradients(model, gradients)
+    assert recorded.works

@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..conditioning.layout import Layout, held, held_tokens, lay_out_audio, lay_out_video
 from ..errors import TrainingError
 from ..latents.patchify import audio_to_tokens, video_to_tokens
+from ..layers.rope import Rope
 from ..text.connector import Connectors, ConnectorsConfig
 from ..text.encoder import WordEncoder, WordEncoderConfig
 from ..text.tokenizer import FIRST_ID, WordTokenizer
 from ..transformer.config import TransformerConfig
-from ..transformer.model import AVTransformer, StreamInput
+from ..transformer.model import AVTransformer, RopeTables, StreamInput
 from ..values import Guide
 from . import config, language
 from .dataset import FORMATS, SHARD, Batch, format_of, load_shard, shards_in_round
@@ -68,6 +69,49 @@ def tokenizer() -> WordTokenizer:
     return WordTokenizer(words, content, config.TEXT_LENGTH, readings())
 
 
+@dataclass(frozen=True, slots=True)
+class TextRopes:
+    """Position tables of the text encoder and of both connectors."""
+
+    words: Rope
+    video: Rope
+    audio: Rope
+
+    @classmethod
+    def of(cls, model: "Generator", device: torch.device) -> "TextRopes":
+        connectors = model.connectors.video_embeddings_connector, model.connectors.audio_embeddings_connector
+        return cls(*(module.rope(config.TEXT_LENGTH, device) for module in (model.text_encoder, *connectors)))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTask:
+    """One stream of a step: what the network reads but its context, and what it should answer."""
+
+    tokens: Tensor  # (B, T, C), noisy
+    sigma: Tensor  # (B,)
+    levels: Tensor | None  # as in StreamInput
+    level_of_token: Tensor | None
+    velocity: Tensor  # (B, T, C), wanted
+    mask: Tensor  # (1, T, 1), what of a token counts
+    given: bool  # whether all of the stream is, so that there is nothing to learn
+
+    def read(self, context: Tensor) -> StreamInput:
+        return StreamInput(self.tokens, context, self.sigma, self.levels, self.level_of_token)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """All that a step computes its loss from, on the device; shapes, and what is no tensor, decide which kernels run."""
+
+    ids: Tensor  # (B, L)
+    mask: Tensor  # (B, L)
+    text_ropes: TextRopes
+    video: StreamTask
+    audio: StreamTask
+    rope: RopeTables
+    apart: bool
+
+
 class Generator(nn.Module):
     """All that is trained in this stage, under its component names."""
 
@@ -79,8 +123,9 @@ class Generator(nn.Module):
         self.connectors = Connectors(ConnectorsConfig.from_published(config.TRANSFORMER, encoder.states))
         self.transformer = AVTransformer(TransformerConfig.from_published(config.TRANSFORMER))
 
-    def contexts(self, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        return self.connectors(self.text_encoder(ids_BL, mask_BL), mask_BL, config.TEXT_LENGTH)
+    def contexts(self, ids_BL: Tensor, mask_BL: Tensor, ropes: "TextRopes") -> tuple[Tensor, Tensor]:
+        states = self.text_encoder(ids_BL, mask_BL, ropes.words)
+        return self.connectors(states, mask_BL, config.TEXT_LENGTH, (ropes.video, ropes.audio))
 
 
 def initialise_generator(model: Generator, seed: int) -> None:
@@ -108,9 +153,10 @@ def encode_prompts(
     """
     prompts = [language.describe(scene, rng, nameless=rng.random() < nameless) for scene in batch.scenes]
     rows = [words.encode(language.interrupt(prompt, rng), required=False).ids for prompt in prompts]
-    longest = max(len(row) for row in rows)
-    ids = torch.stack([functional.pad(row, (0, longest - len(row))) for row in rows])
-    mask = torch.stack([(torch.arange(longest) < len(row)).float() for row in rows])
+    # all of one length: a GPU's graphs are of one shape
+    length = config.TEXT_LENGTH
+    ids = torch.stack([functional.pad(row, (0, length - len(row))) for row in rows])
+    mask = torch.stack([(torch.arange(length) < len(row)).float() for row in rows])
     kept = torch.tensor([float(rng.random() >= _DROP_PROMPT) for _ in rows])
     return ids, mask * kept[:, None]
 
@@ -153,38 +199,36 @@ def _sound_alone(given: Collection[str]) -> bool:
     return "sound" in given and _PICTURES.isdisjoint(given)
 
 
-def _stream(layout: Layout, clean: Tensor, sigma: Tensor, context: Tensor) -> tuple[StreamInput, Tensor]:
-    """Noisy tokens as the network reads them, and the velocity that it should answer."""
-    noise = torch.randn_like(clean)
-    level = sigma.view(-1, 1, 1) * layout.mask.to(clean)
-    stream = StreamInput(
-        tokens=torch.lerp(clean, noise, level),
-        context=context,
-        sigma=torch.zeros_like(sigma) if layout.frozen else sigma,
-    )
+def _stream_task(layout: Layout, clean: Tensor, sigma: Tensor) -> StreamTask:
+    noise, mask = torch.randn_like(clean), layout.mask.to(clean)
+    levels, of_token = None, None
     if len(layout.masks) > 1:
         levels = torch.stack([torch.zeros_like(sigma), sigma], dim=1)
-        of_token = (layout.mask[..., 0] > 0).long().to(sigma.device).expand(len(sigma), -1)
-        stream = replace(stream, levels=levels, level_of_token=of_token)
-    return stream, noise - clean
+        of_token = (layout.mask[..., 0] > 0).long().to(sigma.device).repeat(len(sigma), 1)
+    return StreamTask(
+        tokens=torch.lerp(clean, noise, sigma.view(-1, 1, 1) * mask),
+        sigma=torch.zeros_like(sigma) if layout.frozen else sigma,
+        levels=levels,
+        level_of_token=of_token,
+        velocity=noise - clean,
+        mask=mask,
+        given=layout.frozen,
+    )
 
 
-def _error(velocity: Tensor, wanted: Tensor, layout: Layout) -> Tensor:
-    mask = layout.mask.to(velocity)
-    return ((velocity.float() - wanted).square() * mask).sum() / (
-        mask.sum() * len(velocity) * velocity.shape[2]
-    ).clamp(min=1)
-
-
-def flow_loss(
+def set_task(
     model: Generator,
     batch: Batch,
     ids: Tensor,
     mask: Tensor,
     mode: str,
     rng: random.Random,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared error of both velocities over the tokens that are noised."""
+    text_ropes: TextRopes | None = None,
+) -> Task:
+    """Noise levels, noise and layouts of a step; batch, ids and mask on the device, mode: a name in _MODES.
+
+    text_ropes: always the same; made here if None.
+    """
     device = batch.video.device
     given = mode.split(" and ")
     alone = _sound_alone(given)
@@ -198,20 +242,37 @@ def flow_loss(
     clean_video = torch.cat([video_to_tokens(latent) for latent in (batch.video, *beside)], dim=1)
     if seeing:
         clean_video, video_layout = clean_video[:, held_tokens(video_layout)], held(video_layout)
-    with torch.autocast(device.type, torch.bfloat16):
-        video_context, audio_context = model.contexts(ids, mask)
-        clean_audio = audio_to_tokens(batch.audio)
-        video, video_wanted = _stream(video_layout, clean_video, sigma, video_context)
-        audio, audio_wanted = _stream(audio_layout, clean_audio, sigma, audio_context)
-        rope = model.transformer.rope_tables(video_layout.positions, audio_layout.positions, device)
-        apart = alone or mode == "apart"
-        video_velocity, audio_velocity = model.transformer(video, audio, rope, isolated=apart)
-    video_loss = _error(video_velocity, video_wanted, video_layout)
-    audio_loss = _error(audio_velocity, audio_wanted, audio_layout)
+    return Task(
+        ids=ids,
+        mask=mask,
+        text_ropes=text_ropes or TextRopes.of(model, device),
+        video=_stream_task(video_layout, clean_video, sigma),
+        audio=_stream_task(audio_layout, audio_to_tokens(batch.audio), sigma),
+        rope=model.transformer.rope_tables(video_layout.positions, audio_layout.positions, device),
+        apart=alone or mode == "apart",
+    )
+
+
+def flow_loss(model: Generator, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
+    """Squared error of both velocities over the tokens that are noised."""
+    with torch.autocast(task.ids.device.type, torch.bfloat16):
+        video_context, audio_context = model.contexts(task.ids, task.mask, task.text_ropes)
+        video, audio = task.video.read(video_context), task.audio.read(audio_context)
+        velocities = model.transformer(video, audio, task.rope, isolated=task.apart)
+    errors = {
+        name: _error(velocity, stream)
+        for name, velocity, stream in zip(
+            ("video", "audio"), velocities, (task.video, task.audio), strict=True
+        )
+    }
     # a gradient of nothing would still be a step: Muon gives every update the same size
-    asked = [(video_layout, video_loss), (audio_layout, audio_loss)]
-    loss = torch.stack([error for layout, error in asked if not layout.frozen]).sum()
-    return loss, {"video": video_loss.detach(), "audio": audio_loss.detach()}
+    loss = torch.stack([errors[name] for name in errors if not getattr(task, name).given]).sum()
+    return loss, {name: error.detach() for name, error in errors.items()}
+
+
+def _error(velocity: Tensor, stream: StreamTask) -> Tensor:
+    squares = (velocity.float() - stream.velocity).square() * stream.mask
+    return squares.sum() / (stream.mask.sum() * len(velocity) * velocity.shape[2]).clamp(min=1)
 
 
 def _part(batch: Batch, rows: list[int]) -> Batch:
@@ -324,10 +385,15 @@ def train_transformer(
     if not any(folder.glob("*.safetensors")):
         raise TrainingError(f"{folder} holds no shards: run shards first")
 
-    def loss_of(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    text_ropes = TextRopes.of(run.model, torch.device(device))
+
+    def task_of(step: Step) -> Task:
         clips, ids, mask = _to(step.clips, device), step.ids.to(device), step.mask.to(device)
+        return set_task(run.model, clips, ids, mask, step.mode, random.Random(step.seed), text_ropes)
+
+    def loss_of(task: Task) -> tuple[Tensor, dict[str, Tensor]]:
         with products_for_attention(device):
-            return flow_loss(run.model, clips, ids, mask, step.mode, random.Random(step.seed))
+            return flow_loss(run.model, task)
 
     draw = DrawStep(folder, f"{run.settings.seed}/flow", batch, run.rank, run.processes)
-    run.train(draw, loss_of, workers, seconds)
+    run.train(draw, loss_of, workers, seconds, task_of)

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import TrainingError
+from .gradients import Gradients, LossOf, RecordedGradients
 
 _STATE, _LOG = "state.safetensors", "log.jsonl"
 
@@ -64,13 +65,15 @@ class Muon(torch.optim.Optimizer):
     def _step_together(self, weights: list[nn.Parameter], rate: float) -> None:
         """One batched product for all matrices of a shape: each by itself is too small for a GPU."""
         gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
-        momenta = torch.stack([self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights])
-        momenta.lerp_(gradients, 0.05)
-        updates = orthogonal(torch.lerp(gradients, momenta, 0.95).flatten(2))
+        momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+        stacked = torch.stack(momenta).lerp_(gradients, 0.05)
+        updates = orthogonal(torch.lerp(gradients, stacked, 0.95).flatten(2))
         gain = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-        for weight, momentum, update in zip(weights, momenta, updates, strict=True):
-            self.state[weight]["momentum"].copy_(momentum)
-            weight.add_(update.view_as(weight), alpha=-rate * gain)
+        # lists in a few launches: one for each of 200 weights would take a GPU's host longer than the products
+        torch._foreach_copy_(momenta, stacked.unbind())  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage]
+            list[Tensor](weights), updates.view_as(stacked).unbind(), alpha=-rate * gain
+        )
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -161,14 +164,17 @@ class Run(Generic[Model]):
     def train(
         self,
         draw: Callable[[int], Data],
-        loss_of: Callable[[Data], tuple[Tensor, dict[str, Tensor]]],
+        loss_of: LossOf,
         workers: int = 0,
         seconds: float = 0.0,
+        prepare: Callable[[Data], object] | None = None,
     ) -> None:
         """Runs the remaining steps.
 
         draw(step): its data; loss_of(data): the loss and figures to log; workers: processes that draw ahead. seconds: after which,
         with those of earlier starts, it ends earlier, with the learning rate decayed by then; 0 for any time.
+        prepare(data): what loss_of takes in its place, if given: all that copies to the device and draws noise, so that on a GPU
+        the rest can be recorded (see RecordedGradients).
         Raises TrainingError if no step or no second remains.
         """
         if self.step >= self.settings.steps:
@@ -180,6 +186,7 @@ class Run(Generic[Model]):
         started = saved = time.monotonic()
         before = self.seconds
         first, logged, sums = self.step, self.step, {}
+        gradients = self._gradients(loss_of, prepare is not None)
         for data in drawn_ahead(draw, range(self.step, self.settings.steps), workers):
             self.seconds = before + time.monotonic() - started
             ran = self.seconds / seconds if seconds else 0.0
@@ -187,9 +194,7 @@ class Run(Generic[Model]):
             torch.manual_seed(
                 random.Random(f"{self.settings.seed}/noise/{self.step}/{self.rank}").randrange(2**31)
             )
-            loss, figures = loss_of(data)
-            self.model.zero_grad(set_to_none=True)
-            loss.backward()
+            figures = gradients(data if prepare is None else prepare(data))
             self._average_gradients()
             norm = nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm)
             if torch.isfinite(norm):
@@ -197,7 +202,7 @@ class Run(Generic[Model]):
                     optimizer.step()
             self.step += 1
             self._average()
-            for name, value in ({"loss": loss.detach(), "grad_norm": norm} | figures).items():
+            for name, value in (figures | {"grad_norm": norm}).items():
                 sums[name] = sums.get(name, 0.0) + value
             ended = self.step == self.settings.steps or ran >= 1
             if self.step % 20 == 0 or ended:
@@ -210,6 +215,12 @@ class Run(Generic[Model]):
                 saved = time.monotonic()
             if ended:
                 break
+
+    def _gradients(self, loss_of: LossOf, recordable: bool) -> Gradients:
+        device = next(self.model.parameters()).device
+        if recordable and device.type == "cuda":
+            return RecordedGradients(self.model, loss_of, device)
+        return Gradients(self.model, loss_of)
 
     def _average_gradients(self) -> None:
         """The mean over all processes of a torchrun, so that each takes the same step."""

@@ -117,11 +117,15 @@ class Connector(nn.Module):
             for _ in range(config.layers)
         )
 
-    def forward(self, text_BLW: Tensor, mask_BL: Tensor) -> Tensor:
-        x_BLW = self._fill(text_BLW, mask_BL)
-        positions = torch.arange(x_BLW.shape[1], dtype=torch.float32).view(1, 1, -1)
+    def rope(self, length: int, device: torch.device) -> Rope:
+        """Position tables of a context of this length."""
+        positions = torch.arange(length, dtype=torch.float32).view(1, 1, -1)
         limits, theta = (self.shared.max_position,), self.shared.rope_theta
-        rope = make_rope(positions, limits, theta, self.config.width, self.config.heads).to(x_BLW.device)
+        return make_rope(positions, limits, theta, self.config.width, self.config.heads).to(device)
+
+    def forward(self, text_BLW: Tensor, mask_BL: Tensor, rope: Rope | None = None) -> Tensor:
+        x_BLW = self._fill(text_BLW, mask_BL)
+        rope = rope or self.rope(x_BLW.shape[1], x_BLW.device)
         for block in self.transformer_1d_blocks:
             x_BLW = block(x_BLW, rope)
         return rms_norm(x_BLW, _EPS)
@@ -170,11 +174,16 @@ class Connectors(nn.Module):
         self.audio_embeddings_connector = Connector(config.audio, config)
 
     def forward(
-        self, states_BLDZ: Tensor, mask_BL: Tensor, length: int | None = None
+        self,
+        states_BLDZ: Tensor,
+        mask_BL: Tensor,
+        length: int | None = None,
+        ropes: tuple[Rope | None, Rope | None] = (None, None),
     ) -> tuple[Tensor, Tensor]:
         """(B, L, D, Z) states and their (B, L) mask (1 = a token) to contexts (B, length, W) of both streams.
 
         length: positions that the transformer reads (default L); the part beyond the prompt holds registers.
+        ropes: the video's and the audio's, made here where they are None.
         Raises ShapeError if the prompt is longer than that.
         """
         tokens = states_BLDZ.shape[1]
@@ -185,8 +194,9 @@ class Connectors(nn.Module):
         video, audio = self.text_embedding_projection(flat)
         mask_BL = functional.pad(mask_BL, (0, length - tokens))
         video, audio = (functional.pad(x, (0, 0, 0, length - tokens)) for x in (video, audio))
-        return self.video_embeddings_connector(video, mask_BL), self.audio_embeddings_connector(
-            audio, mask_BL
+        return (
+            self.video_embeddings_connector(video, mask_BL, ropes[0]),
+            self.audio_embeddings_connector(audio, mask_BL, ropes[1]),
         )
 
 

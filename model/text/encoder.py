@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers.rope import make_rope
+from ..layers.rope import Rope, make_rope
 from ..options import Options
 from .connector import ConnectorBlock
 
@@ -58,11 +58,15 @@ class WordEncoder(nn.Module):
             for _ in range(config.layers)
         )
 
-    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Ids (B, L) and mask (B, L; 1 = a word) to states (B, L, D, Z) of the weights' dtype."""
+    def rope(self, length: int, device: torch.device) -> Rope:
+        """Position tables of so many words."""
+        positions = torch.arange(length, dtype=torch.float32).view(1, 1, -1)
+        return make_rope(positions, (64.0,), 100.0, self.config.width, self.config.heads).to(device)
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor, rope: Rope | None = None) -> Tensor:
+        """Ids (B, L) and mask (B, L; 1 = a word) to states (B, L, D, Z) of the weights' dtype; rope: made here if None."""
         x_BLD = self.embedding(ids_BL)
-        positions = torch.arange(ids_BL.shape[1], dtype=torch.float32).view(1, 1, -1)
-        rope = make_rope(positions, (64.0,), 100.0, self.config.width, self.config.heads).to(x_BLD.device)
+        rope = rope or self.rope(ids_BL.shape[1], x_BLD.device)
         bias = torch.zeros(mask_BL.shape, device=x_BLD.device).masked_fill(
             mask_BL == 0, torch.finfo(torch.float32).min
         )
