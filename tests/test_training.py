@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import distributed, nn
 
 from lockstep.model.embedded import train, world
 from lockstep.model.embedded.dataset import SHARD, check_shards, hash_of_codecs
-from lockstep.model.embedded.gradients import Gradients, RecordedGradients, _Recorded
+from lockstep.model.embedded.gradients import Gradients, Recorder, _Recorded
 from lockstep.model.embedded.train_transformer import Generator, train_transformer
 from lockstep.model.embedded.training import (
     Run,
@@ -291,32 +292,25 @@ class TwoLines(nn.Module):
         return loss, {"mean": x.mean().detach()}
 
 
-class Played(RecordedGradients[Points]):
-    """On a CPU: what a graph would run again is computed again from what it reads."""
+class Rerun(Recorder):
+    """On a CPU: what a graph would replay is computed again, from what it was recorded with."""
 
-    def __init__(self, model: TwoLines):
-        Gradients.__init__(self, model, model.loss)
-        self._recorded, self.works, self.plays = {}, True, 0
+    def __init__(self):
+        self._recorded, self.works, self.replays = {}, True, 0
 
-    def __call__(self, inputs: Points) -> dict[str, torch.Tensor]:
-        return self._by_graph(inputs)
+    def __call__(self, key, reads, compute):
+        return self._made(key, reads, compute)
 
-    def _record(self, inputs: Points, tensors: list[torch.Tensor]):
-        figures = Gradients.__call__(self, inputs)
-        gradients = [parameter.grad for parameter in self._parameters]
+    def _record(self, reads: list[torch.Tensor], compute: Callable[[], tuple]) -> _Recorded:
+        figures, gradients = compute()
 
-        class Graph:
-            @staticmethod
-            def replay() -> None:
-                self.plays += 1
-                made = Gradients.__call__(self, inputs)
-                for name, value in made.items():
-                    figures[name].copy_(value)
-                for kept, parameter in zip(gradients, self._parameters, strict=True):
-                    if kept is not None and parameter.grad is not None:
-                        kept.copy_(parameter.grad)
+        def replay() -> None:
+            self.replays += 1
+            again, _ = compute()  # gradients lie where they did
+            for name, value in again.items():
+                figures[name].copy_(value)
 
-        return _Recorded(Graph(), tensors, gradients, figures)  # pyright: ignore[reportArgumentType]
+        return _Recorded(replay, reads, (figures, gradients))
 
 
 def gradients_of(model: nn.Module) -> list[torch.Tensor | None]:
@@ -334,28 +328,30 @@ def assert_same_gradients(model: nn.Module, wanted: list[torch.Tensor | None]) -
 def test_recorded_gradients_are_those_of_the_inputs_at_hand_whatever_came_between():
     torch.manual_seed(0)
     model = TwoLines()
-    played, plain = Played(model), Gradients(model, model.loss)
+    rerun, plain = Rerun(), Gradients(model, model.loss)
+    recorded = Gradients(model, model.loss, rerun)
     for count, both in [(5, True), (5, False), (5, True), (7, True), (5, False), (5, True), (7, True)] * 2:
         points = Points((torch.randn(count, 6), None), both)
         wanted, figures = plain(Points((points.parts[0].clone(), None), both)), {}
         gradients = gradients_of(model)
-        figures = played(points)
+        figures = recorded(points)
         assert figures == wanted
         assert_same_gradients(model, gradients)
-    assert played.plays == 14 - 3  # the first of each of three shapes alone was computed plainly
+    assert rerun.replays == 14 - 3  # the first of each of three shapes alone was computed plainly
 
 
 def test_what_cannot_be_recorded_is_computed_and_said_once(caplog):
-    class Refusing(Played):
-        def _record(self, inputs, tensors):
+    class Refusing(Rerun):
+        def _record(self, reads, compute):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     torch.manual_seed(0)
     model = TwoLines()
-    gradients = Refusing(model)
+    refusing = Refusing()
+    gradients = Gradients(model, model.loss, refusing)
     made = [gradients(Points((torch.full((3, 6), 0.5), None), True))["loss"] for _ in range(2)]
     assert made[0] == made[1]
-    assert not gradients.works
+    assert not refusing.works
     assert [record.message for record in caplog.records] == [
         "steps run without CUDA graphs: operation not permitted when stream is capturing"
     ]
@@ -368,7 +364,8 @@ def test_what_cannot_be_recorded_is_computed_and_said_once(caplog):
 def test_gradients_of_graphs_are_those_of_autograd():
     torch.manual_seed(0)
     model, device = TwoLines().cuda(), torch.device("cuda")
-    recorded, plain = RecordedGradients(model, model.loss, device), Gradients(model, model.loss)
+    record, plain = Recorder(device), Gradients(model, model.loss)
+    recorded = Gradients(model, model.loss, record)
     for count, both in [(5, True), (5, False), (5, True), (7, True), (5, False), (5, True), (7, True)] * 2:
         points = Points((torch.randn(count, 6, device=device), None), both)
         wanted = plain(Points((points.parts[0].clone(), None), both))
@@ -378,4 +375,4 @@ def test_gradients_of_graphs_are_those_of_autograd():
             name: float(value) for name, value in wanted.items()
         }
         assert_same_gradients(model, gradients)
-    assert recorded.works
+    assert record.works

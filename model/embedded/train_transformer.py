@@ -282,7 +282,12 @@ def _part(batch: Batch, rows: list[int]) -> Batch:
 
 
 def _to(batch: Batch, device: str) -> Batch:
-    return replace(batch, **{name: getattr(batch, name).to(device).float() for name in _TENSORS})
+    return replace(batch, **{name: _sent(getattr(batch, name), device).float() for name in _TENSORS})
+
+
+def _sent(tensor: Tensor, device: str) -> Tensor:
+    """On the device; a GPU fetches it when it comes to it, and the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in device else tensor.to(device)
 
 
 def _format(path: Path) -> tuple[int, int, int, float]:
@@ -388,7 +393,7 @@ def train_transformer(
     text_ropes = TextRopes.of(run.model, torch.device(device))
 
     def task_of(step: Step) -> Task:
-        clips, ids, mask = _to(step.clips, device), step.ids.to(device), step.mask.to(device)
+        clips, ids, mask = _to(step.clips, device), _sent(step.ids, device), _sent(step.mask, device)
         return set_task(run.model, clips, ids, mask, step.mode, random.Random(step.seed), text_ropes)
 
     def loss_of(task: Task) -> tuple[Tensor, dict[str, Tensor]]:

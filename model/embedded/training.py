@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import TrainingError
-from .gradients import Gradients, LossOf, RecordedGradients
+from .gradients import Gradients, LossOf, Recorder
 
 _STATE, _LOG = "state.safetensors", "log.jsonl"
 
@@ -47,9 +47,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for hidden matrices and convolutions (Jordan et al. 2024).
 
     torch.optim.Muon takes matrices alone; here a convolution counts as the matrix (out, in * kernel).
+    lr: on a GPU a tensor there, so that a recorded step reads the rate of the day.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float):
+    def __init__(self, parameters: list[nn.Parameter], lr: float | Tensor):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
@@ -62,17 +63,19 @@ class Muon(torch.optim.Optimizer):
             for weights in alike.values():
                 self._step_together(weights, group["lr"])
 
-    def _step_together(self, weights: list[nn.Parameter], rate: float) -> None:
+    def _step_together(self, weights: list[nn.Parameter], rate: float | Tensor) -> None:
         """One batched product for all matrices of a shape: each by itself is too small for a GPU."""
         gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
-        momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+        for weight in weights:
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum"] for weight in weights]
         stacked = torch.stack(momenta).lerp_(gradients, 0.05)
         updates = orthogonal(torch.lerp(gradients, stacked, 0.95).flatten(2))
-        gain = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-        # lists in a few launches: one for each of 200 weights would take a GPU's host longer than the products
+        updates.mul_(-rate * max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5)
         torch._foreach_copy_(momenta, stacked.unbind())  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage]
-            list[Tensor](weights), updates.view_as(stacked).unbind(), alpha=-rate * gain
+            list[Tensor](weights), updates.view_as(stacked).unbind()
         )
 
 
@@ -150,13 +153,20 @@ class Run(Generic[Model]):
         self.weights = dict(model.named_parameters())
         hidden = [n for n in self.names if settings.matrix_rate and is_hidden_matrix(n, self.weights[n])]
         other = [self.weights[n] for n in self.names if n not in set(hidden)]
+        self._device = next(model.parameters()).device
+        on_gpu = self._device.type == "cuda"
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.AdamW(other, settings.learning_rate, (0.9, 0.98), weight_decay=0.0),
-            *([Muon([self.weights[n] for n in hidden], settings.matrix_rate)] if hidden else []),
+            torch.optim.AdamW(
+                *(other, self._rate(settings.learning_rate), (0.9, 0.98)),
+                weight_decay=0.0,
+                fused=on_gpu or None,
+                capturable=on_gpu,
+            ),
+            *([Muon([self.weights[n] for n in hidden], self._rate(settings.matrix_rate))] if hidden else []),
         )
         self.ema = {name: self.weights[name].detach().clone() for name in self.names}
         self.step, self.seconds = 0, 0.0  # of all starts
-        self.rank, self.processes = join_processes(next(model.parameters()).device)
+        self.rank, self.processes = join_processes(self._device)
         if (folder / _STATE).exists():
             self._load()
         self._cut_log()
@@ -173,8 +183,8 @@ class Run(Generic[Model]):
 
         draw(step): its data; loss_of(data): the loss and figures to log; workers: processes that draw ahead. seconds: after which,
         with those of earlier starts, it ends earlier, with the learning rate decayed by then; 0 for any time.
-        prepare(data): what loss_of takes in its place, if given: all that copies to the device and draws noise, so that on a GPU
-        the rest can be recorded (see RecordedGradients).
+        prepare(data): what loss_of takes in its place, if given: all that copies to the device and draws noise, so that a GPU's
+        steps can be recorded.
         Raises TrainingError if no step or no second remains.
         """
         if self.step >= self.settings.steps:
@@ -186,20 +196,20 @@ class Run(Generic[Model]):
         started = saved = time.monotonic()
         before = self.seconds
         first, logged, sums = self.step, self.step, {}
-        gradients = self._gradients(loss_of, prepare is not None)
-        for data in drawn_ahead(draw, range(self.step, self.settings.steps), workers):
+        record = Recorder(self._device) if prepare and self._device.type == "cuda" else None
+        gradients = Gradients(self.model, loss_of, record)
+        prepared = self._prepared(draw, workers, prepare)
+        inputs = next(prepared)
+        while inputs is not None:
             self.seconds = before + time.monotonic() - started
             ran = self.seconds / seconds if seconds else 0.0
             self._set_rate(max(self.step / self.settings.steps, min(ran, 1.0)))
-            torch.manual_seed(
-                random.Random(f"{self.settings.seed}/noise/{self.step}/{self.rank}").randrange(2**31)
-            )
-            figures = gradients(data if prepare is None else prepare(data))
+            figures = gradients(inputs)
             self._average_gradients()
             norm = nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip_norm)
+            inputs = next(prepared, None)  # before a GPU is waited for
             if torch.isfinite(norm):
-                for optimizer in self.optimizers:
-                    optimizer.step()
+                self._update(record)
             self.step += 1
             self._average()
             for name, value in (figures | {"grad_norm": norm}).items():
@@ -216,11 +226,29 @@ class Run(Generic[Model]):
             if ended:
                 break
 
-    def _gradients(self, loss_of: LossOf, recordable: bool) -> Gradients:
-        device = next(self.model.parameters()).device
-        if recordable and device.type == "cuda":
-            return RecordedGradients(self.model, loss_of, device)
-        return Gradients(self.model, loss_of)
+    def _prepared(
+        self, draw: Callable[[int], Data], workers: int, prepare: Callable[[Data], object] | None
+    ) -> Iterator[object]:
+        """What the loss of each remaining step takes; from then on its own noise is drawn."""
+        steps = range(self.step, self.settings.steps)
+        for step, data in zip(steps, drawn_ahead(draw, steps, workers), strict=True):
+            seed = random.Random(f"{self.settings.seed}/noise/{step}/{self.rank}").randrange(2**31)
+            torch.manual_seed(seed)
+            yield data if prepare is None else prepare(data)
+
+    def _update(self, record: Recorder | None) -> None:
+        def step() -> None:
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+        if record is None:
+            step()
+        else:
+            record(("update", tuple(w.grad is None for w in self.weights.values())), [], step)
+
+    def _rate(self, rate: float) -> float | Tensor:
+        """A learning rate as optimizers take it; where their steps are recorded they read it anew each time."""
+        return torch.tensor(rate, device=self._device) if self._device.type == "cuda" else rate
 
     def _average_gradients(self) -> None:
         """The mean over all processes of a torchrun, so that each takes the same step."""
@@ -239,7 +267,10 @@ class Run(Generic[Model]):
         decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done))
         for optimizer, rate in zip(self.optimizers, (s.learning_rate, s.matrix_rate), strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = rate * warm * decay
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate * warm * decay)
+                else:
+                    group["lr"] = rate * warm * decay
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -294,8 +325,7 @@ class Run(Generic[Model]):
 
     def _restore(self, entry: str, weight: nn.Parameter, value: Tensor) -> None:
         optimizer = self.optimizers[entry == "momentum"]
-        # AdamW keeps its step counts on the CPU
-        optimizer.state[weight][entry] = value if entry == "step" else value.to(weight.device)
+        optimizer.state[weight][entry] = value.to(weight.device)
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:
