@@ -113,7 +113,9 @@ class Gradients(Generic[Inputs]):
         figures = self._computed(inputs)
         there = [(place, p.grad) for place, p in zip(self._places, self._parameters, strict=True)]
         filled = [(place, gradient) for place, gradient in there if gradient is not None]
-        torch._foreach_copy_(*map(list, zip(*filled, strict=True)))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            [place for place, _ in filled], [gradient for _, gradient in filled]
+        )
         return figures, [None if gradient is None else place for place, gradient in there]
 
 
