@@ -14,7 +14,6 @@ from torch import Tensor
 from .conditioning.layout import Layout
 from .latents.noise import draw_joint_noise, draw_noise, seeded_generator
 from .latents.patchify import audio_to_tokens, video_to_tokens
-from .residency import first_line
 from .sampler.loop import JointState, noised_stream
 from .shapes import ClipShape
 from .transformer.graphs import LEAST_STEPS, PassGraphs, Recording, Velocities
@@ -241,7 +240,7 @@ class JointDenoiser:
             return True
         except RuntimeError as error:
             # what fails is told by the first error: the recording's own end only says that there was one
-            reason = first_line(str(error.__context__ or error))
+            reason = str(error.__context__ or error).partition("\n")[0]
         # outside of the handler, whose traceback would keep what the recording held; without it memory may be enough
         _logger.warning("passes could not be recorded as CUDA graphs, and go on without: %s", reason)
         self.let_go()

@@ -103,7 +103,7 @@ def assert_runs_agree(
     for denoiser in (recording, plain):
         denoiser.tabulate(sigmas)
     for step, sigma in enumerate(sigmas):
-        given = tokens(plain, step)
+        given = [x.to(next(plain.transformer.parameters()).device) for x in tokens(plain, step)]
         for name in passes(step):
             made, wanted = recording(*given, sigma, name), plain(*given, sigma, name)
             for stream, own, other in zip(("video", "audio"), made, wanted, strict=True):

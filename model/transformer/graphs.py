@@ -7,6 +7,7 @@ B batch, T video tokens, S audio tokens, C channels.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -20,6 +21,7 @@ Velocities = tuple[Tensor, Tensor]  # video (B, T, C), audio (B, S, C)
 Pass = Callable[[], Velocities]
 Recorder = Callable[[Pass], Pass]  # what a pass did, to be done again on the same tensors, into the same ones
 LEAST_STEPS = 6  # recording takes the host as long as one step; fewer than these would not earn it back
+_failed: list[torch.cuda.CUDAGraph] = []  # empty; the allocator may still ask one whether it is recording
 
 
 def _never() -> int:
@@ -60,6 +62,9 @@ class CudaRecorder:
                 torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
             ):
                 made = run()
+        except BaseException:
+            self._end(graph)
+            raise
         finally:
             _drop_workspaces()
 
@@ -68,6 +73,15 @@ class CudaRecorder:
             return made
 
         return again
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a recording that failed; one that could not be ended leaves torch's allocator recording."""
+        graph.reset()
+        _failed.append(graph)
+        index = self._stream.device_index
+        with suppress(RuntimeError):  # it was ended
+            torch._C._cuda_endAllocateToPool(index, self._pool)  # pyright: ignore[reportAttributeAccessIssue]
+            torch._C._cuda_releasePool(index, self._pool)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _drop_workspaces() -> None:
