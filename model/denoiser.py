@@ -3,8 +3,10 @@
 The one place where a clip's layout, its contexts and the network meet. B batch, T video tokens, S audio tokens, C channels.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,11 +16,14 @@ from .latents.noise import draw_joint_noise, draw_noise, seeded_generator
 from .latents.patchify import audio_to_tokens, video_to_tokens
 from .sampler.loop import JointState, noised_stream
 from .shapes import ClipShape
+from .transformer.graphs import LEAST_STEPS, PassGraphs, Recording, Velocities
 from .transformer.model import AVTransformer, RopeTables, StreamInput
 from .transformer.modulation import Modulation
 from .transformer.sharing import SharedPass, SharedStep, SharedText
 from .transformer.step_cache import StepCache
 from .values import Conditioning
+
+_logger = logging.getLogger("lockstep")
 
 
 def starting_state(
@@ -82,6 +87,8 @@ class JointDenoiser:
     passes: those that each step will ask for, the first of a text before those that reuse it: "cond", "uncond",
     "perturbed" (stg_blocks give their values), "isolated" (streams apart). apart: the streams are apart in all passes.
     cache: of this run, if steps may reuse what earlier ones made: "cond" is the first pass of a step then.
+    recording: how passes are recorded once they have run, in a run of known levels that is long enough and has no cache;
+    None records none. Whoever gives it calls `let_go` at the end of the run.
     """
 
     transformer: AVTransformer
@@ -93,11 +100,19 @@ class JointDenoiser:
     text_memory_bytes: int = TEXT_MEMORY_BYTES
     apart: bool = False
     cache: StepCache | None = None
+    recording: Recording | None = None
     _rope: RopeTables = field(init=False)
     _streams: tuple["_Stream", "_Stream"] = field(init=False)
     _levels: dict[float, tuple[Modulation, Modulation]] = field(init=False, default_factory=dict)
     _texts: dict[str, SharedText] = field(init=False, default_factory=dict)
     _step: "_Step | None" = field(init=False, default=None)
+    _steps: int = field(init=False, default=0)  # begun
+    _planned: int = field(init=False, default=0)  # steps of the run, as far as they are known
+    _compiled: dict[str, bool] = field(
+        init=False, default_factory=dict
+    )  # by pass: whether its last run compiled anything
+    _graphs: PassGraphs | None = field(init=False, default=None)
+    _records: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         first = next(self.transformer.parameters())
@@ -109,34 +124,69 @@ class JointDenoiser:
         )
         if self.cache is not None:
             self.cache.keeps_video = self._meeting_bytes(self.video) <= MEETING_MEMORY_BYTES
+        # a cache reads on the host what a step has made, and decides what runs
+        self._records = self.recording is not None and self.cache is None
 
     @torch.inference_mode()
     def tabulate(self, sigmas: Iterable[float]) -> None:
-        """All that these noise levels give, so that a run needs the level embedders no more."""
-        for sigma in sigmas:
+        """All that these noise levels give, those of a whole run, so that it needs the level embedders no more."""
+        levels = tuple(sigmas)
+        for sigma in levels:
             self._modulations(sigma)
+        self._planned = self._steps + len(levels)
 
     @torch.inference_mode()
     def __call__(
         self, video_BTC: Tensor, audio_BSC: Tensor | None, sigma: float, pass_name: str
     ) -> tuple[Tensor, Tensor]:
         assert audio_BSC is not None, "this transformer has no use without its audio stream"
+        graphs = self._begin(video_BTC, audio_BSC, sigma, pass_name).graphs
+        if graphs is not None and self._is_recorded(graphs, pass_name):
+            velocity_video, velocity_audio = graphs.replay(pass_name)
+        else:
+            velocity_video, velocity_audio = self._run(video_BTC, audio_BSC, sigma, pass_name)
+        # differences of nearly equal numbers: float32, whatever the weights are
+        return (
+            torch.addcmul(video_BTC, self._streams[0].mask, velocity_video.float(), value=-sigma),
+            torch.addcmul(audio_BSC, self._streams[1].mask, velocity_audio.float(), value=-sigma),
+        )
+
+    def let_go(self) -> None:
+        """Gives back what recorded passes hold on the device; they may be recorded again."""
+        graphs, self._graphs, self._step = self._graphs, None, None
+        if graphs is not None:
+            graphs.let_go()
+
+    def _run(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float, pass_name: str) -> Velocities:
+        before = self._compilations
+        made = self._forward(video_BTC, audio_BSC, sigma, pass_name, self._modulations(sigma))
+        self._compiled[pass_name] = self._compilations > before
+        return made
+
+    @property
+    def _compilations(self) -> int:
+        return 0 if self.recording is None else self.recording.compilations()
+
+    def _forward(
+        self,
+        video_BTC: Tensor,
+        audio_BSC: Tensor,
+        sigma: float,
+        pass_name: str,
+        modulations: tuple[Modulation, Modulation],
+    ) -> Velocities:
+        """The velocities of one pass of the step that has begun."""
         text = "negative" if pass_name == "uncond" else "positive"
         video, audio = self._streams
-        velocity_video, velocity_audio = self.transformer(
+        return self.transformer(
             video.input(video_BTC, sigma, text),
             audio.input(audio_BSC, sigma, text),
             self._rope,
             perturbed_blocks=self.stg_blocks if pass_name == "perturbed" else (),
             isolated=self.apart or pass_name == "isolated",
-            modulations=self._modulations(sigma),
-            shared=self._shared(video_BTC, audio_BSC, sigma, text),
+            modulations=modulations,
+            shared=self._shared(text),
             cached=self.cache.view(pass_name) if self.cache and self.transformer.config.layers > 1 else None,
-        )
-        # differences of nearly equal numbers: float32, whatever the weights are
-        return (
-            torch.addcmul(video_BTC, video.mask, velocity_video.float(), value=-sigma),
-            torch.addcmul(audio_BSC, audio.mask, velocity_audio.float(), value=-sigma),
         )
 
     def _modulations(self, sigma: float) -> tuple[Modulation, Modulation]:
@@ -145,18 +195,71 @@ class JointDenoiser:
             self._levels[sigma] = self.transformer.modulations(video, audio)
         return self._levels[sigma]
 
-    def _shared(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float, text: str) -> SharedPass | None:
-        """The view of a pass on its step, which begins with the first pass over these tokens."""
+    def _begin(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float, pass_name: str) -> "_Step":
+        """The step of these tokens, which begins with the first pass over them."""
+        if self._step is not None and self._step.is_of(video_BTC, audio_BSC, sigma):
+            return self._step
+        self._step = None  # what its passes shared goes before more is made
+        self._steps += 1
+        # all that passes share is made by this one
+        graphs = self._graphs_of(video_BTC, audio_BSC, sigma) if pass_name == "cond" else None
+        if graphs is None:
+            self._step = self._fresh_step(video_BTC, audio_BSC, sigma)
+        else:
+            graphs.begin(video_BTC, audio_BSC, self._modulations(sigma))
+            texts = self._texts if self._texts_last else graphs.texts
+            self._step = _Step(video_BTC, audio_BSC, sigma, graphs.shared, texts, graphs)
+        return self._step
+
+    def _fresh_step(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float) -> "_Step":
+        texts = self._texts if self._texts_last else {}
+        return _Step(video_BTC, audio_BSC, sigma, SharedStep(self._branch), texts)
+
+    def _graphs_of(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float) -> PassGraphs | None:
+        """Those of this run, from the step on at which all its passes have run and compiled nothing more."""
+        if self._graphs is None and self._records and self._compiled and not any(self._compiled.values()):
+            left = self._planned - self._steps + 1
+            if self.recording is not None and left >= LEAST_STEPS:
+                video, audio = self._streams
+                tokens = video.cast(video_BTC), audio.cast(audio_BSC)
+                recorder = self.recording.recorder()
+                self._graphs = PassGraphs(recorder, tokens, self._modulations(sigma), self._branch)
+        graphs = self._graphs
+        return graphs if graphs is not None and graphs.fits(video_BTC, audio_BSC) else None
+
+    def _is_recorded(self, graphs: PassGraphs, pass_name: str) -> bool:
+        """Whether a pass can be replayed, if it has to be recorded first; the run goes on without graphs where that fails."""
+        if self._compiled.get(pass_name, True):
+            return False  # its kernels are not chosen yet
         step = self._step
-        if step is None or not step.is_of(video_BTC, audio_BSC, sigma):
-            branch = min(self.stg_blocks) if self.stg_blocks and "perturbed" in self.passes else None
-            step = self._step = _Step(video_BTC, audio_BSC, sigma, SharedStep(branch))
-            if not self._texts_last:
-                self._texts.clear()
+        assert step is not None
+        try:
+            # what the level gives is read from the modulations alone
+            run = partial(self._forward, *graphs.tokens, step.sigma, pass_name, graphs.modulations)
+            graphs.record(pass_name, run)
+            return True
+        except RuntimeError as error:
+            # what fails is told by the first error: the recording's own end only says that there was one
+            reason = str(error.__context__ or error).partition("\n")[0]
+        # outside of the handler, whose traceback would keep what the recording held; without it memory may be enough
+        _logger.warning("passes could not be recorded as CUDA graphs, and go on without: %s", reason)
+        self.let_go()
+        self._records = False
+        self._step = self._fresh_step(step.video_BTC, step.audio_BSC, step.sigma)
+        return False
+
+    @property
+    def _branch(self) -> int | None:
+        return min(self.stg_blocks) if self.stg_blocks and "perturbed" in self.passes else None
+
+    def _shared(self, text: str) -> SharedPass | None:
+        """The view of a pass on its step."""
+        step = self._step
+        assert step is not None
         reused = text == "positive" and len(set(self.passes) - {"cond", "uncond"}) > 0
         texts = len({name == "uncond" for name in self.passes}) if self._texts_last else 1
         keeps = texts * self._text_bytes <= self.text_memory_bytes and (self._texts_last or reused)
-        memory = self._texts.setdefault(text, SharedText()) if keeps else None
+        memory = step.texts.setdefault(text, SharedText()) if keeps else None
         if len(self.passes) == 1 and memory is None:
             return None
         return SharedPass(step.shared, memory, text, reused)
@@ -182,7 +285,7 @@ class JointDenoiser:
     @property
     def kept_text_bytes(self) -> int:
         """Keys and values of the texts that are kept now, once every block has made its own."""
-        return len(self._texts) * self._text_bytes
+        return len(self._step.texts if self._step else self._texts) * self._text_bytes
 
     @property
     def _text_bytes(self) -> int:
@@ -200,6 +303,8 @@ class _Step:
     audio_BSC: Tensor
     sigma: float
     shared: SharedStep
+    texts: dict[str, SharedText]
+    graphs: PassGraphs | None = None  # whose tensors its passes read and share
 
     def is_of(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float) -> bool:
         return video_BTC is self.video_BTC and audio_BSC is self.audio_BSC and sigma == self.sigma
@@ -224,7 +329,7 @@ class _Stream:
     def input(self, tokens_BTC: Tensor, sigma: float, text: str) -> StreamInput:
         batch = len(tokens_BTC)
         return StreamInput(
-            tokens=tokens_BTC.to(self._first.dtype),
+            tokens=self.cast(tokens_BTC),
             context=self.contexts[text].expand(batch, -1, -1),
             sigma=torch.full((batch,), 0.0 if self._frozen else sigma, device=tokens_BTC.device),
             levels=None if self._masks is None else (self._masks * sigma).expand(batch, -1),
@@ -232,6 +337,10 @@ class _Stream:
             marked=self._marked.expand(batch, -1),
             groups=self._groups,
         )
+
+    def cast(self, tokens_BTC: Tensor) -> Tensor:
+        """In the transformer's dtype."""
+        return tokens_BTC.to(self._first.dtype)
 
     def nothing(self) -> Tensor:
         """Tokens of a pass that asks for nothing but levels; those of one sample serve all."""

@@ -80,6 +80,7 @@ from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
 from .trajectory import Trajectory
 from .transformer.compiled import CompileReport, compile_blocks
+from .transformer.graphs import CudaRecorder, Recording
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
 from .two_stage import Upscale, carried_audio, in_known_time, reads_slowed
@@ -499,7 +500,7 @@ class Engine:
         state = run.state(layouts, z, self.device, start)
         transformer = self._transformer
         self._loras.put_on(keymap.TRANSFORMER, transformer, run.settings.loras)
-        denoiser = run.denoiser(transformer, layouts, cache)
+        denoiser = run.denoiser(transformer, layouts, cache, self._recording)
         with (
             self._brought(keymap.TRANSFORMER),
             self._numbers(keymap.TRANSFORMER),
@@ -510,6 +511,14 @@ class Engine:
         empty = self.empty_latents(run.shape)
         made = replace(empty, audio=tokens_to_audio(audio, z))
         return made if run.sound_alone else replace(made, video=clip_video(video, run.shape))
+
+    @property
+    def _recording(self) -> Recording | None:
+        """How a run's passes are recorded; None where weights may move before it ends, or nothing records them."""
+        if self.device.type != "cuda" or self._place or self._residence.policy != "resident":
+            return None
+        report = self._compile_report
+        return Recording(partial(CudaRecorder, self.device), lambda: report.attempts if report else 0)
 
     def _sound(self, run: Run, given: Given, guides: Sequence[Guide] = ()) -> Tensor:
         """The audio latents (1, C, L, M) that the run's pictures are then made to, as sound_alone makes them.

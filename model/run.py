@@ -22,6 +22,7 @@ from .sampler.loop import JointState, count_steps, denoise, model_levels
 from .sampler.schedule import shifted_schedule
 from .shapes import ClipShape
 from .step_probe import check_threshold, probe_shape
+from .transformer.graphs import Recording
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
 from .values import AVLatents, Conditioning, Lora, Progress, ProgressCallback, StepCacheReport
@@ -170,12 +171,19 @@ class Run:
         return starting_state(self.inside, *layouts, audio_channels, self.seed, noise, device, start)
 
     def denoiser(
-        self, transformer: AVTransformer, layouts: tuple[Layout, Layout], cache: StepCache | None
+        self,
+        transformer: AVTransformer,
+        layouts: tuple[Layout, Layout],
+        cache: StepCache | None,
+        recording: Recording | None = None,
     ) -> JointDenoiser:
         blocks, passes = self.settings.guidance.stg_blocks, self._guidance(*layouts).passes
         apart = self.sound_alone and not layouts[0].frozen  # of pictures that are given a sound sees all
         return JointDenoiser(
-            transformer, *layouts, self.conditioning, blocks, passes, apart=apart, cache=cache
+            *(transformer, *layouts, self.conditioning, blocks, passes),
+            apart=apart,
+            cache=cache,
+            recording=recording,
         )
 
     def _guidance(self, video: Layout, audio: Layout) -> Guidance:
@@ -188,7 +196,10 @@ class Run:
         guidance = self._guidance(denoiser.video, denoiser.audio)
         # all levels first: what embeds them need not be on the device while blocks run
         denoiser.tabulate(model_levels(sigmas, sampler))
-        done = denoise(state, sigmas, denoiser, sampler, guidance, self.seed, self.progress)
+        try:
+            done = denoise(state, sigmas, denoiser, sampler, guidance, self.seed, self.progress)
+        finally:
+            denoiser.let_go()
         return tuple(stream.tokens_BTC for stream in done.streams)
 
 

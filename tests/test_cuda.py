@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import av_names  # noqa: F401  # before the engine, which needs them
 import pytest
@@ -22,12 +23,14 @@ from published_models import VOCODERS as PUBLISHED_VOCODERS
 from safetensors.torch import save_file
 from test_audio_codec import AUDIO_VAES, CHANNELS, VOCODERS, WAVEFORM_TOLERANCE, seeded
 from test_diffusion_decoder import CONFIG as DIFFUSION_CONFIG
+from test_graphs import assert_runs_agree
 from test_sharing import LAYERS, PASSES, make, tokens
 from tiny_models import TRANSFORMERS, VERSIONS, VIDEO_VAES
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lockstep.model.checkpoint import keymap
+from lockstep.model.checkpoint.lora import Change, _Branch
 from lockstep.model.codec.audio_vae import AudioVAE, AudioVAEConfig
 from lockstep.model.codec.diffusion_decoder import DiffusionVAE, Room
 from lockstep.model.codec.streaming import decode_stream, encode_stream
@@ -46,8 +49,9 @@ from lockstep.model.sampler.guidance import Guidance
 from lockstep.model.shapes import ClipShape
 from lockstep.model.transformer.compiled import compile_blocks
 from lockstep.model.transformer.config import TransformerConfig
+from lockstep.model.transformer.graphs import CudaRecorder, Recording
 from lockstep.model.transformer.model import AVTransformer
-from lockstep.model.values import AVLatents, Conditioning, Context, GenerateRequest, Progress
+from lockstep.model.values import AVLatents, Conditioning, Context, GenerateRequest, Guide, Progress
 
 pytestmark = [
     pytest.mark.gpu,
@@ -727,3 +731,129 @@ def test_compiled_blocks_give_what_eager_ones_give(device):
     for again in made[:2]:
         assert_agree(again, wanted, 1e-4, "compiled")
     assert_agree(made[2], both(plain, given, "cond", 0.4), 1e-4, "compiled, at another level")
+
+
+# -- CUDA graphs ---------------------------------------------------------------------------------------------------
+
+
+def graphed(denoiser: JointDenoiser, compilations: Callable[[], int] = int) -> JointDenoiser:
+    """The same denoiser, which records its passes."""
+    device = next(denoiser.transformer.parameters()).device
+    return replace(denoiser, recording=Recording(partial(CudaRecorder, device), compilations))
+
+
+def assert_graphs_agree(recording: JointDenoiser, eager: JointDenoiser, passes: tuple[str, ...], **options):
+    """Bit for bit, and all of these passes were recorded."""
+    device = next(eager.transformer.parameters()).device
+    usual = torch.cuda.current_stream(device)
+    assert_runs_agree(recording, eager, lambda _step: passes, **options)
+    assert torch.cuda.current_stream(device) == usual
+    assert recording._graphs is not None, "nothing was recorded"
+    assert set(recording._graphs._replays) == set(passes)
+    recording.let_go()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_graphs_give_the_bits_of_the_passes_that_they_recorded(device, name, dtype):
+    eager = moved(make(name, (2,), PASSES), device, dtype)
+    assert_graphs_agree(graphed(eager), eager, PASSES)
+    before = held(device)
+    alone = replace(eager, passes=("cond",))
+    assert_graphs_agree(graphed(alone), alone, ("cond",))
+    assert_runs_agree(graphed(eager), eager, lambda step: PASSES if step < 4 else ("cond",))
+    order = ("cond", "isolated", "perturbed", "uncond")
+    assert_runs_agree(graphed(eager), eager, lambda step: order if step % 2 else PASSES)
+    del alone
+    assert_let_go(device, before, name)
+
+
+def test_graphs_of_held_and_added_pictures_give_the_same_bits(device):
+    picture = torch.randn(1, 4, 1, 2, 3)
+    guides = (Guide(picture, 0, 0.7), Guide(picture, 8, 1.0, attention=0.5))
+    eager = moved(make("2.5", (2,), PASSES, guides), device, torch.bfloat16)
+    assert_graphs_agree(graphed(eager), eager, PASSES)
+
+
+def test_graphs_of_packed_and_of_changed_weights_give_the_same_bits(device):
+    eager = moved(make("2.3", (2,), PASSES), device, torch.bfloat16)
+    pack_linears(eager.transformer.transformer_blocks)
+    assert_graphs_agree(graphed(eager), eager, PASSES)
+    changed = moved(make("2.3", (2,), PASSES), device, torch.bfloat16)
+    for block in changed.transformer.transformer_blocks:
+        for layer in (block.attn1.to_q, block.audio_attn2.to_k, block.ff.net[2]):
+            change = Change(torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4), 0.1)
+            layer.register_forward_hook(_Branch([(change, 0.5)]))
+    assert_graphs_agree(graphed(changed), changed, PASSES)
+
+
+def test_a_graph_that_cannot_be_recorded_is_told_and_nothing_is_lost(device, caplog):
+    eager = moved(make("2.3", (2,), PASSES), device, torch.float32)
+    recording, last = graphed(eager), eager.transformer.transformer_blocks[LAYERS - 1]
+    hook = last.register_forward_hook(lambda _block, _given, made: made[0].sum().item() and None)  # waits
+    assert_runs_agree(recording, eager)
+    assert [line for line in caplog.messages if "could not be recorded as CUDA graphs" in line]
+    hook.remove()
+    assert torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+    assert_graphs_agree(graphed(eager), eager, PASSES)
+
+
+def test_memory_that_ends_while_a_graph_is_recorded_is_told_and_the_run_goes_on(device, caplog):
+    eager = moved(make("2.3", (2,), PASSES), device, torch.float32)
+
+    class Full(CudaRecorder):
+        def __call__(self, run):
+            def ends():
+                run()
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+            return super().__call__(ends)
+
+    before = held(device)
+    assert_runs_agree(replace(eager, recording=Recording(partial(Full, device))), eager)
+    assert [line for line in caplog.messages if "without: CUDA out of memory" in line], caplog.messages
+    eager._step = None
+    eager._texts.clear()
+    assert_let_go(device, before, "not recorded")
+    assert_graphs_agree(graphed(eager), eager, PASSES)
+
+
+def test_compiled_blocks_are_recorded(device):
+    plain = moved(make("2.3", (2,), PASSES), device, torch.float32)
+    report = compile_blocks(plain.transformer, out_of_memory)
+    for step, sigma in enumerate((0.9, 0.6, 0.3)):  # texts that are remembered compile again
+        given = there_as_well(tokens(plain, step), device)
+        for name in PASSES:
+            plain(*given, sigma, name)
+    if report.failure:
+        pytest.skip(f"nothing can be compiled here: {report.failure}")
+    attempts = report.attempts
+    assert_graphs_agree(graphed(plain, lambda: report.attempts), replace(plain), PASSES)
+    assert report.attempts == attempts
+
+
+def test_an_engine_s_clips_are_the_same_with_graphs_and_without(device, monkeypatch):
+    recorded, record = [], CudaRecorder.__call__
+    monkeypatch.setattr(CudaRecorder, "__call__", lambda self, run: recorded.append(1) or record(self, run))
+    engine = Engine("embedded", device)
+    settings, shape = SampleSettings(steps=10), engine.shape(seconds=1)
+    conditioning = engine.encode_text(PROMPT)
+
+    def clip(seed: int) -> AVLatents:
+        return engine.sample(conditioning, shape, settings=settings, seed=seed)
+
+    graphs = [clip(seed) for seed in (1, 2)]
+    assert recorded
+    assert not torch.equal(graphs[0].video, graphs[1].video)
+    recorded.clear()
+    before = held(device)
+    assert_same(clip(1).video, graphs[0].video, "the same seed again")
+    assert recorded
+    recorded.clear()
+    assert_let_go(device, before, "after a run with graphs")
+    monkeypatch.setattr(Engine, "_recording", None)
+    for seed, made in zip((1, 2), graphs, strict=True):
+        wanted = clip(seed)
+        assert_same(made.video, wanted.video, f"video of seed {seed}")
+        assert_same(made.audio, wanted.audio, f"audio of seed {seed}")
+    assert not recorded

@@ -43,6 +43,7 @@ class CompileReport:
 
     compile_seconds: float = 0.0
     timings: dict[tuple, _Timing] = field(default_factory=dict)
+    attempts: int = 0  # at compiling, of whatever shape
     failure: str = ""  # why torch could not compile; the blocks run as they are since then
 
     @property
@@ -84,14 +85,17 @@ def _reported(
         # LoRAs come and go as hooks, whose coming the compiler does not notice by itself
         hooks = tuple(id(hook) for layer in block.modules() for hook in layer._forward_hooks.values())
         shape = (video_BTD.shape, audio_BSD.shape, video_BTD.dtype, state[2:4])
+        if _is_recorded():
+            # nothing may wait or compile now; what a CUDA graph replays later is not counted
+            known = (*shape, _kept(state), hooks) in compiled
+            return (fast if known else eager)(video_BTD, audio_BSD, *state)
         like = (*shape, bool(hooks))  # each block has hooks of its own, and all take as long
         if like not in report.timings:
             # warms up, and fills the text's memory before it is looked at
             eager(video_BTD, audio_BSD, *state)
             report.timings[like] = _Timing(_seconds(eager, video_BTD, audio_BSD, *state)[0])
         timing = report.timings[like]
-        kept = tuple(memory if memory is None else tuple(memory) for memory in state[4:])
-        key = (*shape, kept, hooks)
+        key = (*shape, _kept(state), hooks)
         if key in compiled:
             timing.calls += 1
             if len(timing.fast_seconds) >= _TIMED_CALLS:
@@ -99,6 +103,7 @@ def _reported(
             seconds, made = _seconds(fast, video_BTD, audio_BSD, *state)
             timing.fast_seconds.append(seconds)
             return made
+        report.attempts += 1
         try:
             with (
                 torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS, skip_nnmodule_hook_guards=False),
@@ -122,6 +127,15 @@ def _reported(
         return eager(video_BTD, audio_BSD, *state)
 
     return forward
+
+
+def _kept(state: tuple) -> tuple:
+    """What is remembered of texts and meetings."""
+    return tuple(memory if memory is None else tuple(memory) for memory in state[4:])
+
+
+def _is_recorded() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _seconds(run: Forward, *arguments) -> tuple[float, tuple[Tensor, Tensor]]:

@@ -4,7 +4,8 @@
     python tests/bench/denoise.py --dtype bfloat16
     python tests/bench/denoise.py --first-image                       # tokens of two noise levels, as a given picture makes them
     python tests/bench/denoise.py --device cuda --dtype bfloat16 --model 2.3 --steps 8 --ours-only --single-only --compile \\
-        --sizes 768x512x121 1280x704x121 1920x1088x121                # and a distilled run, with and without torch.compile
+        --graphs --sizes 768x512x121 1280x704x121 1920x1088x121       # and a distilled run, with and without torch.compile,
+                                                                      # each with and without CUDA graphs
 
 Per size: `single` is one conditional forward, `guided` the four passes of a step (conditional, unconditional, STG,
 isolated). Sides alternate, medians count. `ceiling` is the share of the fastest large matmul of this machine and dtype,
@@ -39,6 +40,7 @@ from lockstep.model.sampler.schedule import DISTILLED  # noqa: E402
 from lockstep.model.shapes import ClipShape  # noqa: E402
 from lockstep.model.transformer.compiled import compile_blocks  # noqa: E402
 from lockstep.model.transformer.config import TransformerConfig  # noqa: E402
+from lockstep.model.transformer.graphs import CudaRecorder, Recording  # noqa: E402
 from lockstep.model.transformer.model import AVTransformer  # noqa: E402
 from lockstep.model.values import Conditioning, Context, Guide  # noqa: E402
 
@@ -114,8 +116,11 @@ class Ours:
             shape, self.video, self.audio, config.audio.channels_in // 16, 4, 1.0, device
         )
 
-    def denoiser(self, passes: tuple[str, ...]) -> JointDenoiser:
-        return JointDenoiser(self.transformer, self.video, self.audio, self.conditioning, (self.stg,), passes)
+    def denoiser(self, passes: tuple[str, ...], recording: Recording | None = None) -> JointDenoiser:
+        layouts = self.video, self.audio
+        return JointDenoiser(
+            self.transformer, *layouts, self.conditioning, (self.stg,), passes, recording=recording
+        )
 
     def step(self, passes: tuple[str, ...]) -> Callable[[], dict[str, tuple[Tensor, Tensor]]]:
         """A step over fresh tokens each time, so that nothing is shared between two of them that real steps would not."""
@@ -128,14 +133,16 @@ class Ours:
 
         return run
 
-    def run(self, steps: int) -> Callable[[], object]:
-        """A distilled run without guidance, all that happens between noise and clean latents."""
+    def run(self, steps: int, recording: Recording | None = None) -> Callable[[], object]:
+        """A distilled run without guidance, all that happens between noise and clean latents; recording: as CUDA graphs."""
         sigmas = DISTILLED if steps == 8 else [1 - i / steps for i in range(steps + 1)]
 
         def run() -> object:
-            denoiser = self.denoiser(("cond",))
+            denoiser = self.denoiser(("cond",), recording)
             denoiser.tabulate(sigmas[:-1])
-            return denoise(self.state, sigmas, denoiser, guidance=Guidance())
+            done = denoise(self.state, sigmas, denoiser, guidance=Guidance())
+            denoiser.let_go()
+            return done
 
         return run
 
@@ -243,7 +250,10 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--first-image", action="store_true", help="the clip's first picture is given")
     parser.add_argument("--compile", action="store_true", help="also ours with compiled blocks")
+    parser.add_argument("--graphs", action="store_true", help="also whole runs with CUDA graphs")
     args = parser.parse_args()
+    if args.graphs and not args.device.startswith("cuda"):
+        parser.error("graphs are CUDA's: add --device cuda")
     torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.dtype == "float8" else getattr(torch, args.dtype)
     config = transformer_config(args.model)
@@ -331,10 +341,16 @@ def whole_run(
 ) -> dict:
     if not args.steps:
         return {}
-    runs = timed(ours.run(args.steps), args.device, args.runs)
-    print(f"| {size} | {how}{args.steps} steps | {median(runs):.3f} | | | "
-          f"{flop * args.steps / median(runs) / ceiling:.0%} | | {spread(runs):.0%} |")  # fmt: skip
-    return {"run_steps": args.steps, "run_s": median(runs), "run_spread": spread(runs)}
+    found: dict = {"run_steps": args.steps}
+    ways: dict[str, Recording | None] = {"": None}
+    if args.graphs:
+        ways["graphs_"] = Recording(lambda: CudaRecorder(torch.device(args.device)))
+    for way, recording in ways.items():
+        runs = timed(ours.run(args.steps, recording), args.device, args.runs)
+        print(f"| {size} | {how}{args.steps} steps{', graphs' if way else ''} | {median(runs):.3f} | | | "
+              f"{flop * args.steps / median(runs) / ceiling:.0%} | | {spread(runs):.0%} |")  # fmt: skip
+        found |= {f"{way}run_s": median(runs), f"{way}run_spread": spread(runs)}
+    return found
 
 
 def report(
