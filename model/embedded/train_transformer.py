@@ -129,7 +129,7 @@ class Generator(nn.Module):
 
 
 def initialise_generator(model: Generator, seed: int) -> None:
-    """Seeded start: small matrices, blocks and output that begin at nothing."""
+    """Seeded start: small matrices, blocks and output that begin at nothing, heads whose gates let all through."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -138,7 +138,7 @@ def initialise_generator(model: Generator, seed: int) -> None:
             nn.init.zeros_(parameter)
         elif "embedding.weight" in name or "registers" in name:
             nn.init.normal_(parameter, std=1.0)
-        elif "adaln_single.linear" in name or "proj_out" in name:
+        elif any(part in name for part in ("adaln_single.linear", "proj_out", "to_gate_logits")):
             nn.init.zeros_(parameter)
         else:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
