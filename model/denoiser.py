@@ -108,9 +108,8 @@ class JointDenoiser:
     _step: "_Step | None" = field(init=False, default=None)
     _steps: int = field(init=False, default=0)  # begun
     _planned: int = field(init=False, default=0)  # steps of the run, as far as they are known
-    _compiled: dict[str, bool] = field(
-        init=False, default_factory=dict
-    )  # by pass: whether its last run compiled anything
+    # by pass: whether its last run compiled anything
+    _compiled: dict[str, bool] = field(init=False, default_factory=dict)
     _graphs: PassGraphs | None = field(init=False, default=None)
     _records: bool = field(init=False, default=False)
 
@@ -141,7 +140,7 @@ class JointDenoiser:
     ) -> tuple[Tensor, Tensor]:
         assert audio_BSC is not None, "this transformer has no use without its audio stream"
         graphs = self._begin(video_BTC, audio_BSC, sigma, pass_name).graphs
-        if graphs is not None and self._is_recorded(graphs, pass_name):
+        if graphs is not None and self._is_recorded(graphs, sigma, pass_name):
             velocity_video, velocity_audio = graphs.replay(pass_name)
         else:
             velocity_video, velocity_audio = self._run(video_BTC, audio_BSC, sigma, pass_name)
@@ -227,26 +226,30 @@ class JointDenoiser:
         graphs = self._graphs
         return graphs if graphs is not None and graphs.fits(video_BTC, audio_BSC) else None
 
-    def _is_recorded(self, graphs: PassGraphs, pass_name: str) -> bool:
+    def _is_recorded(self, graphs: PassGraphs, sigma: float, pass_name: str) -> bool:
         """Whether a pass can be replayed, if it has to be recorded first; the run goes on without graphs where that fails."""
         if self._compiled.get(pass_name, True):
             return False  # its kernels are not chosen yet
-        step = self._step
-        assert step is not None
         try:
             # what the level gives is read from the modulations alone
-            run = partial(self._forward, *graphs.tokens, step.sigma, pass_name, graphs.modulations)
+            run = partial(self._forward, *graphs.tokens, sigma, pass_name, graphs.modulations)
             graphs.record(pass_name, run)
             return True
         except RuntimeError as error:
             # what fails is told by the first error: the recording's own end only says that there was one
             reason = str(error.__context__ or error).partition("\n")[0]
-        # outside of the handler, whose traceback would keep what the recording held; without it memory may be enough
+        # outside of the handler, whose traceback would keep what the recording held: without it memory may be enough
         _logger.warning("passes could not be recorded as CUDA graphs, and go on without: %s", reason)
-        self.let_go()
-        self._records = False
-        self._step = self._fresh_step(step.video_BTC, step.audio_BSC, step.sigma)
+        self._stop_recording()
         return False
+
+    def _stop_recording(self) -> None:
+        """The step begins anew: what its passes shared may be half made."""
+        assert self._step is not None
+        given = self._step.video_BTC, self._step.audio_BSC, self._step.sigma
+        self._records = False
+        self.let_go()
+        self._step = self._fresh_step(*given)
 
     @property
     def _branch(self) -> int | None:

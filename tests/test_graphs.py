@@ -12,13 +12,15 @@ import pytest
 import torch
 from test_sharing import PASSES, SHAPE, make, tokens
 from tiny_models import TRANSFORMERS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
 from lockstep.model.denoiser import JointDenoiser
 from lockstep.model.engine import Engine, SampleSettings
+from lockstep.model.transformer import compiled
+from lockstep.model.transformer.compiled import CompileReport
 from lockstep.model.transformer.graphs import LEAST_STEPS, CudaRecorder, Pass, Recording, Velocities
 from lockstep.model.transformer.step_cache import StepCache
 from lockstep.model.values import Guide
@@ -68,7 +70,7 @@ class Recorder:
     """Counts what it records; fails at the recordings numbered in `fails`."""
 
     def __init__(self, fails: tuple[int, ...] = ()):
-        self.recorded, self.replayed, self._fails = 0, 0, fails
+        self.recorded, self.replayed, self._fails = 0, 0, fails  # numbered from 1
 
     def __call__(self, run: Pass) -> Pass:
         self.recorded += 1
@@ -222,6 +224,21 @@ def test_a_pass_that_compiled_something_is_run_again_before_it_is_recorded():
 
     assert_runs_agree(recording, plain, passes)
     assert recorded[:4] == [0, 0, 0, 2]
+
+
+def test_compiled_blocks_wait_for_nothing_and_compile_nothing_while_they_are_recorded(monkeypatch):
+    calls, report, x = [], CompileReport(), torch.zeros(1, 2, 3)
+
+    def of(name: str) -> Callable:
+        return lambda video, audio, *_state: (calls.append(name), (video, audio))[1]
+
+    forward = compiled._reported(nn.Module(), of("eager"), of("fast"), report, set(), lambda _error: False)
+    for recorded, wanted in ((True, "eager"), (False, "fast"), (True, "fast")):
+        monkeypatch.setattr(compiled, "_is_recorded", lambda recorded=recorded: recorded)
+        forward(x, x, None, None, False, False, None, None)
+        assert calls[-1] == wanted
+        assert (len(report.timings), report.attempts) == ((0, 0) if len(calls) == 1 else (1, 1))
+    assert not report.failure
 
 
 def test_short_runs_unknown_runs_and_step_caches_are_not_recorded():

@@ -21,7 +21,9 @@ Velocities = tuple[Tensor, Tensor]  # video (B, T, C), audio (B, S, C)
 Pass = Callable[[], Velocities]
 Recorder = Callable[[Pass], Pass]  # what a pass did, to be done again on the same tensors, into the same ones
 LEAST_STEPS = 6  # recording takes the host as long as one step; fewer than these would not earn it back
-_failed: list[torch.cuda.CUDAGraph] = []  # empty; the allocator may still ask one whether it is recording
+_failed: list[
+    torch.cuda.CUDAGraph
+] = []  # without memory; the allocator may still ask one whether it is recording
 
 
 def _never() -> int:
@@ -76,9 +78,10 @@ class CudaRecorder:
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         """After a recording that failed; one that could not be ended leaves torch's allocator recording."""
-        graph.reset()
         _failed.append(graph)
-        index = self._stream.device_index
+        with suppress(RuntimeError):
+            graph.reset()
+        index = self._stream.device.index
         with suppress(RuntimeError):  # it was ended
             torch._C._cuda_endAllocateToPool(index, self._pool)  # pyright: ignore[reportAttributeAccessIssue]
             torch._C._cuda_releasePool(index, self._pool)  # pyright: ignore[reportAttributeAccessIssue]
