@@ -108,8 +108,8 @@ class JointDenoiser:
     _step: "_Step | None" = field(init=False, default=None)
     _steps: int = field(init=False, default=0)  # begun
     _planned: int = field(init=False, default=0)  # steps of the run, as far as they are known
-    # by pass: whether its last run compiled anything
-    _compiled: dict[str, bool] = field(init=False, default_factory=dict)
+    # by pass: whether its last run compiled nothing, and left a GPU waiting
+    _worthwhile: dict[str, bool] = field(init=False, default_factory=dict)
     _graphs: PassGraphs | None = field(init=False, default=None)
     _records: bool = field(init=False, default=False)
 
@@ -157,14 +157,19 @@ class JointDenoiser:
             graphs.let_go()
 
     def _run(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float, pass_name: str) -> Velocities:
-        before = self._compilations
-        made = self._forward(video_BTC, audio_BSC, sigma, pass_name, self._modulations(sigma))
-        self._compiled[pass_name] = self._compilations > before
+        recording, modulations = self.recording, self._modulations(sigma)
+        forward = partial(self._forward, video_BTC, audio_BSC, sigma, pass_name, modulations)
+        if recording is None:
+            return forward()
+        before, waits = recording.compilations(), True
+        if recording.wait is None:
+            made = forward()
+        else:
+            with recording.wait(self.transformer) as wait:
+                made = forward()
+            waits = wait.noticed and pass_name in self._worthwhile
+        self._worthwhile[pass_name] = waits and recording.compilations() == before
         return made
-
-    @property
-    def _compilations(self) -> int:
-        return 0 if self.recording is None else self.recording.compilations()
 
     def _forward(
         self,
@@ -215,8 +220,8 @@ class JointDenoiser:
         return _Step(video_BTC, audio_BSC, sigma, SharedStep(self._branch), texts)
 
     def _graphs_of(self, video_BTC: Tensor, audio_BSC: Tensor, sigma: float) -> PassGraphs | None:
-        """Those of this run, from the step on at which all its passes have run and compiled nothing more."""
-        if self._graphs is None and self._records and self._compiled and not any(self._compiled.values()):
+        """Those of this run, from the step on at which all its passes have run and are worth recording."""
+        if self._graphs is None and self._records and self._worthwhile and all(self._worthwhile.values()):
             left = self._planned - self._steps + 1
             if self.recording is not None and left >= LEAST_STEPS:
                 video, audio = self._streams
@@ -228,8 +233,8 @@ class JointDenoiser:
 
     def _is_recorded(self, graphs: PassGraphs, sigma: float, pass_name: str) -> bool:
         """Whether a pass can be replayed, if it has to be recorded first; the run goes on without graphs where that fails."""
-        if self._compiled.get(pass_name, True):
-            return False  # its kernels are not chosen yet
+        if not self._worthwhile.get(pass_name, False):
+            return False
         try:
             # what the level gives is read from the modulations alone
             run = partial(self._forward, *graphs.tokens, sigma, pass_name, graphs.modulations)

@@ -80,7 +80,7 @@ from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
 from .trajectory import Trajectory
 from .transformer.compiled import CompileReport, compile_blocks
-from .transformer.graphs import CudaRecorder, Recording
+from .transformer.graphs import CudaRecorder, Recording, Wait
 from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
 from .two_stage import Upscale, carried_audio, in_known_time, reads_slowed
@@ -518,7 +518,7 @@ class Engine:
         if self.device.type != "cuda" or self._place or self._residence.policy != "resident":
             return None
         report = self._compile_report
-        return Recording(partial(CudaRecorder, self.device), lambda: report.attempts if report else 0)
+        return Recording(partial(CudaRecorder, self.device), lambda: report.attempts if report else 0, Wait)
 
     def _sound(self, run: Run, given: Given, guides: Sequence[Guide] = ()) -> Tensor:
         """The audio latents (1, C, L, M) that the run's pictures are then made to, as sound_alone makes them.

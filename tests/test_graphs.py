@@ -6,6 +6,7 @@ is gone is read here as well. The graphs themselves are tested in test_cuda.py.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from lockstep.model.denoiser import JointDenoiser
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.transformer import compiled
 from lockstep.model.transformer.compiled import CompileReport
-from lockstep.model.transformer.graphs import LEAST_STEPS, CudaRecorder, Pass, Recording, Velocities
+from lockstep.model.transformer.graphs import LEAST_STEPS, CudaRecorder, Pass, Recording, Velocities, Wait
 from lockstep.model.transformer.step_cache import StepCache
 from lockstep.model.values import Guide
 
@@ -224,6 +225,65 @@ def test_a_pass_that_compiled_something_is_run_again_before_it_is_recorded():
 
     assert_runs_agree(recording, plain, passes)
     assert recorded[:4] == [0, 0, 0, 2]
+
+
+class Noticed:
+    """In place of a GPU's: what is noticed of each run, in turn."""
+
+    def __init__(self, noticed: list[bool]):
+        self._left = noticed
+
+    def __call__(self, _transformer: nn.Module) -> "Noticed":
+        return self
+
+    def __enter__(self) -> "Noticed":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.noticed = self._left.pop(0)
+
+
+def test_passes_are_recorded_once_a_gpu_waits_for_the_host_in_all_of_them_but_never_after_their_first_run():
+    # by step, for "cond" and "uncond"
+    for noticed, first in (([True, True] * 2, 2), ([True, True, False, True, True, True], 3)):
+        recorder, recording, plain = pair("2.3", ("cond", "uncond"))
+        left = list(noticed)
+        watched = replace(
+            recording,
+            recording=Recording(lambda recorder=recorder: recorder, wait=Noticed(left)),  # pyright: ignore[reportArgumentType]
+        )
+        sigmas, recorded = tuple(1 - step / 10 for step in range(10)), []
+
+        def passes(_step: int, recorder=recorder, recorded=recorded) -> tuple[str, ...]:
+            recorded.append(recorder.recorded)
+            return "cond", "uncond"
+
+        assert_runs_agree(watched, plain, passes, sigmas)
+        assert recorded[: first + 2 : 1][-2:] == [0, 2]
+        assert not left
+
+
+def test_a_gpu_waits_if_it_has_come_to_the_last_block_when_all_is_launched(monkeypatch):
+    come = []
+
+    class Event:
+        def record(self) -> None:
+            come.append("recorded")
+
+        def query(self) -> bool:
+            return self.there
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    transformer = make("2.3", STG, PASSES).transformer
+    for there in (True, False):
+        Event.there = there
+        with Wait(transformer) as wait:
+            for block in transformer.transformer_blocks:
+                with suppress(Exception):  # hooks come before what a block makes of nothing
+                    block()
+        assert wait.noticed == there
+    assert come == ["recorded"] * 2
+    assert not transformer.transformer_blocks[-1]._forward_pre_hooks
 
 
 def test_compiled_blocks_wait_for_nothing_and_compile_nothing_while_they_are_recorded(monkeypatch):

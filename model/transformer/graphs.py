@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .model import AVTransformer
 from .modulation import Modulation, Rows
 from .sharing import SharedStep, SharedText
 from .step_cache import Pair
@@ -30,15 +31,35 @@ def _never() -> int:
     return 0
 
 
+class Wait:
+    """Whether a GPU waits for the host as it runs a pass: it has come to the last block once all has been launched.
+
+    Otherwise it is the host that waits, and a graph would bring nothing.
+    """
+
+    def __init__(self, transformer: AVTransformer):
+        self._last_block, self._come = transformer.transformer_blocks[-1], torch.cuda.Event()
+
+    def __enter__(self) -> "Wait":
+        self._hook = self._last_block.register_forward_pre_hook(lambda _block, _given: self._come.record())
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._hook.remove()
+        self.noticed = self._come.query()
+
+
 @dataclass(frozen=True, slots=True)
 class Recording:
     """How the passes of a run are recorded; weights stay where they are until its end.
 
     recorder: makes that of a run. compilations: how often anything has been compiled so far, which cannot be recorded.
+    wait: tells of a pass whether it should be, from its second run on, since kernels are chosen in its first; None: all should.
     """
 
     recorder: Callable[[], Recorder]
     compilations: Callable[[], int] = _never
+    wait: Callable[[AVTransformer], Wait] | None = None
 
 
 class CudaRecorder:
