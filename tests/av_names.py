@@ -17,6 +17,8 @@ class _Names(ModuleType):
         return type(name, (Exception,), {})
 
 
+MODULES = ("av", "av.container", "av.error", "av.filter", "av.stream", "av.video", "av.video.reformatter")
+
 if find_spec("av") is None:
-    for _name in ("av", "av.container", "av.error", "av.filter", "av.video", "av.video.reformatter"):
+    for _name in MODULES:
         sys.modules[_name] = _Names(_name)

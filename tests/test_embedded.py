@@ -720,8 +720,17 @@ def test_matrix_updates_are_orthogonal_and_only_for_inner_matrices():
         "encoder.conv_in.conv.weight",
         "text_encoder.embedding.weight",
         "adaln_single.linear.weight",
+        "transformer_blocks.0.audio_to_video_attn.to_gate_logits.weight",
     ):
         assert not is_hidden_matrix(name, torch.zeros(4, 4))
+
+
+def test_heads_begin_with_open_gates():
+    model = Generator()
+    initialise_generator(model, seed=0)
+    gates = [p for name, p in model.named_parameters() if "to_gate_logits" in name]
+    assert len(gates) > 60  # weight and bias of every attention
+    assert not any(gate.any() for gate in gates)
 
 
 def test_the_shipped_file_is_small_whole_and_says_what_it_is():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+import av_names  # noqa: F401  # before the engine, which needs them
 import pytest
 import torch
 from test_sharing import PASSES, SHAPE, make, tokens

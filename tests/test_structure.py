@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import av_names
 import pytest
 
 if sys.version_info >= (3, 11):
@@ -209,6 +210,12 @@ def test_model_needs_only_what_comfyui_installs_and_knows_no_comfyui() -> None:
         name_of(f) for f in PACK_FILES for module in imports(f) if "/".join(module[1:]) + ".py" in OPTIONAL
     ]
     assert {name: modules for name, modules in found.items() if modules} == {}
+
+
+def test_tests_of_a_gpu_know_all_that_is_imported_of_pyav() -> None:
+    found = {".".join(module) for f in MODEL_FILES for module in imports(f) if module[0] == "av"}
+    parents = {name.rpartition(".")[0] for name in found} - {""}
+    assert set(av_names.MODULES) == found | parents
 
 
 def test_the_pack_never_imports_itself_by_an_absolute_name() -> None:
