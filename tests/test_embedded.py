@@ -22,6 +22,7 @@ from lockstep.model.checkpoint.header import read_header
 from lockstep.model.codec.audio_vae import AudioVAE, AudioVAEConfig
 from lockstep.model.codec.mel import LogMel
 from lockstep.model.codec.video_vae import VideoVAE, VideoVAEConfig
+from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
 from lockstep.model.embedded import (
     WEIGHTS,
     config,
@@ -59,6 +60,7 @@ from lockstep.model.embedded.training import (
 )
 from lockstep.model.errors import CheckpointError, PromptError, TrainingError
 from lockstep.model.latents.patchify import video_to_tokens
+from lockstep.model.layers.rope import midpoints
 from lockstep.model.shapes import ClipShape, Compression
 from lockstep.model.text.tokenizer import WordTokenizer
 
@@ -720,17 +722,38 @@ def test_matrix_updates_are_orthogonal_and_only_for_inner_matrices():
         "encoder.conv_in.conv.weight",
         "text_encoder.embedding.weight",
         "adaln_single.linear.weight",
-        "transformer_blocks.0.audio_to_video_attn.to_gate_logits.weight",
     ):
         assert not is_hidden_matrix(name, torch.zeros(4, 4))
 
 
-def test_heads_begin_with_open_gates():
+def test_gates_of_heads_are_open_and_stay_so():
     model = Generator()
     initialise_generator(model, seed=0)
     gates = [p for name, p in model.named_parameters() if "to_gate_logits" in name]
     assert len(gates) > 60  # weight and bias of every attention
-    assert not any(gate.any() for gate in gates)
+    assert not any(gate.any() or gate.requires_grad for gate in gates)
+
+
+def test_an_untrained_stream_sees_of_the_other_its_own_moment():
+    model = Generator()
+    initialise_generator(model, seed=0)
+    shape = ClipShape(25, 96, 96, 12.0, Compression(4, 16))
+    video, audio = lay_out_video(shape, 32, ()), lay_out_audio(shape, 4, 16)
+    rope = model.transformer.rope_tables(video.positions, audio.positions)
+    attention = model.transformer.transformer_blocks[0].audio_to_video_attn
+    torch.manual_seed(0)
+    pictures, sounds = torch.randn(1, video.clean.shape[1], 192), torch.randn(1, audio.clean.shape[1], 128)
+    with torch.no_grad():
+        key, _ = attention.keys_values(sounds, rope.cross_audio)
+        query = attention._positioned(attention.to_q(pictures), attention.q_norm, rope.cross_video)
+        weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)[0].mean(0)  # over heads: (T, S)
+    moments = [midpoints(layout.positions)[0, 0] for layout in (video, audio)]
+    off = (moments[0][:, None] - moments[1][None]).abs()
+    near = off < 0.25  # seconds, of two
+    seen, chance = float((weights * near).sum(1).mean()), float(near.float().mean())
+    assert seen > 2 * chance, (
+        f"{seen:.2f} of the attention lies within a quarter of a second, where chance is {chance:.2f}"
+    )
 
 
 def test_the_shipped_file_is_small_whole_and_says_what_it_is():

@@ -122,6 +122,10 @@ class Generator(nn.Module):
         self.text_encoder = WordEncoder(encoder)
         self.connectors = Connectors(ConnectorsConfig.from_published(config.TRANSFORMER, encoder.states))
         self.transformer = AVTransformer(TransformerConfig.from_published(config.TRANSFORMER))
+        for name, parameter in self.named_parameters():
+            # between the streams nothing is worth hearing at first: trained, the gates of their heads shut within some
+            # hundred steps, and for good, as what a shut gate lets through is too little to open it again
+            parameter.requires_grad_("to_gate_logits" not in name)
 
     def contexts(self, ids_BL: Tensor, mask_BL: Tensor, ropes: "TextRopes") -> tuple[Tensor, Tensor]:
         states = self.text_encoder(ids_BL, mask_BL, ropes.words)
@@ -129,10 +133,19 @@ class Generator(nn.Module):
 
 
 def initialise_generator(model: Generator, seed: int) -> None:
-    """Seeded start: small matrices, blocks and output that begin at nothing, heads whose gates let all through."""
+    """Seeded start: small matrices, blocks and output that begin at nothing, heads whose gates let all through.
+
+    Attention between the streams begins near its own moment: queries and keys are alike but for their rotation by time, so that
+    a token sees first what the other stream holds just then. What that tells is found sooner than from random ones.
+    """
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        turned = any(
+            f"{pair}_attn.to_{side}." in name
+            for pair in ("audio_to_video", "video_to_audio")
+            for side in "qk"
+        )
+        if "norm" in name or (turned and parameter.ndim == 1):
             nn.init.ones_(parameter)
         elif parameter.ndim == 1 or "table" in name:
             nn.init.zeros_(parameter)
@@ -141,7 +154,7 @@ def initialise_generator(model: Generator, seed: int) -> None:
         elif any(part in name for part in ("adaln_single.linear", "proj_out", "to_gate_logits")):
             nn.init.zeros_(parameter)
         else:
-            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            nn.init.normal_(parameter, std=(0.3 if turned else 1.0) * parameter.shape[1] ** -0.5)
 
 
 def encode_prompts(

@@ -91,7 +91,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def is_hidden_matrix(name: str, weight: Tensor) -> bool:
-    """Whether Muon should train this weight: matrices inside, not first or last layers, embeddings, tables or gates."""
+    """Whether Muon should train this weight: matrices inside, not first or last layers, embeddings or tables."""
     edges = (
         "conv_in",
         "conv_out",
@@ -102,8 +102,6 @@ def is_hidden_matrix(name: str, weight: Tensor) -> bool:
         "embedding.",
         "registers",
         "adaln",
-        # steps of one size would soon shut a gate for good: what a shut gate lets through gives no gradient
-        "to_gate_logits",
     )
     return weight.ndim > 1 and "table" not in name and not any(edge in name for edge in edges)
 
