@@ -268,13 +268,14 @@ def test_a_gpu_waits_if_it_has_come_to_the_last_block_when_all_is_launched(monke
     come = []
 
     class Event:
-        def record(self) -> None:
-            come.append("recorded")
+        def record(self, stream: str) -> None:
+            come.append(stream)
 
         def query(self) -> bool:
             return self.there
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     transformer = make("2.3", STG, PASSES).transformer
     for there in (True, False):
         Event.there = there
@@ -283,7 +284,7 @@ def test_a_gpu_waits_if_it_has_come_to_the_last_block_when_all_is_launched(monke
                 with suppress(Exception):  # hooks come before what a block makes of nothing
                     block()
         assert wait.noticed == there
-    assert come == ["recorded"] * 2
+    assert come == ["stream of cpu"] * 2
     assert not transformer.transformer_blocks[-1]._forward_pre_hooks
 
 

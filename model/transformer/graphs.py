@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .model import AVTransformer
 from .modulation import Modulation, Rows
@@ -22,9 +22,8 @@ Velocities = tuple[Tensor, Tensor]  # video (B, T, C), audio (B, S, C)
 Pass = Callable[[], Velocities]
 Recorder = Callable[[Pass], Pass]  # what a pass did, to be done again on the same tensors, into the same ones
 LEAST_STEPS = 6  # recording takes the host as long as one step; fewer than these would not earn it back
-_failed: list[
-    torch.cuda.CUDAGraph
-] = []  # without memory; the allocator may still ask one whether it is recording
+# without memory; the allocator may still ask one whether it is recording
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
 def _never() -> int:
@@ -39,10 +38,14 @@ class Wait:
 
     def __init__(self, transformer: AVTransformer):
         self._last_block, self._come = transformer.transformer_blocks[-1], torch.cuda.Event()
+        self._device = next(transformer.parameters()).device
 
     def __enter__(self) -> "Wait":
-        self._hook = self._last_block.register_forward_pre_hook(lambda _block, _given: self._come.record())
+        self._hook = self._last_block.register_forward_pre_hook(self._record)
         return self
+
+    def _record(self, _block: nn.Module, _given: tuple) -> None:
+        self._come.record(torch.cuda.current_stream(self._device))
 
     def __exit__(self, *_error: object) -> None:
         self._hook.remove()
