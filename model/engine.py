@@ -20,12 +20,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import components, requests, signals
-from .checkpoint import keymap
+from .checkpoint import keymap, lora
 from .checkpoint.build import build
 from .checkpoint.description import ModelDescription
 from .checkpoint.families import component_config
 from .checkpoint.header import Header, Stamp, stamp
-from .checkpoint.lora import LoraStack
 from .codec.audio_vae import AudioVAE
 from .codec.diffusion_config import DiffusionVAEConfig
 from .codec.diffusion_decoder import ON_HOST, DiffusionVAE, Room
@@ -109,7 +108,7 @@ _MOST_PROBES = 64  # prompts and settings whose step cache is remembered
 _SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 # for those who see of the model its engine alone
 SAMPLER_NAMES, ATTENTION_NAMES, UNHEARD = tuple(SAMPLERS), ATTENTION, requests.UNHEARD
-model_files = components.model_files
+model_files, lora_files = components.model_files, lora.lora_files
 # "auto": float32 for small models, bfloat16 for large ones; the vocoder and the audio codec are always float32.
 # "float8": bfloat16, and the transformer's blocks packed as they are loaded
 PRECISIONS = {
@@ -166,7 +165,7 @@ class Engine:
         self._place = place
         self._precision, self._packs = PRECISIONS[precision], precision == "float8"
         self._modules: dict[str, nn.Module] = {}
-        self._loras = LoraStack(self._files.places)
+        self._loras = lora.LoraStack(self._files.places)
         self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
         self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
         self._foretold: dict[str, tuple[Hashable, StageNeed]] = {}  # of each stage's last shape, for a host

@@ -32,7 +32,7 @@ from server import PromptServer
 from torch import Tensor, nn
 
 from ..model.embedded import WEIGHTS
-from ..model.engine import Engine, model_files
+from ..model.engine import Engine, lora_files, model_files
 from ..model.errors import CheckpointError, LockstepError, MediaError, MemoryShortError, NotFiniteError
 from ..model.paths import files_below
 from ..model.residency import BlockStream, out_of_memory, stack_need
@@ -265,12 +265,9 @@ def check_file(name: str, kind: str, choice: Any) -> bool | str:
 
 
 def signature_of(kind: str, choice: str | None) -> str:
-    """Another file under the same name has another one; None is not known yet."""
-    if choice is None:
-        return ""
-    path = find_file(kind, choice)
-    facts = path.stat()
-    return digest(str(path), facts.st_mtime_ns, facts.st_size)
+    """Another file under the same name has another one, and so has one with another beside it that belongs to it; None is not
+    known yet."""
+    return "" if choice is None else digest(*lora_files(find_file(kind, choice)))
 
 
 def digest(*facts: object) -> str:

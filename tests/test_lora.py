@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lockstep.model.checkpoint.build import build
-from lockstep.model.checkpoint.header import read_header, stamp
+from lockstep.model.checkpoint.header import read_header
 from lockstep.model.checkpoint.index import index
-from lockstep.model.checkpoint.lora import Change, LoraStack, _Branch, linear_layers, read_lora
+from lockstep.model.checkpoint.lora import Change, LoraStack, _Branch, linear_layers, lora_files, read_lora
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, UnsupportedModelError, WorkflowError
 from lockstep.model.layers.scaled_linear import ScaledLinear
@@ -295,6 +295,25 @@ def test_peft_s_alpha_is_read_beside_its_file_or_said_to_be_missing(models, tmp_
         read_lora(own, layers)
 
 
+def test_an_alpha_that_is_put_beside_a_file_later_is_read(models, tmp_path):
+    state = {name.replace("diffusion_model.", "base_model.model."): value for name, value in _one().items()}
+    lora, config = Lora(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_config.json"
+    save_file(state, lora.path)
+    engine = Engine(models / "ltx-2.3.safetensors", "cpu")
+    (told,) = engine.read_loras([lora])
+    assert "put both files" in told
+    before = lora_files(lora.path)
+    config.write_text('{"lora_alpha": 8, "r": 2}')
+    assert engine.read_loras([lora]) == ()
+    assert lora_files(lora.path) != before
+    # that of another name is no business of a file
+    other = tmp_path / "style.safetensors"
+    save_file(state, other)
+    before = lora_files(other)
+    config.write_text("{}")
+    assert lora_files(other) == before
+
+
 def test_a_lora_for_reference_videos_says_that_none_can_be_given(models, tmp_path):
     state = as_published(pairs(layers_of(models, "2.3")))
     save_file(state, tmp_path / "lora.safetensors", {"reference_downscale_factor": "2"})
@@ -367,7 +386,7 @@ def test_a_lora_is_in_the_plan_and_off_the_device_after_a_run_that_was_broken_of
     plain, changed = (engine.plan(shape, loras=loras).needs[1].working for loras in ((), lora))
     matrices = sum(
         change.down.nbytes + change.up.nbytes
-        for (component, _), change in engine._loras._files[stamp(lora[0].path)].changes.items()
+        for (component, _), change in engine._loras._files[lora_files(lora[0].path)].changes.items()
         if component == "transformer"
     )
     assert changed == plain + matrices > plain
@@ -413,14 +432,14 @@ def test_loras_that_samplers_take_turns_with_are_read_once(models, tmp_path):
     stack = LoraStack(index([read_header(models / "ltx-2.3.safetensors")]))
     one, other = (Lora(path, 1.0) for path in paths)
     stack.read([one])
-    first = stack._files[stamp(paths[0])]
+    first = stack._files[lora_files(paths[0])]
     for loras in ([], [other], [], [one]):
         stack.read(loras)
-    assert stack._files[stamp(paths[0])] is first
+    assert stack._files[lora_files(paths[0])] is first
     save_file(as_published(pairs(layers, 2, ("transformer",))), paths[0])
     stack.read([one])
-    assert [path for path, *_ in stack._files].count(paths[0]) == 1
-    assert stack._files[stamp(paths[0])] is not first
+    assert [file[0][0] for file in stack._files].count(paths[0]) == 1
+    assert stack._files[lora_files(paths[0])] is not first
 
 
 def test_a_dora_that_only_its_metadata_tells_is_refused(models, tmp_path):

@@ -1130,6 +1130,22 @@ def test_a_model_is_opened_once_for_all_checks_of_graphs_until_its_file_changes(
     assert opened.call_count == 4  # a wrong one each time, and the right one anew
 
 
+def test_a_lora_is_another_once_its_alpha_is_put_beside_it(pack, host, tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(b"")
+    host.folder_paths.get_filename_list.return_value = [path.name]
+    host.folder_paths.get_full_path.return_value = str(path)
+
+    def fingerprint() -> tuple:
+        return pack.lora.LockstepLoRA.fingerprint_inputs(None, path.name, 1.0)
+
+    before = fingerprint()
+    assert fingerprint() == before
+    assert str(tmp_path) not in str(before)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert fingerprint() != before
+
+
 def test_an_input_of_a_newer_version_is_named(pack):
     with pytest.raises(
         WorkflowError, match="has no input 'sampler_name': take it out of the graph, use sampler or"

@@ -113,6 +113,11 @@ def linear_layers(places: Index) -> dict[Target, tuple[int, int]]:
     }
 
 
+def lora_files(path: Path) -> tuple[Stamp, ...]:
+    """A LoRA's file as it is now, and what may say its alpha beside it, there or not: another of either makes another LoRA."""
+    return stamp(path), *((stamp(path.with_name(_PEFT_CONFIG)),) if path.name == _PEFT_FILE else ())
+
+
 def read_lora(path: str | Path, layers: Mapping[Target, tuple[int, int]]) -> LoraFile:
     """A LoRA file for these layers, its tensors memory-mapped.
 
@@ -300,7 +305,7 @@ class LoraStack:
 
     def __init__(self, places: Index) -> None:
         self._layers = linear_layers(places)
-        self._files: dict[Stamp, LoraFile] = {}
+        self._files: dict[tuple[Stamp, ...], LoraFile] = {}
         self._on: dict[str, tuple[tuple, list[RemovableHandle]]] = {}
         self._branches: dict[str, list[_Branch]] = {}
 
@@ -314,17 +319,17 @@ class LoraStack:
                 raise WorkflowError(
                     f"the strength of {lora.path.name} is {lora.strength}: a finite number is needed, 1 is usual"
                 )
-        files = [stamp(lora.path) for lora in loras]
-        read = {file: self._files.get(file) or read_lora(file[0], self._layers) for file in files}
+        files = [lora_files(lora.path) for lora in loras]
+        read = {file: self._files.get(file) or read_lora(file[0][0], self._layers) for file in files}
         # several samplers take turns with others; of a file that was replaced only the new one is kept
-        paths = {path for path, *_ in read}
-        kept = [(file, known) for file, known in self._files.items() if file[0] not in paths]
+        paths = {file[0][0] for file in read}
+        kept = [(file, known) for file, known in self._files.items() if file[0][0] not in paths]
         self._files = dict(kept[-_MOST_UNUSED:]) | read
         return tuple(_told(read.values()))
 
     def bytes(self, component: str, loras: Sequence[Lora], dtype: torch.dtype) -> int:
         """What these, which have been read, take on the device while a component computes in this dtype."""
-        files = [self._files[stamp(lora.path)] for lora in loras if lora.strength]
+        files = [self._files[lora_files(lora.path)] for lora in loras if lora.strength]
         changes = (change for file in files for (at, _), change in file.changes.items() if at == component)
         return dtype.itemsize * sum(change.down.numel() + change.up.numel() for change in changes)
 
@@ -337,7 +342,7 @@ class LoraStack:
 
         Raises as read does, and then leaves what was on.
         """
-        wanted = tuple((stamp(lora.path), lora.strength) for lora in loras if lora.strength)
+        wanted = tuple((lora_files(lora.path), lora.strength) for lora in loras if lora.strength)
         if self._on.get(component, ((), []))[0] == wanted:
             return
         self.read(loras)
