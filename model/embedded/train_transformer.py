@@ -123,8 +123,8 @@ class Generator(nn.Module):
         self.connectors = Connectors(ConnectorsConfig.from_published(config.TRANSFORMER, encoder.states))
         self.transformer = AVTransformer(TransformerConfig.from_published(config.TRANSFORMER))
         for name, parameter in self.named_parameters():
-            # between the streams nothing is worth hearing at first: trained, the gates of their heads shut within some
-            # hundred steps, and for good, as what a shut gate lets through is too little to open it again
+            # trained, the gates of the heads between the streams shut within some hundred steps, before there is anything
+            # worth hearing, and did not open again
             parameter.requires_grad_("to_gate_logits" not in name)
 
     def contexts(self, ids_BL: Tensor, mask_BL: Tensor, ropes: "TextRopes") -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def initialise_generator(model: Generator, seed: int) -> None:
     """Seeded start: small matrices, blocks and output that begin at nothing, heads whose gates let all through.
 
     Attention between the streams begins near its own moment: queries and keys are alike but for their rotation by time, so that
-    a token sees first what the other stream holds just then. What that tells is found sooner than from random ones.
+    a token sees first what the other stream holds just then.
     """
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
