@@ -7,13 +7,14 @@ import random
 import re
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +34,7 @@ from lockstep.model.embedded import (
     train_video_vae,
     world,
 )
+from lockstep.model.embedded.check import SIGMAS, errors_beside
 from lockstep.model.embedded.dataset import FORMATS, Batch, format_of
 from lockstep.model.embedded.pack import pack, tokenizer_entry, unpack
 from lockstep.model.embedded.readings import readings
@@ -829,6 +831,23 @@ def test_the_shipped_sound_is_told_by_a_picture_of_its_thing(shipped, mode):
     assert own < 0.85 * others
 
 
+def test_what_the_shipped_streams_take_from_each_other_is_told_at_every_noise_level(shipped, tmp_path):
+    batch = shipped.batch(scenes(6))
+    tensors = {name: getattr(batch, name).contiguous() for name in ("video", "audio", "guide", "reference")}
+    truth = {"scenes": [asdict(scene) for scene in batch.scenes], "guide_frame": 0}
+    save_file(tensors, tmp_path / "00000.safetensors", {"truth": json.dumps(truth)})
+    lines = list(errors_beside(shipped.model, [tmp_path / "00000.safetensors"], "cpu"))
+    assert [line["sigma"] for line in lines] == list(SIGMAS)
+    for line in lines[1:]:
+        assert line["video, own audio"] < 0.7 * line["video, another's audio"]
+        assert line["audio, own video"] < 0.9 * line["audio, another's video"]
+    untrained = Generator()
+    initialise_generator(untrained, seed=0)  # answers nothing
+    for line in errors_beside(untrained, [tmp_path / "00000.safetensors"], "cpu"):
+        assert line["video, own audio"] == line["video, another's audio"]
+        assert line["audio, own video"] == line["audio, another's video"]
+
+
 def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatch, capsys):
     for module in (dataset, train_transformer):
         monkeypatch.setattr(module, "SHARD", 4)
@@ -849,6 +868,8 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     assert [line["shard"] for line in told] == [0, 3]  # the one that was lost, and the fourth
     command("transformer", runs, "--steps", "2", "--batch", "4")
     command("transformer", runs, "--steps", "3", "--batch", "4")
+    told = [json.loads(line) for line in command("check", runs).splitlines()]
+    assert [(line["step"], line["sigma"]) for line in told] == [(3, sigma) for sigma in SIGMAS]
     command("pack", runs, "--file", str(packed))
     assert [path.stem for path in sorted((runs / "shards").iterdir())] == [f"{i:05}" for i in range(4)]
     assert describe(packed).missing == describe(packed).unexpected == ()
@@ -877,7 +898,8 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     shutil.rmtree(runs / "decoder")
     assert "transformer was trained on the latents of other codecs" in refused("pack")
     command("shards", runs, "--steps", "1")
-    assert "transformer was trained on the latents of other codecs" in refused("transformer", "--steps", "5")
+    for stage in ("transformer", "check"):
+        assert "transformer was trained on the latents of other codecs" in refused(stage, "--steps", "5")
 
 
 def test_a_transformer_is_moved_to_another_codec(tmp_path, monkeypatch, capsys, shipped):

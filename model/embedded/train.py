@@ -6,6 +6,7 @@ python -m lockstep.model.embedded.train vocoder     RUNS --steps 8000   # after 
 python -m lockstep.model.embedded.train decoder     RUNS --steps 500    # if wanted: the video decoder alone, latents stay
 python -m lockstep.model.embedded.train shards      RUNS --steps 200
 python -m lockstep.model.embedded.train transformer RUNS --steps 30000
+python -m lockstep.model.embedded.train check       RUNS          # whether picture and sound heed each other, so far
 python -m lockstep.model.embedded.train pack        RUNS          # in place of the shipped file; --file OUT writes another
 
 `unpack RUNS` starts all runs from the shipped file instead; `move RUNS --file FILE` the transformer's alone, from that of a packed
@@ -28,11 +29,12 @@ from ..codec.mel import LogMel
 from ..codec.video_vae import VideoVAE, VideoVAEConfig
 from ..errors import TrainingError
 from . import WEIGHTS, config
+from .check import errors_beside
 from .dataset import check_shards, encode_shards, format_of, hash_of_codecs
 from .moving import rotation_between, turned
 from .pack import pack, unpack
 from .train_audio import initialise_audio_vae, measure_audio_statistics, train_audio_vae
-from .train_transformer import Generator, initialise_generator, train_transformer
+from .train_transformer import Generator, initialise_generator, shards_in, train_transformer
 from .train_video_vae import initialise, measure_statistics, train_video_decoder, train_video_vae
 from .train_vocoder import new_vocoder, train_vocoder
 from .training import (
@@ -208,6 +210,18 @@ def _transformer(given: argparse.Namespace) -> None:
     train_transformer(run, given.runs / "shards", given.device, **_how(given))
 
 
+def _check(given: argparse.Namespace) -> None:
+    codecs, folder = _check_shards(given.runs), given.runs / "transformer"
+    model = Generator()
+    model.load_state_dict(averaged_state(folder))
+    check_data(folder, codecs)
+    step = last_logged(folder)["step"]
+    for line in errors_beside(model.to(given.device), shards_in(given.runs / "shards"), given.device):
+        print(
+            json.dumps({"step": step} | {name: round(value, 4) for name, value in line.items()}), flush=True
+        )
+
+
 def _pack(given: argparse.Namespace) -> None:
     states = {
         "video": finished_video_vae(given.runs).state_dict(),
@@ -270,6 +284,7 @@ _STAGES = {
     "vocoder": _vocoder,
     "shards": _shards,
     "transformer": _transformer,
+    "check": _check,
     "pack": _pack,
     "unpack": _unpack,
     "move": _move,

@@ -5,7 +5,7 @@ B batch, T video tokens, S audio tokens.
 """
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -237,17 +237,20 @@ def set_task(
     mode: str,
     rng: random.Random,
     text_ropes: TextRopes | None = None,
+    sigma: Tensor | None = None,
 ) -> Task:
     """Noise levels, noise and layouts of a step; batch, ids and mask on the device, mode: a name in _MODES.
 
-    text_ropes: always the same; made here if None.
+    text_ropes: always the same; made here if None. sigma: (B,), drawn as for training if None.
     """
     device = batch.video.device
     given = mode.split(" and ")
     alone = _sound_alone(given)
     seeing = "sound" in given and not alone
     # what a sound takes from a picture, its timbre above all, is settled where hardly anything is heard yet
-    sigma = draw_sigma(len(batch.video), 2.4 if seeing else 1.2).to(device)
+    if sigma is None:
+        sigma = draw_sigma(len(batch.video), 2.4 if seeing else 1.2)
+    sigma = sigma.to(device)
     if alone:
         batch = replace(batch, video=batch.video[:, :, :1, :1, :1], shape=batch.shape.sound_alone())
     video_layout, audio_layout = _layouts(batch, given, rng)
@@ -288,19 +291,29 @@ def _error(velocity: Tensor, stream: StreamTask) -> Tensor:
     return squares.sum() / (stream.mask.sum() * len(velocity) * velocity.shape[2]).clamp(min=1)
 
 
-def _part(batch: Batch, rows: list[int]) -> Batch:
-    """Some clips of a batch."""
-    chosen = {name: getattr(batch, name)[rows] for name in _TENSORS}
+def clips_of(batch: Batch, rows: Sequence[int]) -> Batch:
+    """These clips of a batch."""
+    chosen = {name: getattr(batch, name)[list(rows)] for name in _TENSORS}
     return replace(batch, scenes=[batch.scenes[row] for row in rows], **chosen)
 
 
-def _to(batch: Batch, device: str) -> Batch:
-    return replace(batch, **{name: _sent(getattr(batch, name), device).float() for name in _TENSORS})
+def on_device(batch: Batch, device: str) -> Batch:
+    """A batch on the device, in float32."""
+    return replace(
+        batch, **{name: _tensor_on_device(getattr(batch, name), device).float() for name in _TENSORS}
+    )
 
 
-def _sent(tensor: Tensor, device: str) -> Tensor:
+def _tensor_on_device(tensor: Tensor, device: str) -> Tensor:
     """On the device; a GPU fetches it when it comes to it, and the host goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in device else tensor.to(device)
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The shards that `folder` holds, in their order.  Raises TrainingError without any."""
+    if paths := sorted(folder.glob("*.safetensors")):
+        return paths
+    raise TrainingError(f"{folder} holds no shards: run shards first")
 
 
 def _format(path: Path) -> tuple[int, int, int, float]:
@@ -329,7 +342,7 @@ def _draw_clips(paths: list[Path], rng: random.Random, count: int, mode: str) ->
     chosen = [rng.choice(paths) for _ in range(shards)]
     parts = []
     for path in chosen:
-        parts.append(_part(load_shard(path), rng.sample(range(SHARD), min(count // shards, SHARD))))
+        parts.append(clips_of(load_shard(path), rng.sample(range(SHARD), min(count // shards, SHARD))))
     scenes = [scene for part in parts for scene in part.scenes]
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
     return replace(parts[0], scenes=scenes, **joined)
@@ -360,12 +373,12 @@ class DrawStep:
         seed = f"{self.seed}/{step}"
         rng = random.Random(seed)
         mode = rng.choices(list(_MODES), weights=list(_MODES.values()))[0]
-        paths = sorted(self.folder.glob("*.safetensors"))
+        paths = shards_in(self.folder)
         form = _draw_format(paths, rng)
         alike = [path for path in paths if _format(path) == form]
         # all processes share the format, so that none waits for another; each has clips of its own
         clips = _draw_clips(alike, rng, _clips_in_step(mode, form, self.batch) * self.processes, mode)
-        clips = _part(clips, list(range(len(clips.scenes)))[self.rank :: self.processes])
+        clips = clips_of(clips, range(len(clips.scenes))[self.rank :: self.processes])
         rng = random.Random(f"{seed}/{self.rank}")
         ids, mask = encode_prompts(clips, rng, tokenizer(), _NAMELESS.get(mode.split(" and ")[0], 0.0))
         # what the prompts say is said; thousands of scenes would only be handed on
@@ -400,13 +413,15 @@ def train_transformer(
     seconds: float = 0.0,
 ) -> None:
     """Trains until the run's last step on the shards in `folder`; run.model is a Generator.  Raises TrainingError without any."""
-    if not any(folder.glob("*.safetensors")):
-        raise TrainingError(f"{folder} holds no shards: run shards first")
-
+    shards_in(folder)
     text_ropes = TextRopes.of(run.model, torch.device(device))
 
     def task_of(step: Step) -> Task:
-        clips, ids, mask = _to(step.clips, device), _sent(step.ids, device), _sent(step.mask, device)
+        clips, ids, mask = (
+            on_device(step.clips, device),
+            _tensor_on_device(step.ids, device),
+            _tensor_on_device(step.mask, device),
+        )
         return set_task(run.model, clips, ids, mask, step.mode, random.Random(step.seed), text_ropes)
 
     def loss_of(task: Task) -> tuple[Tensor, dict[str, Tensor]]:
