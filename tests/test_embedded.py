@@ -43,6 +43,7 @@ from lockstep.model.embedded.train_transformer import (
     _MODES,
     Generator,
     _clips_in_step,
+    draw_sigma,
     encode_prompts,
     flow_loss,
     initialise_generator,
@@ -571,11 +572,39 @@ def test_every_mode_of_training_teaches_what_it_should(mode):
     loss.backward()
     # a stream that is given has nothing to learn; an untrained model answers 0, so that the loss is the size of the velocity
     assert (figures["video"] == 0) == ("video" in mode or "sound" in mode)
-    assert (figures["audio"] == 0) == ("audio" in mode)
+    silent = "audio" in mode or mode == "picture"
+    assert (figures["audio"] == 0) == silent
     assert 1.2 < loss.item() < 5
     # nor is it stepped: an update of nothing would be as large as any other
     assert (model.transformer.proj_out.weight.grad is None) == ("video" in mode or "sound" in mode)
-    assert (model.transformer.audio_proj_out.weight.grad is None) == ("audio" in mode)
+    assert (model.transformer.audio_proj_out.weight.grad is None) == silent
+
+
+def test_a_picture_alone_is_the_first_or_the_guide_of_its_clip_and_hears_nothing():
+    batch, model = _random_batch(), Generator()
+    ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
+    nothing = torch.zeros(2)  # of noise, so that tokens are those of the pictures
+    tasks = [
+        set_task(model, batch, ids, mask, "picture", random.Random(draw), sigma=nothing) for draw in range(9)
+    ]
+    pictures = {"first": batch.video[:, :, :1], "guide": batch.guide}
+    shown = [
+        next(name for name, each in pictures.items() if torch.equal(video_to_tokens(each), task.video.tokens))
+        for task in tasks
+    ]
+    assert set(shown) == set(pictures)
+    assert all(task.apart and task.audio.given and not task.video.given for task in tasks)
+    assert {task.rope.video.cos.shape[-2] for task in tasks} == {tasks[0].video.tokens.shape[1]}
+
+
+def test_much_of_the_noise_is_high_and_some_of_every_kind():
+    torch.manual_seed(0)
+    usual, seeing = draw_sigma(10000), draw_sigma(10000, 2.4)
+    assert 0.2 < (usual > 0.93).float().mean() < 0.26  # 0.08 without those that are shifted further
+    assert (seeing > 0.93).float().mean() > 0.5
+    assert (usual < 0.5).float().mean() > 0.1
+    assert usual.min() >= 1e-3
+    assert usual.max() <= 1
 
 
 class _Products(TorchDispatchMode):
@@ -616,7 +645,7 @@ def test_no_format_has_more_shards_than_the_usual_one():
     assert all(min(height, width) >= 96 for height, width, *_ in FORMATS)
 
 
-def test_larger_clips_are_fewer_in_a_step_and_sounds_alone_more():
+def test_larger_clips_are_fewer_in_a_step_and_sounds_alone_more_as_are_pictures():
     pixels = {form: form[0] * form[1] * form[2] for form in FORMATS}
     clips = {form: _clips_in_step("audio", form, 24) for form in FORMATS}
     assert all(2 <= count <= 24 for count in clips.values())
@@ -624,6 +653,10 @@ def test_larger_clips_are_fewer_in_a_step_and_sounds_alone_more():
     work = [clips[form] * pixels[form] for form in FORMATS if clips[form] < 24]
     assert max(work) <= 1.1 * min(work)
     assert _clips_in_step("sound", FORMATS[-1], 24) == 96
+    pictures = {form: _clips_in_step("picture", form, 24) for form in FORMATS}
+    assert all(pictures[form] == pictures[FORMATS[0]] for form in FORMATS if form[:2] == FORMATS[0][:2])
+    for form, clips in pictures.items():
+        assert clips * form[0] * form[1] == pytest.approx(144 * 96 * 96, rel=0.01)
 
 
 class _Line(nn.Module):
@@ -745,10 +778,7 @@ def test_an_untrained_stream_sees_of_the_other_its_own_moment():
     attention = model.transformer.transformer_blocks[0].audio_to_video_attn
     torch.manual_seed(0)
     pictures, sounds = torch.randn(1, video.clean.shape[1], 192), torch.randn(1, audio.clean.shape[1], 128)
-    with torch.no_grad():
-        key, _ = attention.keys_values(sounds, rope.cross_audio)
-        query = attention._positioned(attention.to_q(pictures), attention.q_norm, rope.cross_video)
-        weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)[0].mean(0)  # over heads: (T, S)
+    weights = _weights(attention, pictures, rope.cross_video, sounds, rope.cross_audio).mean(0)  # over heads
     moments = [midpoints(layout.positions)[0, 0] for layout in (video, audio)]
     off = (moments[0][:, None] - moments[1][None]).abs()
     near = off < 0.25  # seconds, of two
@@ -756,6 +786,31 @@ def test_an_untrained_stream_sees_of_the_other_its_own_moment():
     assert seen > 2 * chance, (
         f"{seen:.2f} of the attention lies within a quarter of a second, where chance is {chance:.2f}"
     )
+
+
+def test_half_of_an_untrained_streams_heads_see_first_what_lies_beside_a_token():
+    model = Generator()
+    initialise_generator(model, seed=0)
+    video = lay_out_video(ClipShape(25, 96, 96, 12.0, Compression(4, 16)), 32, ())
+    rope = model.transformer.rope_tables(video.positions, video.positions[:, :1])
+    torch.manual_seed(0)
+    pictures = torch.randn(1, video.clean.shape[1], 192)
+    for block in model.transformer.transformer_blocks:
+        weights = _weights(block.attn1, pictures, rope.video, pictures, rope.video)  # (heads, T, T)
+        places = midpoints(video.positions)[0]  # seconds, rows, columns
+        apart = (places[:, :, None] - places[:, None]).abs()
+        near = (apart[0] < 0.4) & (apart[1] < 17) & (apart[2] < 17)  # its 26 neighbours and itself
+        seen = (weights * near).sum(2).mean(1) / near.float().mean()
+        assert seen[:2].min() > 3
+        assert seen[2:].max() < 2
+
+
+def _weights(attention, queries, query_rope, keys, key_rope) -> torch.Tensor:
+    """Softmax weights (heads, T, S) of the first clip."""
+    with torch.no_grad():
+        key, _ = attention.keys_values(keys, key_rope)
+        query = attention._positioned(attention.to_q(queries), attention.q_norm, query_rope)
+        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)[0]
 
 
 def test_the_shipped_file_is_small_whole_and_says_what_it_is():
@@ -800,10 +855,13 @@ class Shipped:
         return self._video_vae.encode(pixels.permute(0, 4, 1, 2, 3) * 2 - 1)
 
     @torch.no_grad()
-    def error(self, batch: Batch, mode: str, nameless: float = 0.0) -> dict[str, float]:
+    def error(self, batch: Batch, mode: str, nameless: float = 0.0) -> dict[str, torch.Tensor]:
+        """Of the velocities at a noise of 0.9, where much of what is said, seen and heard beside a stream counts."""
+        noise = torch.full((len(batch.scenes),), 0.9)
         ids, mask = encode_prompts(batch, random.Random(11), tokenizer(), nameless)
         torch.manual_seed(0)
-        return flow_loss(self.model, set_task(self.model, batch, ids, mask, mode, random.Random(0)))[1]
+        task = set_task(self.model, batch, ids, mask, mode, random.Random(0), sigma=noise)
+        return flow_loss(self.model, task)[1]
 
 
 @pytest.fixture(scope="module")
@@ -817,8 +875,8 @@ def test_the_shipped_sound_is_told_by_given_pictures_and_the_pictures_by_given_s
     eventful = [world.draw_scene(rng, motion=motion) for motion in ("bounces", "slides", "pulses") * 4]
     batch = shipped.batch(eventful)
     error = {mode: shipped.error(batch, mode) for mode in ("apart", "video", "audio")}
-    assert error["video"]["audio"] < 0.9 * error["apart"]["audio"]
-    assert error["audio"]["video"] < 0.9 * error["apart"]["video"]
+    assert error["video"]["audio"] < 0.8 * error["apart"]["audio"]
+    assert error["audio"]["video"] < 0.6 * error["apart"]["video"]
 
 
 @pytest.mark.parametrize("mode", ["first and sound", "reference and sound"])
@@ -828,7 +886,7 @@ def test_the_shipped_sound_is_told_by_a_picture_of_its_thing(shipped, mode):
     batch = shipped.batch([world.draw_scene(rng, motion="pulses", shape=shape) for shape in world.SHAPES * 4])
     other = replace(batch, video=batch.video.roll(1, 0), reference=batch.reference.roll(1, 0))
     own, others = (shipped.error(seen, mode, nameless=1.0)["audio"] for seen in (batch, other))
-    assert own < 0.85 * others
+    assert own < 0.75 * others
 
 
 def test_what_the_shipped_streams_take_from_each_other_is_told_at_every_noise_level(shipped, tmp_path):

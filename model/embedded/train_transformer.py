@@ -19,10 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..conditioning.layout import Layout, held, held_tokens, lay_out_audio, lay_out_video
 from ..errors import TrainingError
 from ..latents.patchify import audio_to_tokens, video_to_tokens
+from ..layers.attention import Attention
 from ..layers.rope import Rope
 from ..text.connector import Connectors, ConnectorsConfig
 from ..text.encoder import WordEncoder, WordEncoderConfig
 from ..text.tokenizer import FIRST_ID, WordTokenizer
+from ..transformer.block import Block
 from ..transformer.config import TransformerConfig
 from ..transformer.model import AVTransformer, RopeTables, StreamInput
 from ..values import Guide
@@ -37,7 +39,7 @@ _TENSORS = ("video", "audio", "guide", "reference")
 _MODES = {
     "nothing": 0.02,
     "first": 0.02,
-    "audio": 0.19,
+    "audio": 0.25,
     "video": 0.04,
     "beginning": 0.015,  # of both streams, a clip that goes on
     "beginning and audio": 0.025,
@@ -49,9 +51,10 @@ _MODES = {
     "guide and audio": 0.015,
     "first and guide and audio": 0.03,
     "reference and audio": 0.05,
+    "picture": 0.08,  # a single one without sound: what a prompt looks like, six for the cost of a clip
     "apart": 0.015,  # no attention between the streams: what modality guidance compares with
     # no pictures, or given ones alone: nearly all that is wrong in a clip is wrong in its sound, to which pictures keep
-    "sound": 0.34,
+    "sound": 0.2,
     "first and sound": 0.045,
     "guide and sound": 0.02,
     "first and guide and sound": 0.015,
@@ -135,17 +138,12 @@ class Generator(nn.Module):
 def initialise_generator(model: Generator, seed: int) -> None:
     """Seeded start: small matrices, blocks and output that begin at nothing, heads whose gates let all through.
 
-    Attention between the streams begins near its own moment: queries and keys are alike but for their rotation by time, so that
-    a token sees first what the other stream holds just then.
+    Attention between the streams, and half of the heads within each, begin near their own place: queries and keys are alike but
+    for their rotation, so that a token sees first what the other stream holds just then, and what lies beside it.
     """
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        turned = any(
-            f"{pair}_attn.to_{side}." in name
-            for pair in ("audio_to_video", "video_to_audio")
-            for side in "qk"
-        )
-        if "norm" in name or (turned and parameter.ndim == 1):
+        if "norm" in name:
             nn.init.ones_(parameter)
         elif parameter.ndim == 1 or "table" in name:
             nn.init.zeros_(parameter)
@@ -154,7 +152,22 @@ def initialise_generator(model: Generator, seed: int) -> None:
         elif any(part in name for part in ("adaln_single.linear", "proj_out", "to_gate_logits")):
             nn.init.zeros_(parameter)
         else:
-            nn.init.normal_(parameter, std=(0.3 if turned else 1.0) * parameter.shape[1] ** -0.5)
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    for block in model.transformer.transformer_blocks.children():
+        assert isinstance(block, Block)
+        _begin_nearby(block.audio_to_video_attn, 1.0)
+        _begin_nearby(block.video_to_audio_attn, 1.0)
+        _begin_nearby(block.attn1, 0.5)
+        _begin_nearby(block.audio_attn1, 0.5)
+
+
+@torch.no_grad()
+def _begin_nearby(attention: Attention, heads: float) -> None:
+    """Makes queries and keys of this share of heads nearly alike, whatever they are made of."""
+    for turned in (attention.to_q, attention.to_k):
+        channels = round(heads * len(turned.bias))
+        turned.weight[:channels] *= 0.3
+        turned.bias[:channels] = 1.0
 
 
 def encode_prompts(
@@ -175,8 +188,11 @@ def encode_prompts(
 
 
 def draw_sigma(count: int, shift: float = 1.2) -> Tensor:
-    """Noise levels (B,): shifted logit-normal, by 1.2 about where a run spends its steps; one in ten uniform."""
-    sigma = torch.sigmoid(torch.randn(count) + shift)
+    """Noise levels (B,): shifted logit-normal, by 1.2 about where a run spends its steps; one in ten uniform.
+
+    Three in ten are shifted by 1.8 more: a prompt, and the other stream, tell most where hardly anything is seen or heard yet.
+    """
+    sigma = torch.sigmoid(torch.randn(count) + shift + 1.8 * (torch.rand(count) < 0.3))
     return torch.where(torch.rand(count) < 0.1, torch.rand(count), sigma).clamp(1e-3, 1.0)
 
 
@@ -205,6 +221,13 @@ def _layouts(batch: Batch, given: Collection[str], rng: random.Random) -> tuple[
             audio_mask[:, :, :heard] = 0
     video_layout = lay_out_video(shape, channels, guides, given_video)
     return video_layout, lay_out_audio(shape, z, bins, given_audio, audio_mask)
+
+
+def _pictures_of(batch: Batch, rng: random.Random) -> Batch:
+    """The first picture of each clip, or that at guide_frame, as clips of one, with as much sound."""
+    shape = replace(batch.shape, frames=1)
+    picture = rng.choice((batch.video[:, :, :1], batch.guide))
+    return replace(batch, video=picture, audio=batch.audio[:, :, : shape.audio_latents], shape=shape)
 
 
 def _sound_alone(given: Collection[str]) -> bool:
@@ -253,6 +276,8 @@ def set_task(
     sigma = sigma.to(device)
     if alone:
         batch = replace(batch, video=batch.video[:, :, :1, :1, :1], shape=batch.shape.sound_alone())
+    if mode == "picture":
+        batch, given = _pictures_of(batch, rng), ["audio"]
     video_layout, audio_layout = _layouts(batch, given, rng)
     beside = [getattr(batch, name) for name in ("guide", "reference") if name in given]
     clean_video = torch.cat([video_to_tokens(latent) for latent in (batch.video, *beside)], dim=1)
@@ -265,7 +290,7 @@ def set_task(
         video=_stream_task(video_layout, clean_video, sigma),
         audio=_stream_task(audio_layout, audio_to_tokens(batch.audio), sigma),
         rope=model.transformer.rope_tables(video_layout.positions, audio_layout.positions, device),
-        apart=alone or mode == "apart",
+        apart=alone or mode in ("apart", "picture"),
     )
 
 
@@ -327,11 +352,13 @@ def _draw_format(paths: list[Path], rng: random.Random) -> tuple[int, int, int, 
 
 
 def _clips_in_step(mode: str, form: tuple[int, int, int, float], batch: int) -> int:
-    """As many as cost about what a batch of the usual format does; sounds cost little."""
+    """As many as cost about what a batch of the usual format does; sounds cost little, single pictures less than clips."""
     if "sound" in mode:
         return (4 if _sound_alone(mode.split(" and ")) else 2) * batch
     height, width, frames, _ = form
     usual_height, usual_width, usual_frames, _ = FORMATS[0]
+    if mode == "picture":
+        return round(6 * batch * usual_height * usual_width / (height * width))
     size = height * width * frames / (usual_height * usual_width * usual_frames)
     return max(2, min(batch, round(1.3 * batch / size)))
 
