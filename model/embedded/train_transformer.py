@@ -40,7 +40,7 @@ _MODES = {
     "nothing": 0.02,
     "first": 0.02,
     "audio": 0.25,
-    "video": 0.04,
+    "video": 0.08,
     "beginning": 0.015,  # of both streams, a clip that goes on
     "beginning and audio": 0.025,
     "beginning and sound": 0.025,
@@ -54,7 +54,7 @@ _MODES = {
     "picture": 0.08,  # a single one without sound: what a prompt looks like, six for the cost of a clip
     "apart": 0.015,  # no attention between the streams: what modality guidance compares with
     # no pictures, or given ones alone: nearly all that is wrong in a clip is wrong in its sound, to which pictures keep
-    "sound": 0.2,
+    "sound": 0.16,
     "first and sound": 0.045,
     "guide and sound": 0.02,
     "first and guide and sound": 0.015,
