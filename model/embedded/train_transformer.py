@@ -440,7 +440,7 @@ def train_transformer(
     seconds: float = 0.0,
 ) -> None:
     """Trains until the run's last step on the shards in `folder`; run.model is a Generator.  Raises TrainingError without any."""
-    shards_in(folder)
+    shards_in(folder)  # refused here rather than in a process that draws ahead
     text_ropes = TextRopes.of(run.model, torch.device(device))
 
     def task_of(step: Step) -> Task:
