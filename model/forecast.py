@@ -27,7 +27,8 @@ from .codec.windows import WINDOW_LATENTS, WINDOW_MELS, decode_audio_stream, voc
 from .conditioning.layout import lay_out_audio, lay_out_video
 from .denoiser import JointDenoiser
 from .layers.neighborhood_attention import MEMORY_BYTES
-from .layers.scaled_linear import as_on, pack_linears
+from .layers.products import as_on
+from .layers.scaled_linear import pack_linears
 from .residency import BANDS, MemoryCount, StageNeed, stack_need, weight_bytes
 from .shapes import ClipShape
 from .transformer.model import AVTransformer

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lockstep.model.layers import linear
+from lockstep.model.layers import linear, products
 from lockstep.model.layers.feed_forward import FeedForward
 from lockstep.model.layers.inference import full_float32
 from lockstep.model.layers.linear import Linear, gelu_of
 from lockstep.model.layers.norms import rms_norm
+from lockstep.model.residency import MemoryCount
 
 # sums of 512 products of about one in another order; one rounding of a 16-bit result
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
@@ -27,14 +28,21 @@ def layer_and_input(request):
 def onednn_calls(monkeypatch):
     """How often oneDNN is called."""
     calls, kernel = [], torch.ops.mkldnn._linear_pointwise
+    narrow = products.has_products(torch.bfloat16)
 
     class Counting:
         def _linear_pointwise(self, *given):
             calls.append(given[3])
-            return kernel(*given)
+            if narrow or given[0].dtype == torch.float32:
+                return kernel(*given)
+            # this processor, which has no such kernel, stands for one that has
+            return kernel(*(tensor.float() for tensor in given[:3]), *given[3:]).to(given[0].dtype)
 
         def _is_mkldnn_bf16_supported(self):
             return self.bfloat16
+
+        def _is_mkldnn_fp16_supported(self):
+            return False
 
         bfloat16 = True
 
@@ -78,6 +86,49 @@ def test_what_the_processor_lacks_stays_with_torch(layer_and_input, onednn_calls
     with torch.inference_mode():
         gelu_of(layer.float(), x.float())
     assert onednn_calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_what_the_processor_cannot_multiply_is_multiplied_in_float32(dtype, biased, monkeypatch):
+    monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(products, "_WIDE_BYTES", 4 * 512 * 300)  # in four parts, the last one smaller
+    torch.manual_seed(0)
+    layer = Linear(512, 1024, bias=biased).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 128, 512).to(dtype)
+    multiplied, multiply = [], functional.linear
+
+    def noted(x, weight, bias):
+        multiplied.append((x.dtype, weight.dtype, len(weight)))
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(products.functional, "linear", noted)
+    with torch.inference_mode():
+        made = layer(x)
+    assert multiplied == [(torch.float32, torch.float32, rows) for rows in (300, 300, 300, 124)]
+    exact = multiply(x.double(), layer.weight.double(), layer.bias.double() if biased else None)
+    assert made.dtype == dtype
+    # sums of 512 products of about one in float32, then one rounding
+    assert ((made.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5).all()
+    layer(x)  # in training as it was
+    monkeypatch.setattr(products, "has_products", lambda _dtype: True)
+    with torch.inference_mode():
+        layer(x)
+    assert multiplied[4:] == [(dtype, dtype, 1024)] * 2
+
+
+def test_the_copies_in_float32_are_foretold(monkeypatch):
+    monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.float32)
+    with torch.inference_mode(), torch.device("meta"):
+        layer, x = Linear(512, 1024, bias=False, dtype=torch.bfloat16), torch.empty(256, 512).bfloat16()
+        with MemoryCount() as plain:
+            _ = layer(x)
+        with products.as_on(torch.device("cpu")), MemoryCount() as wide:
+            _ = layer(x)
+    assert plain.peak == 2 * 256 * 1024
+    assert wide.peak == 2 * 256 * 1024 + 4 * (
+        256 * 512 + 512 * 1024 + 256 * 1024
+    )  # result; input, weight, product
 
 
 def test_what_a_hook_adds_comes_before_the_gelu(layer_and_input):

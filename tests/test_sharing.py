@@ -14,6 +14,7 @@ from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
 from lockstep.model.denoiser import JointDenoiser
 from lockstep.model.errors import UnsupportedModelError
 from lockstep.model.layers import attention_backends as backends
+from lockstep.model.layers import products
 from lockstep.model.layers.norms import rms_norm
 from lockstep.model.layers.rope import Rope, rotate
 from lockstep.model.shapes import AudioRate, ClipShape, Compression
@@ -168,6 +169,18 @@ def test_kernels_in_blocks_agree_with_the_definition(keys):
     assert (made.float() - wanted).square().mean().sqrt() < 2**-7 * wanted.square().mean().sqrt()
     rows = torch.empty(2, 700, 3, 16).bfloat16().transpose(1, 2).copy_(query)
     assert torch.equal(backends.in_blocks(rows, key, value), made)  # heads beside tokens, as projections lie
+
+
+def test_a_processor_without_16_bit_products_tries_attention_in_float32(monkeypatch):
+    query, key, value = (torch.randn(1, 2, 200, 16).bfloat16() for _ in range(3))
+    monkeypatch.setattr(products, "has_products", lambda _dtype: True)
+    assert list(backends.candidates(query)) == ["usual", "blocks"]
+    monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.float32)
+    kernels = backends.candidates(query)
+    assert list(kernels) == ["usual", "float32"]
+    made, wanted = kernels["float32"](query, key, value), backends.plain_attention(query, key, value)
+    assert made.dtype == torch.bfloat16
+    assert (made.float() - wanted).abs().max() <= 2**-8 * wanted.abs().max()  # one rounding
 
 
 def test_a_wrong_or_failing_kernel_is_never_chosen(monkeypatch):

@@ -23,6 +23,7 @@ from lockstep.model.codec.vocoder import VocoderConfig, build_vocoder
 from lockstep.model.codec.windows import decode_audio_stream, encode_audio_stream, vocode_stream
 from lockstep.model.embedded.config import VIDEO_VAE
 from lockstep.model.errors import ShapeError, UnsupportedModelError
+from lockstep.model.layers import products
 from lockstep.model.layers.causal_conv import CausalConv3d
 from lockstep.model.residency import MemoryCount
 
@@ -70,6 +71,26 @@ def test_a_decode_in_bands_of_rows_equals_the_whole_one(name, size, window_bytes
     vae, latent = VAES[name], torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(3))
     streamed = torch.cat(list(decode_stream(vae, latent, window_bytes, band_bytes=band_bytes)), dim=2)
     assert_near(streamed, vae.decode(latent), 5e-5)
+
+
+@pytest.mark.parametrize("name", ["2.3", "timed"])
+def test_a_processor_without_16_bit_products_decodes_such_weights_by_those_of_float32(name, monkeypatch):
+    monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.float32)
+    seen, kernel = [], torch.mkldnn_convolution
+
+    def noted(x, weight, bias, *how):
+        seen.append({x.dtype, weight.dtype, bias.dtype})
+        return kernel(x, weight, bias, *how)
+
+    monkeypatch.setattr(torch, "mkldnn_convolution", noted)
+    vae, latent = random_vae(name).bfloat16(), torch.randn(1, 4, 3, 2, 3)
+    made = torch.cat(list(decode_stream(vae, latent.bfloat16(), 2**12)), dim=2)
+    assert made.dtype == torch.bfloat16
+    assert len(seen) > 20
+    assert all(dtypes == {torch.float32} for dtypes in seen)
+    wanted = vae.float().decode(latent.bfloat16().float())
+    # a rounding in each of some twenty layers, of which most add to what came before
+    assert (made.float() - wanted).square().mean().sqrt() < 0.03 * wanted.square().mean().sqrt()
 
 
 def test_bands_bound_what_a_convolution_sees_whatever_the_frame():

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ..errors import ShapeError
 from ..layers.causal_conv import CausalConv3d
+from ..layers.products import wants_float32
 from .diffusion_decoder import DiffusionVAE
 from .video_vae import (
     EPS,
@@ -216,10 +217,13 @@ def _output_channels(conv: nn.Conv3d, unit: int) -> Iterator[slice]:
 def _convolve(conv: nn.Conv3d, buffer_BFHWC: Tensor, channels: slice) -> Tensor:
     x_BCFHW = rearrange(buffer_BFHWC, "B F H W C -> B C F H W")
     weight, bias = conv.weight[channels], cast(Tensor, conv.bias)[channels]
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    by_onednn = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if by_onednn and (weight.dtype == torch.float32 or wants_float32(weight)):
         # conv3d leaves small inputs to a slow kernel that lays out all 27 neighbours of each place
         once = (1, 1, 1)
-        made_BCFHW = torch.mkldnn_convolution(x_BCFHW, weight, bias, (0, 0, 0), once, once, 1)
+        made_BCFHW = torch.mkldnn_convolution(
+            x_BCFHW.float(), weight.float(), bias.float(), (0, 0, 0), once, once, 1
+        ).to(weight.dtype)
     else:
         made_BCFHW = functional.conv3d(x_BCFHW, weight, bias)
     return rearrange(made_BCFHW, "B C F H W -> B F H W C")

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UnsupportedModelError
 from .inference import writes_in_place
+from .products import wants_float32
 
 _logger = logging.getLogger("lockstep")
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -103,7 +104,7 @@ def candidates(query_BNTK: Tensor) -> dict[str, Kernel]:
     """Kernels by name that might serve such tensors, the usual one first."""
     kernels: dict[str, Kernel] = {"usual": functional.scaled_dot_product_attention}
     if query_BNTK.device.type == "cpu":
-        return kernels | {"blocks": in_blocks}
+        return kernels | ({"float32": _in_float32} if wants_float32(query_BNTK) else {"blocks": in_blocks})
     for backend in _BACKENDS:
         kernels[backend.name.lower()] = _Forced(backend)
     if find_spec("flash_attn"):
@@ -174,6 +175,11 @@ def in_blocks(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tenso
             scores = torch.addmm(zero, queries, key_LK.mT, beta=0, alpha=scale)
             torch.mm(scores.softmax(dim=-1), value_LK, out=results)
     return made
+
+
+def _in_float32(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
+    made = functional.scaled_dot_product_attention(query_BNTK.float(), key_BNLK.float(), value_BNLK.float())
+    return made.to(query_BNTK.dtype)
 
 
 def _seconds(kernel: Kernel, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> float:

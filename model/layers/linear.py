@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .inference import writes_in_place
+from .products import has_products, linear_product
 
 _LEAST_WORK = 2**24  # multiplications; below, finding the kernel takes as long as it saves
 _GELU = ("gelu", [], "tanh")
@@ -23,26 +24,17 @@ class Linear(nn.Linear):
         """(..., in) to (..., out)."""
         if input.dtype == torch.float32 and self.suits(input):
             return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, *_NOTHING_AFTER)
-        return super().forward(input)
+        return linear_product(input, self.weight, self.bias)
 
     def suits(self, x: Tensor) -> bool:
         """Whether oneDNN serves x."""
         return (
             x.device.type == "cpu"
             and writes_in_place()
-            and x.dtype == self.weight.dtype
+            and x.dtype == self.weight.dtype != torch.float16
             and x.numel() * self.out_features >= _LEAST_WORK
-            and _serves(x.dtype)
+            and has_products(x.dtype)
         )
-
-
-def _serves(dtype: torch.dtype) -> bool:
-    """Whether this build has oneDNN, and this processor its products of such numbers."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:

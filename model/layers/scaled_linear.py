@@ -4,23 +4,19 @@ Where the device multiplies fp8 (compute capability 8.9 and later) inputs are pa
 unpacked for each call, so that it takes one byte a value between them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .inference import writes_in_place
+from .products import device_meant, linear_product
 
 _PRODUCT_DTYPE = torch.float8_e4m3fn  # of the two, the one that devices multiply with itself
 _LARGEST = torch.finfo(_PRODUCT_DTYPE).max
 _UNPACKED = ("to_gate_logits",)  # small, and a gate's error scales a whole head
 _GRAIN = 16  # the product wants both widths in multiples of it
 _products: dict[torch.device, bool] = {}  # asked once: a compiler cannot look into the question
-_foretold: ContextVar[torch.device | None] = ContextVar("foretold", default=None)
 
 
 class PackedInput(NamedTuple):
@@ -73,9 +69,7 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor | PackedInput) -> Tensor:
         if isinstance(x, PackedInput):
             return self._product(x)
-        return (
-            self.product(x) if self._multiplies_on(x.device) else functional.linear(x, self.weight, self.bias)
-        )
+        return self.product(x) if self._multiplies_on(x.device) else linear_product(x, self.weight, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
         """x packed to fp8 by the file's own scale, or by its largest value, times the packed weight."""
@@ -103,19 +97,8 @@ class ScaledLinear(nn.Module):
         return wanted and _has_product(device)
 
 
-@contextmanager
-def as_on(device: torch.device) -> Iterator[None]:
-    """Inside, layers on the meta device compute as they will on this one."""
-    token = _foretold.set(device)
-    try:
-        yield
-    finally:
-        _foretold.reset(token)
-
-
 def _has_product(device: torch.device) -> bool:
-    if device.type == "meta":
-        device = _foretold.get() or device
+    device = device_meant(device)
     if device not in _products:
         _products[device] = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return _products[device]
