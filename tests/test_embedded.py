@@ -32,24 +32,25 @@ from lockstep.model.embedded import (
     train,
     train_transformer,
     train_video_vae,
+    training,
     world,
 )
 from lockstep.model.embedded.check import SIGMAS, errors_beside
 from lockstep.model.embedded.dataset import FORMATS, Batch, format_of
 from lockstep.model.embedded.pack import pack, tokenizer_entry, unpack
+from lockstep.model.embedded.prompts import SAYABLE, UNSAID, _directions, encode_prompts, tokenizer, untold
 from lockstep.model.embedded.readings import readings
 from lockstep.model.embedded.sound import synthesize
 from lockstep.model.embedded.train_transformer import (
     _MODES,
     Generator,
     _clips_in_step,
+    _draw_format,
     draw_sigma,
-    encode_prompts,
     flow_loss,
     initialise_generator,
     products_for_attention,
     set_task,
-    tokenizer,
 )
 from lockstep.model.embedded.training import (
     Muon,
@@ -567,25 +568,67 @@ def _random_batch() -> Batch:
 def test_every_mode_of_training_teaches_what_it_should(mode):
     batch, model = _random_batch(), Generator()
     initialise_generator(model, seed=0)
-    ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
-    loss, figures = flow_loss(model, set_task(model, batch, ids, mask, mode, random.Random(1)))
+    prompts = encode_prompts(batch.scenes, random.Random(0), tokenizer())
+    loss, figures = flow_loss(model, set_task(model, batch, prompts, mode, random.Random(1)))
     loss.backward()
     # a stream that is given has nothing to learn; an untrained model answers 0, so that the loss is the size of the velocity
     assert (figures["video"] == 0) == ("video" in mode or "sound" in mode)
     silent = "audio" in mode or mode == "picture"
     assert (figures["audio"] == 0) == silent
-    assert 1.2 < loss.item() < 5
+    assert 1.2 < loss.item() < 6
     # nor is it stepped: an update of nothing would be as large as any other
     assert (model.transformer.proj_out.weight.grad is None) == ("video" in mode or "sound" in mode)
     assert (model.transformer.audio_proj_out.weight.grad is None) == silent
+    # and so is the context of a stream that nobody hears or sees
+    embeddings = model.connectors.text_embedding_projection
+    assert (embeddings.video_aggregate_embed.weight.grad is None) == (
+        mode in ("sound", "beginning and sound")
+    )
+    assert (embeddings.audio_aggregate_embed.weight.grad is None) == (mode == "picture")
+
+
+def test_what_a_prompt_says_is_known_beside_it():
+    shown = scenes(400)
+    named, nameless = (encode_prompts(shown, random.Random(0), tokenizer(), share) for share in (0.0, 1.0))
+    dropped = named.mask.sum(1) == 0
+    assert 0.05 < dropped.float().mean() < 0.15
+    assert (named.said[dropped] == UNSAID).all()
+    for row, (scene, lost) in enumerate(zip(shown, dropped, strict=True)):
+        told = [words[at] for words, at in zip(SAYABLE.values(), named.said[row], strict=True)]
+        assert lost or told == [getattr(scene, slot) for slot in SAYABLE]
+    unnamed = [slot in ("color", "shape") for slot in SAYABLE]
+    assert (nameless.said[:, unnamed] == UNSAID).all()
+    assert (nameless.said[nameless.mask.sum(1) > 0][:, [not each for each in unnamed]] != UNSAID).all()
+
+
+def test_a_context_tells_what_was_said_by_the_directions_of_its_mean():
+    said = encode_prompts(scenes(20), random.Random(0), tokenizer()).said
+    directions = _directions(128, torch.device("cpu"))
+    assert torch.allclose(directions @ directions.T, torch.eye(len(directions)), atol=1e-5)
+    firsts = torch.tensor([0, *(len(words) for words in SAYABLE.values())])[:-1].cumsum(0)
+    telling = torch.stack([directions[(firsts + row)[row != UNSAID]].sum(0) for row in said])
+    context = 20 * telling[:, None] + torch.randn(20, 32, 128)
+    assert untold(context, said) < 0.01
+    assert untold(context.roll(1, 0), said) > 2
+    assert untold(torch.zeros_like(context), said) > 1  # as chance has it
+    assert untold(context, torch.full_like(said, UNSAID)) == 0
+
+
+def test_a_run_begins_with_small_clips_where_there_are_any():
+    paths, rng = [Path(f"{index:05}.safetensors") for index in range(70)], random.Random(0)
+    small = Counter(_draw_format(paths, rng, True) for _ in range(300))
+    later = Counter(_draw_format(paths, rng, False) for _ in range(3000))
+    assert set(small) == {(96, 96, 25, 12.0), (96, 96, 13, 12.0), (96, 96, 37, 12.0), (96, 96, 33, 16.0)}
+    assert set(later) == set(FORMATS)
+    assert _draw_format([Path("00023.safetensors")], rng, True) == (96, 176, 37, 12.0)
 
 
 def test_a_picture_alone_is_the_first_or_the_guide_of_its_clip_and_hears_nothing():
     batch, model = _random_batch(), Generator()
-    ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
+    prompts = encode_prompts(batch.scenes, random.Random(0), tokenizer())
     nothing = torch.zeros(2)  # of noise, so that tokens are those of the pictures
     tasks = [
-        set_task(model, batch, ids, mask, "picture", random.Random(draw), sigma=nothing) for draw in range(9)
+        set_task(model, batch, prompts, "picture", random.Random(draw), sigma=nothing) for draw in range(9)
     ]
     pictures = {"first": batch.video[:, :, :1], "guide": batch.guide}
     shown = [
@@ -620,17 +663,24 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_attention_of_training_is_of_products_in_half_the_width_on_a_cpu_and_leaves_torch_as_it_was():
+def test_attention_of_training_is_of_products_in_half_the_width_on_a_cpu_and_leaves_torch_as_it_was(
+    monkeypatch,
+):
+    monkeypatch.setattr(training, "has_products", lambda _dtype: True)
     batch, model = _random_batch(), Generator()
     initialise_generator(model, seed=0)
-    ids, mask = encode_prompts(batch, random.Random(0), tokenizer())
+    prompts = encode_prompts(batch.scenes, random.Random(0), tokenizer())
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     with products_for_attention("cpu"), _Products() as products:
-        flow_loss(model, set_task(model, batch, ids, mask, "nothing", random.Random(1)))
+        flow_loss(model, set_task(model, batch, prompts, "nothing", random.Random(1)))
     assert products.dtypes == {torch.bfloat16}
+    monkeypatch.setattr(training, "has_products", lambda _dtype: False)  # a processor that would imitate them
+    with products_for_attention("cpu"), _Products() as products:
+        flow_loss(model, set_task(model, batch, prompts, "nothing", random.Random(1)))
+    assert not products.dtypes
     assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == allowed
     with products_for_attention("cuda"), _Products() as products:
-        flow_loss(model, set_task(model, batch, ids, mask, "nothing", random.Random(1)))
+        flow_loss(model, set_task(model, batch, prompts, "nothing", random.Random(1)))
     assert not products.dtypes  # the fused attention's, whatever a GPU chooses
 
 
@@ -746,8 +796,12 @@ def test_matrices_of_one_shape_are_stepped_as_each_by_itself():
         assert not torch.allclose(a, start, atol=2e-2)
 
 
-def test_matrix_updates_are_orthogonal_and_only_for_inner_matrices():
-    update = orthogonal(torch.randn(12, 40))
+@pytest.mark.parametrize("half", [True, False])
+def test_matrix_updates_are_orthogonal_and_only_for_inner_matrices(half, monkeypatch):
+    monkeypatch.setattr(training, "has_products", lambda _dtype: half)
+    with _Products() as products:
+        update = orthogonal(torch.randn(3, 12, 40))
+    assert products.dtypes == {torch.bfloat16 if half else torch.float32}
     # five Newton-Schulz steps bring singular values near 1, not to it
     singular = torch.linalg.svdvals(update)
     assert singular.min() > 0.6
@@ -858,9 +912,9 @@ class Shipped:
     def error(self, batch: Batch, mode: str, nameless: float = 0.0) -> dict[str, torch.Tensor]:
         """Of the velocities at a noise of 0.9, where much of what is said, seen and heard beside a stream counts."""
         noise = torch.full((len(batch.scenes),), 0.9)
-        ids, mask = encode_prompts(batch, random.Random(11), tokenizer(), nameless)
+        prompts = encode_prompts(batch.scenes, random.Random(11), tokenizer(), nameless)
         torch.manual_seed(0)
-        task = set_task(self.model, batch, ids, mask, mode, random.Random(0), sigma=noise)
+        task = set_task(self.model, batch, prompts, mode, random.Random(0), sigma=noise)
         return flow_loss(self.model, task)[1]
 
 
@@ -956,8 +1010,8 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     shutil.rmtree(runs / "decoder")
     assert "transformer was trained on the latents of other codecs" in refused("pack")
     command("shards", runs, "--steps", "1")
-    for stage in ("transformer", "check"):
-        assert "transformer was trained on the latents of other codecs" in refused(stage, "--steps", "5")
+    for stage, *options in (("transformer", "--steps", "5"), ("check",)):
+        assert "transformer was trained on the latents of other codecs" in refused(stage, *options)
 
 
 def test_a_transformer_is_moved_to_another_codec(tmp_path, monkeypatch, capsys, shipped):

@@ -48,7 +48,14 @@ def refusal(monkeypatch, capsys, *arguments: object) -> str:
         ("shards --steps 2 --seconds 5", "not for shards"),
         ("pack --seconds 5", "not for pack"),
         ("move", "move needs --file"),
-        ("video --steps 2 --file x", "--file is for move and pack"),
+        ("video --steps 2 --file x", "--file is for move, pack, not for video"),
+        (
+            "check --steps 5",
+            "--steps is for video, decoder, audio, vocoder, transformer, shards, not for check",
+        ),
+        ("pack --batch 2", "not for pack"),
+        ("unpack --workers 2", "not for unpack"),
+        ("transformer --steps 2 --first 3", "--first is for shards, not for transformer"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(arguments, told, tmp_path, monkeypatch, capsys):

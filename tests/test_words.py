@@ -7,8 +7,8 @@ import pytest
 from lockstep.model.checkpoint.header import read_header
 from lockstep.model.embedded import WEIGHTS, config
 from lockstep.model.embedded.pack import tokenizer_entry
+from lockstep.model.embedded.prompts import tokenizer
 from lockstep.model.embedded.readings import with_newest_readings
-from lockstep.model.embedded.train_transformer import tokenizer
 from lockstep.model.engine import Engine
 from lockstep.model.text.tokenizer import Tokens, WordTokenizer
 

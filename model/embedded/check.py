@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import Tensor
 
 from .dataset import FORMATS, Batch, format_of, load_shard
-from .train_transformer import Generator, clips_of, encode_prompts, flow_loss, on_device, set_task, tokenizer
+from .prompts import Prompts, encode_prompts, tokenizer
+from .train_transformer import Generator, clips_of, flow_loss, on_device, prompts_on_device, set_task
 
 SIGMAS = (0.5, 0.8, 0.9, 0.97, 1.0)
 _CLIPS, _SHARDS = 12, 4
@@ -33,12 +33,12 @@ def errors_beside(model: Generator, paths: Sequence[Path], device: str) -> Itera
     prompts = [_prompts(part, number, device) for number, part in enumerate(parts)]
     for sigma in SIGMAS:
         found: dict[str, list[float]] = {}
-        for part, (ids, mask) in zip(parts, prompts, strict=True):
+        for part, said in zip(parts, prompts, strict=True):
             levels = torch.full((len(part.scenes),), sigma)
             for made, given in _GIVEN.items():
                 for whose, seen in (("own", part), ("another's", _with_others(part, given))):
                     torch.manual_seed(0)  # of the noise
-                    task = set_task(model, seen, ids, mask, given, random.Random(0), sigma=levels)
+                    task = set_task(model, seen, said, given, random.Random(0), sigma=levels)
                     _, errors = flow_loss(model, task)
                     found.setdefault(f"{made}, {whose} {given}", []).append(float(errors[made]))
         yield {"sigma": sigma} | {name: mean(errors) for name, errors in found.items()}
@@ -49,9 +49,8 @@ def _first_clips(path: Path, device: str) -> Batch:
     return on_device(clips_of(shard, range(min(_CLIPS, len(shard.scenes)))), device)
 
 
-def _prompts(part: Batch, seed: int, device: str) -> tuple[Tensor, Tensor]:
-    ids, mask = encode_prompts(part, random.Random(seed), tokenizer())
-    return ids.to(device), mask.to(device)
+def _prompts(part: Batch, seed: int, device: str) -> Prompts:
+    return prompts_on_device(encode_prompts(part.scenes, random.Random(seed), tokenizer()), device)
 
 
 def _with_others(part: Batch, given: str) -> Batch:

@@ -99,16 +99,15 @@ def _fault(given: argparse.Namespace) -> str:
         return "torchrun spreads the batches of the transformer alone: run this stage without it"
     if several and given.seconds:
         return "--seconds would end each of torchrun's processes at another step: give --steps"
-    if given.seconds and given.stage not in _TRAINED:
-        return f"--seconds is for stages that are trained, not for {given.stage}"
     if given.stage in _TRAINED and not (given.steps or given.seconds):
         return "how long is to be trained? give --steps or --seconds"
     if given.stage == "shards" and not given.steps:
         return "how many shards are to be encoded? give --steps"
     if given.stage == "move" and not given.file:
         return "move needs --file: the packed file whose transformer is moved"
-    if given.file and given.stage not in ("move", "pack"):
-        return f"--file is for move and pack, not for {given.stage}"
+    for option, stages in _OPTIONS.items():
+        if getattr(given, option) and given.stage not in stages:
+            return f"--{option} is for {', '.join(stages)}, not for {given.stage}"
     return ""
 
 
@@ -277,6 +276,15 @@ def finished_audio_vae(runs: Path, device: str = "cpu") -> AudioVAE:
 
 
 _TRAINED = ("video", "decoder", "audio", "vocoder", "transformer")
+# what only some stages take
+_OPTIONS = {
+    "steps": (*_TRAINED, "shards"),
+    "batch": _TRAINED,
+    "seconds": _TRAINED,
+    "workers": (*_TRAINED, "shards"),
+    "first": ("shards",),
+    "file": ("move", "pack"),
+}
 _STAGES = {
     "video": _video,
     "decoder": _decoder,

@@ -13,7 +13,7 @@ from ..codec.audio_vae import AudioVAE, AudioVAEConfig
 from ..codec.mel import LogMel
 from . import config, world
 from .sound import synthesize
-from .training import Run
+from .training import Run, mixed_precision
 
 _KL_WEIGHT = 1e-4
 
@@ -47,7 +47,7 @@ class DrawMels:
 
 def audio_vae_loss(vae: AudioVAE, mel: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 of the log-mel plus a faint KL; (B, 1, 4k + 1, M)."""
-    with torch.autocast(mel.device.type, torch.bfloat16):
+    with mixed_precision(mel.device):
         mean, log_variance = vae.encoder(mel).float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-12, 4)
         latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()

@@ -4,16 +4,15 @@ Per-token noise levels and clean tokens during training give image, keyframe, au
 B batch, T video tokens, S audio tokens.
 """
 
+import math
 import random
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditioning.layout import Layout, held, held_tokens, lay_out_audio, lay_out_video
@@ -23,17 +22,16 @@ from ..layers.attention import Attention
 from ..layers.rope import Rope
 from ..text.connector import Connectors, ConnectorsConfig
 from ..text.encoder import WordEncoder, WordEncoderConfig
-from ..text.tokenizer import FIRST_ID, WordTokenizer
+from ..text.tokenizer import FIRST_ID
 from ..transformer.block import Block
 from ..transformer.config import TransformerConfig
 from ..transformer.model import AVTransformer, RopeTables, StreamInput
 from ..values import Guide
 from . import config, language
 from .dataset import FORMATS, SHARD, Batch, format_of, load_shard, shards_in_round
-from .readings import readings
-from .training import Run
+from .prompts import Prompts, encode_prompts, tokenizer, untold
+from .training import Run, mixed_precision, product_dtype
 
-_DROP_PROMPT = 0.1
 _TENSORS = ("video", "audio", "guide", "reference")
 # what is given in a step, and how often; "audio" with pictures beside it: as a clip is made whose sound comes first
 _MODES = {
@@ -63,13 +61,9 @@ _MODES = {
 _PICTURES = {"first", "guide", "reference"}
 # how often the prompt leaves colour and shape to the picture
 _NAMELESS = {"reference": 0.7, "first": 0.35, "guide": 0.35}
-
-
-@cache
-def tokenizer() -> WordTokenizer:
-    """The embedded model's tokenizer."""
-    words, content = tuple(language.vocabulary()), frozenset(language.content_words())
-    return WordTokenizer(words, content, config.TEXT_LENGTH, readings())
+# a run begins with small clips, of which more fit into a step: pixels of such a one, and steps
+_SMALL, _SMALL_STEPS = 96 * 96 * 37, 2000
+_TELLING = 0.2  # what contexts fail to tell of prompts counts beside the velocities
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +100,7 @@ class StreamTask:
 class Task:
     """All that a step computes its loss from, on the device; shapes, and what is no tensor, decide which kernels run."""
 
-    ids: Tensor  # (B, L)
-    mask: Tensor  # (B, L)
+    prompts: Prompts
     text_ropes: TextRopes
     video: StreamTask
     audio: StreamTask
@@ -168,23 +161,6 @@ def _begin_nearby(attention: Attention, heads: float) -> None:
         channels = round(heads * len(turned.bias))
         turned.weight[:channels] *= 0.3
         turned.bias[:channels] = 1.0
-
-
-def encode_prompts(
-    batch: Batch, rng: random.Random, words: WordTokenizer, nameless: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """A fresh prompt for every scene: ids and mask (B, L); some prompts are dropped for guidance.
-
-    nameless: the share of prompts that say neither colour nor shape.
-    """
-    prompts = [language.describe(scene, rng, nameless=rng.random() < nameless) for scene in batch.scenes]
-    rows = [words.encode(language.interrupt(prompt, rng), required=False).ids for prompt in prompts]
-    # all of one length: a GPU's graphs are of one shape
-    length = config.TEXT_LENGTH
-    ids = torch.stack([functional.pad(row, (0, length - len(row))) for row in rows])
-    mask = torch.stack([(torch.arange(length) < len(row)).float() for row in rows])
-    kept = torch.tensor([float(rng.random() >= _DROP_PROMPT) for _ in rows])
-    return ids, mask * kept[:, None]
 
 
 def draw_sigma(count: int, shift: float = 1.2) -> Tensor:
@@ -255,14 +231,13 @@ def _stream_task(layout: Layout, clean: Tensor, sigma: Tensor) -> StreamTask:
 def set_task(
     model: Generator,
     batch: Batch,
-    ids: Tensor,
-    mask: Tensor,
+    prompts: Prompts,
     mode: str,
     rng: random.Random,
     text_ropes: TextRopes | None = None,
     sigma: Tensor | None = None,
 ) -> Task:
-    """Noise levels, noise and layouts of a step; batch, ids and mask on the device, mode: a name in _MODES.
+    """Noise levels, noise and layouts of a step; batch and prompts on the device, mode: a name in _MODES.
 
     text_ropes: always the same; made here if None. sigma: (B,), drawn as for training if None.
     """
@@ -284,8 +259,7 @@ def set_task(
     if seeing:
         clean_video, video_layout = clean_video[:, held_tokens(video_layout)], held(video_layout)
     return Task(
-        ids=ids,
-        mask=mask,
+        prompts=prompts,
         text_ropes=text_ropes or TextRopes.of(model, device),
         video=_stream_task(video_layout, clean_video, sigma),
         audio=_stream_task(audio_layout, audio_to_tokens(batch.audio), sigma),
@@ -295,9 +269,10 @@ def set_task(
 
 
 def flow_loss(model: Generator, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared error of both velocities over the tokens that are noised."""
-    with torch.autocast(task.ids.device.type, torch.bfloat16):
-        video_context, audio_context = model.contexts(task.ids, task.mask, task.text_ropes)
+    """Squared error of both velocities over the tokens that are noised, and a little of how badly the contexts tell what was said."""
+    prompts = task.prompts
+    with mixed_precision(prompts.ids.device):
+        video_context, audio_context = model.contexts(prompts.ids, prompts.mask, task.text_ropes)
         video, audio = task.video.read(video_context), task.audio.read(audio_context)
         velocities = model.transformer(video, audio, task.rope, isolated=task.apart)
     errors = {
@@ -308,7 +283,14 @@ def flow_loss(model: Generator, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
     }
     # a gradient of nothing would still be a step: Muon gives every update the same size
     loss = torch.stack([errors[name] for name in errors if not getattr(task, name).given]).sum()
-    return loss, {name: error.detach() for name, error in errors.items()}
+    # what is given to nobody is not read, and its context not stepped
+    read = [
+        context
+        for context, stream in ((video_context, task.video), (audio_context, task.audio))
+        if not (stream.given and task.apart)
+    ]
+    errors["words"] = torch.stack([untold(context, prompts.said) for context in read]).mean()
+    return loss + _TELLING * errors["words"], {name: error.detach() for name, error in errors.items()}
 
 
 def _error(velocity: Tensor, stream: StreamTask) -> Tensor:
@@ -329,6 +311,11 @@ def on_device(batch: Batch, device: str) -> Batch:
     )
 
 
+def prompts_on_device(prompts: Prompts, device: str) -> Prompts:
+    """Prompts on the device."""
+    return Prompts(*(_tensor_on_device(getattr(prompts, field.name), device) for field in fields(prompts)))
+
+
 def _tensor_on_device(tensor: Tensor, device: str) -> Tensor:
     """On the device; a GPU fetches it when it comes to it, and the host goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in device else tensor.to(device)
@@ -345,9 +332,11 @@ def _format(path: Path) -> tuple[int, int, int, float]:
     return format_of(int(path.stem))
 
 
-def _draw_format(paths: list[Path], rng: random.Random) -> tuple[int, int, int, float]:
-    """A format, as often as a round of shards holds it, however many of its shards there are."""
+def _draw_format(paths: list[Path], rng: random.Random, small: bool) -> tuple[int, int, int, float]:
+    """A format, as often as a round of shards holds it, however many of its shards there are; small: of the small ones, if any."""
     formats = sorted({_format(path) for path in paths})
+    if small:
+        formats = [form for form in formats if math.prod(form[:3]) <= _SMALL] or formats
     return rng.choices(formats, weights=[shards_in_round(form) for form in formats])[0]
 
 
@@ -381,8 +370,7 @@ class Step:
 
     mode: str
     clips: Batch
-    ids: Tensor  # (B, L)
-    mask: Tensor  # (B, L)
+    prompts: Prompts
     seed: str
 
 
@@ -401,24 +389,25 @@ class DrawStep:
         rng = random.Random(seed)
         mode = rng.choices(list(_MODES), weights=list(_MODES.values()))[0]
         paths = shards_in(self.folder)
-        form = _draw_format(paths, rng)
+        form = _draw_format(paths, rng, step < _SMALL_STEPS)
         alike = [path for path in paths if _format(path) == form]
         # all processes share the format, so that none waits for another; each has clips of its own
         clips = _draw_clips(alike, rng, _clips_in_step(mode, form, self.batch) * self.processes, mode)
         clips = clips_of(clips, range(len(clips.scenes))[self.rank :: self.processes])
         rng = random.Random(f"{seed}/{self.rank}")
-        ids, mask = encode_prompts(clips, rng, tokenizer(), _NAMELESS.get(mode.split(" and ")[0], 0.0))
+        prompts = encode_prompts(clips.scenes, rng, tokenizer(), _NAMELESS.get(mode.split(" and ")[0], 0.0))
         # what the prompts say is said; thousands of scenes would only be handed on
-        return Step(mode, replace(clips, scenes=[]), ids, mask, f"{seed}/{self.rank}/layouts")
+        return Step(mode, replace(clips, scenes=[]), prompts, f"{seed}/{self.rank}/layouts")
 
 
 @contextmanager
 def products_for_attention(device: str) -> Iterator[None]:
-    """Attention of training on a CPU: plain products in bf16, of which torch would make float32 if it were not told.
+    """Attention of training on a CPU with products in bf16: plain ones, of which torch would make float32 if it were not told.
 
-    The fused attention's backward takes longer.  Gradients lie as far from those of float32 either way, 1 to 8 %.
+    The fused attention's backward takes longer.  Gradients lie as far from those of float32 either way, 1 to 8 %. In float32
+    the fused one is the faster.
     """
-    if device != "cpu":
+    if device != "cpu" or product_dtype(torch.device(device)) == torch.float32:
         yield
         return
     # its name says CUDA: it is read on CPUs, too
@@ -444,12 +433,8 @@ def train_transformer(
     text_ropes = TextRopes.of(run.model, torch.device(device))
 
     def task_of(step: Step) -> Task:
-        clips, ids, mask = (
-            on_device(step.clips, device),
-            _tensor_on_device(step.ids, device),
-            _tensor_on_device(step.mask, device),
-        )
-        return set_task(run.model, clips, ids, mask, step.mode, random.Random(step.seed), text_ropes)
+        clips, prompts = on_device(step.clips, device), prompts_on_device(step.prompts, device)
+        return set_task(run.model, clips, prompts, step.mode, random.Random(step.seed), text_ropes)
 
     def loss_of(task: Task) -> tuple[Tensor, dict[str, Tensor]]:
         with products_for_attention(device):

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..codec.video_vae import VideoVAE
 from . import world
-from .training import Run
+from .training import Run, mixed_precision
 
 _WINDOW = 64  # pixels; most of a whole clip is plain background, from which little is learned
 # (frames, height, width), side of a window of it or 0, so many of them for one of the usual clips, and how often
@@ -104,7 +104,7 @@ def pixel_loss(restored: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, Tens
 
 def video_loss(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The pixel loss plus a faint KL that keeps latents near unit size."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with mixed_precision(pixels.device):
         restored, mean, log_variance = reconstruct(vae, pixels)
     loss, figures = pixel_loss(restored, pixels)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -133,7 +133,7 @@ def train_video_decoder(
 
     def loss_of(drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = drawn.to(device).float()
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        with mixed_precision(pixels.device):
             with torch.no_grad():
                 latent = run.model.encoder(pixels)[:, : run.model.config.latent_channels]
             noise = torch.randint(3, (len(latent), 1, 1, 1, 1)).to(device) * 0.04

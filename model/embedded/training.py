@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import TrainingError
+from ..layers.products import has_products
 from .gradients import Gradients, LossOf, Recorder
 
 _STATE, _LOG = "state.safetensors", "log.jsonl"
@@ -80,13 +81,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, roughly, by five Newton-Schulz steps in bf16: (..., rows, columns), float32."""
+    """The nearest orthogonal matrices, roughly, by five Newton-Schulz steps in bf16 if it may be: (B, rows, columns), float32."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(product_dtype(matrices.device))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        grams = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, grams, x, beta=3.4445)  # sums that the products write themselves
     return (x.mT if tall else x).float()
 
 
@@ -326,6 +328,16 @@ class Run(Generic[Model]):
     def _restore(self, entry: str, weight: nn.Parameter, value: Tensor) -> None:
         optimizer = self.optimizers[entry == "momentum"]
         optimizer.state[weight][entry] = value.to(weight.device)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, but float32 on a processor that has no products of such numbers: imitated they take ten times as long."""
+    return torch.bfloat16 if device.type != "cpu" or has_products(torch.bfloat16) else torch.float32
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Products in bfloat16 in the body, where the device has them."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=product_dtype(device) == torch.bfloat16)
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:
