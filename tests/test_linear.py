@@ -47,6 +47,7 @@ def onednn_calls(monkeypatch):
         bfloat16 = True
 
     monkeypatch.setattr(torch.ops, "mkldnn", Counting())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     return calls
 
 
@@ -82,6 +83,11 @@ def test_what_the_processor_lacks_stays_with_torch(layer_and_input, onednn_calls
         gelu_of(layer.half(), x.half())
     assert onednn_calls == (["gelu"] if x.dtype == torch.float32 else [])
     onednn_calls.clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # where its BLAS is faster
+    with torch.inference_mode():
+        gelu_of(layer.float(), x.float())
+    assert onednn_calls == []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with torch.inference_mode():
         gelu_of(layer.float(), x.float())

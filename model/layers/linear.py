@@ -13,11 +13,11 @@ _NOTHING_AFTER = ("none", [], "")
 
 
 class Linear(nn.Linear):
-    """nn.Linear, in inference on a CPU by oneDNN.
+    """nn.Linear, in inference on a CPU by oneDNN, but with AVX2 alone.
 
-    torch itself calls the BLAS it was built with, whose float32 products take longer on AMD's cores (denoise.py measures
-    both sides); and oneDNN applies tanh-GELU to a result that is still in the cache. Equal to the plain path but for the
-    order of sums.
+    torch itself calls the BLAS it was built with, whose float32 products take longer on AMD's cores with AVX-512 and less
+    on those with AVX2 alone (denoise.py measures both sides); and oneDNN applies tanh-GELU to a result that is still in the
+    cache. Equal to the plain path but for the order of sums.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -34,6 +34,7 @@ class Linear(nn.Linear):
             and x.dtype == self.weight.dtype != torch.float16
             and x.numel() * self.out_features >= _LEAST_WORK
             and has_products(x.dtype)
+            and torch.backends.cpu.get_cpu_capability() != "AVX2"
         )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from lockstep.model.layers.products import wants_float32
+
 
 @dataclass(slots=True)
 class Peak:
@@ -32,7 +34,8 @@ def describe_device(device: str) -> str:
         return torch.cuda.get_device_name()
     names = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     name = names[0].split(":", 1)[1].strip() if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads"
+    # of one name there are processors with products of 16-bit numbers and without
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _read(path: str) -> str:
@@ -105,8 +108,13 @@ def spread(seconds: list[float]) -> float:
 
 
 def matmul_ceiling(device: str, dtype: torch.dtype, rows: int = 1536, width: int = 2048) -> float:
-    """FLOP/s of the fastest large matmul here, the best of a few; on CPUs by torch's BLAS or by oneDNN."""
+    """FLOP/s of the fastest large matmul here, the best of a few; on CPUs by torch's BLAS or by oneDNN.
+
+    Where a CPU has no products of such numbers, that of float32 is the faster.
+    """
     a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, width)))
+    if wants_float32(a):
+        a, b = a.float(), b.float()
     products: list[Callable[[], object]] = [lambda: a @ b]
     if device == "cpu" and torch.backends.mkldnn.is_available():
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
