@@ -283,7 +283,7 @@ def flow_loss(model: Generator, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
     }
     # a gradient of nothing would still be a step: Muon gives every update the same size
     loss = torch.stack([errors[name] for name in errors if not getattr(task, name).given]).sum()
-    # what is given to nobody is not read, and its context not stepped
+    # the context of a given stream that the other does not see is read by nobody, and not stepped
     read = [
         context
         for context, stream in ((video_context, task.video), (audio_context, task.audio))

@@ -13,7 +13,7 @@ _NOTHING_AFTER = ("none", [], "")
 
 
 class Linear(nn.Linear):
-    """nn.Linear, in inference on a CPU by oneDNN, but with AVX2 alone.
+    """nn.Linear, in inference on a CPU by oneDNN, except on one with AVX2 alone.
 
     torch itself calls the BLAS it was built with, whose float32 products take longer on AMD's cores with AVX-512 and less
     on those with AVX2 alone (denoise.py measures both sides); and oneDNN applies tanh-GELU to a result that is still in the

@@ -14,9 +14,8 @@ from torch.nn import functional
 
 from .inference import writes_in_place
 
-_WIDE_BYTES = (
-    2**25
-)  # of a linear layer's weights at a time: a copy of all of a large one would take twice its room
+# of a linear layer's weights at a time: a copy of all of a large one would take twice its room
+_WIDE_BYTES = 2**25
 _meant: ContextVar[torch.device | None] = ContextVar("meant", default=None)
 
 
