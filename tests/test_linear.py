@@ -1,17 +1,28 @@
-"""The linear layer of transformer blocks: oneDNN's kernels against torch's own."""
+"""The linear layer of transformer blocks: oneDNN's kernels against torch's own; what computes in float32 for want of others."""
 
 from contextlib import suppress
 
 import pytest
 import torch
+from published_models import GEMMA_3
+from test_audio_codec import seeded
+from test_diffusion_decoder import CONFIG as DIFFUSION
+from test_small_heads import UPSAMPLERS
+from tiny_models import TEXT_STATES, TRANSFORMERS
+from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lockstep.model.codec.diffusion_decoder import DiffusionVAE
+from lockstep.model.codec.latent_upsampler import LatentUpsampler
 from lockstep.model.layers import linear, products
 from lockstep.model.layers.feed_forward import FeedForward
 from lockstep.model.layers.inference import full_float32
 from lockstep.model.layers.linear import Linear, gelu_of
 from lockstep.model.layers.norms import rms_norm
 from lockstep.model.residency import MemoryCount
+from lockstep.model.text.connector import ConnectorsConfig, FeatureProjection
+from lockstep.model.text.gemma import GemmaEncoder
 
 # sums of 512 products of about one in another order; one rounding of a 16-bit result
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
@@ -121,6 +132,89 @@ def test_what_the_processor_cannot_multiply_is_multiplied_in_float32(dtype, bias
     with torch.inference_mode():
         layer(x)
     assert multiplied[4:] == [(dtype, dtype, 1024)] * 2
+
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+class _Products(TorchDispatchMode):
+    """Notes which products are made of numbers of which dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in _PRODUCTS or any(part in name for part in ("attention", "linear", "conv")):
+            self.made.add((name, next(arg.dtype for arg in args if isinstance(arg, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def upscaled(name):
+    module = seeded(LatentUpsampler(UPSAMPLERS[name]))
+    return module, lambda module, x: module(x), torch.randn(1, 4, 3, 4, 6)
+
+
+def decoded():
+    def decode(vae, latent):
+        return vae.decode(latent, torch.Generator().manual_seed(0))
+
+    return seeded(DiffusionVAE(DIFFUSION)), decode, torch.randn(1, 4, 2, 3, 3)
+
+
+def projected():
+    config = ConnectorsConfig.from_published(TRANSFORMERS["2.3"], TEXT_STATES)
+    states = torch.randn(1, 6, config.text_width * TEXT_STATES)
+    return seeded(FeatureProjection(config)), lambda module, x: torch.cat(module(x), dim=-1), states
+
+
+PARTS = {name: lambda name=name: upscaled(name) for name in UPSAMPLERS}
+PARTS |= {"diffusion decoder": decoded, "projection of states": projected}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_model_multiply_in_float32_what_the_processor_cannot(name, monkeypatch):
+    monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.float32)
+    torch.manual_seed(0)
+    part, run, x = PARTS[name]()
+    with torch.inference_mode():
+        wanted = run(part, x).float()
+        with _Products() as seen:
+            made = run(part.to(torch.bfloat16), x.bfloat16()).float()
+    assert {dtype for _, dtype in seen.made} == {torch.float32}
+    # 8 bits between some twenty products
+    assert (made - wanted).square().mean().sqrt() < 0.05 * wanted.square().mean().sqrt()
+
+
+def test_a_language_models_layers_multiply_in_float32_what_the_processor_cannot(monkeypatch):
+    monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.float32)
+    torch.manual_seed(0)
+    encoder, ids = GemmaEncoder(GEMMA_3 | {"model_type": "gemma3_text"}).eval(), torch.tensor([[1, 5, 3, 7]])
+    given = dict(encoder.named_parameters())
+    with torch.inference_mode():
+        wanted = encoder(ids, torch.ones(1, 4)).float()
+        with _Products() as seen:
+            made = encoder.to(torch.bfloat16)(ids, torch.ones(1, 4)).float()
+    attention = {
+        (kind, dtype) for kind, dtype in seen.made if "attention" in kind
+    }  # the library's own, small
+    assert {dtype for _, dtype in seen.made - attention} == {torch.float32}
+    assert given.keys() == dict(encoder.named_parameters()).keys()
+    # 8 bits between some twenty products
+    assert (made - wanted).square().mean().sqrt() < 0.05 * wanted.square().mean().sqrt()
+
+
+def test_layers_are_replaced_where_they_stand_and_keep_their_weights():
+    whole = nn.ModuleDict({"first": nn.Sequential(nn.Linear(4, 6)), "left": nn.Linear(6, 2)})
+    before = dict(whole.named_parameters())
+    linear.replace_linears(whole, Linear.of, but=("left",))
+    assert type(whole.get_submodule("first.0")) is Linear
+    assert type(whole["left"]) is nn.Linear
+    after = dict(whole.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(after[name] is weight for name, weight in before.items())
+    assert Linear.of(nn.Linear(4, 6, bias=False)).bias is None
 
 
 def test_the_copies_in_float32_are_foretold(monkeypatch):

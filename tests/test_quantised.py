@@ -19,7 +19,7 @@ from lockstep.model.checkpoint.families import describe
 from lockstep.model.checkpoint.header import read_header
 from lockstep.model.engine import Engine, SampleSettings
 from lockstep.model.errors import CheckpointError, UnsupportedModelError
-from lockstep.model.layers import scaled_linear
+from lockstep.model.layers import products, scaled_linear
 from lockstep.model.layers.attention import Attention
 from lockstep.model.layers.scaled_linear import ScaledLinear, pack_input, pack_linears
 from lockstep.model.residency import MemoryCount
@@ -168,7 +168,8 @@ def test_the_product_is_taken_only_where_it_fits():
 
 @pytest.fixture
 def multiplying(monkeypatch):
-    """A CPU that multiplies fp8 as a GPU does."""
+    """A CPU that multiplies fp8 as a GPU does, and 16 bits too."""
+    monkeypatch.setattr(products, "has_products", lambda _dtype: True)
     monkeypatch.setitem(scaled_linear._products, torch.device("cpu"), True)
 
 

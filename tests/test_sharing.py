@@ -17,6 +17,7 @@ from lockstep.model.layers import attention_backends as backends
 from lockstep.model.layers import products
 from lockstep.model.layers.norms import rms_norm
 from lockstep.model.layers.rope import Rope, rotate
+from lockstep.model.residency import MemoryCount
 from lockstep.model.shapes import AudioRate, ClipShape, Compression
 from lockstep.model.transformer.block import Block
 from lockstep.model.transformer.config import TransformerConfig
@@ -171,16 +172,38 @@ def test_kernels_in_blocks_agree_with_the_definition(keys):
     assert torch.equal(backends.in_blocks(rows, key, value), made)  # heads beside tokens, as projections lie
 
 
-def test_a_processor_without_16_bit_products_tries_attention_in_float32(monkeypatch):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_processor_without_16_bit_products_attends_in_float32(masked, monkeypatch):
     query, key, value = (torch.randn(1, 2, 200, 16).bfloat16() for _ in range(3))
-    monkeypatch.setattr(products, "has_products", lambda _dtype: True)
-    assert list(backends.candidates(query)) == ["usual", "blocks"]
+    bias = torch.randn(200, 200).bfloat16() if masked else None
+    computed, usual = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*given):
+        computed.append({x.dtype for x in given if x is not None})
+        return usual(*given)
+
+    def fails(*_):
+        raise AssertionError("nothing is tried where only one can serve")
+
+    monkeypatch.setattr(backends.functional, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(backends, "choose", fails)
     monkeypatch.setattr(products, "has_products", lambda dtype: dtype == torch.float32)
-    kernels = backends.candidates(query)
-    assert list(kernels) == ["usual", "float32"]
-    made, wanted = kernels["float32"](query, key, value), backends.plain_attention(query, key, value)
+    with torch.inference_mode():
+        made = backends.attend(query, key, value, bias)
+    assert computed == [{torch.float32}]
+    wanted = usual(*(x if x is None else x.float() for x in (query, key, value, bias)))
     assert made.dtype == torch.bfloat16
     assert (made.float() - wanted).abs().max() <= 2**-8 * wanted.abs().max()  # one rounding
+    shapes = [x.to("meta") for x in (query, key, value)]
+    with torch.inference_mode(), products.as_on(torch.device("cpu")), MemoryCount() as foretold:
+        _ = backends.attend(*shapes)
+    assert foretold.peak == 4 * 4 * query.numel()  # what it reads and what it gives, in float32
+
+
+@pytest.fixture
+def sixteen_bits(monkeypatch):
+    """A processor with 16-bit products, or one that stands for it."""
+    monkeypatch.setattr(products, "has_products", lambda _dtype: True)
 
 
 def test_a_wrong_or_failing_kernel_is_never_chosen(monkeypatch):
@@ -199,6 +222,7 @@ def test_a_wrong_or_failing_kernel_is_never_chosen(monkeypatch):
     assert told == []
 
 
+@pytest.mark.usefixtures("sixteen_bits")
 def test_a_user_s_choice_of_attention_serves_or_says_why_not(monkeypatch, caplog):
     monkeypatch.setattr(backends, "_chosen", {})
     query, key, value = (torch.randn(1, 2, 64, 16).bfloat16() for _ in range(3))
@@ -239,6 +263,7 @@ def test_attention_that_cannot_be_had_is_refused(monkeypatch):
     backends.check_attention("sageattention", torch.device("cuda"))
 
 
+@pytest.mark.usefixtures("sixteen_bits")
 def test_a_chosen_kernel_serves_its_class_of_shapes(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", {})
     query, key, value = (torch.randn(1, 2, 64, 16).bfloat16() for _ in range(3))

@@ -22,6 +22,7 @@ from torch.nn import functional
 from ..errors import ShapeError, UnsupportedModelError
 from ..latents.noise import draw_noise
 from ..latents.statistics import PerChannelStatistics
+from ..layers.linear import Linear
 from ..layers.neighborhood_attention import (
     ALL_FRAMES,
     MEMORY_BYTES,
@@ -117,9 +118,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.w_up = nn.Linear(width, 4 * width, bias=False)
-        self.w_gate = nn.Linear(width, 4 * width, bias=False)
-        self.w_down = nn.Linear(4 * width, width, bias=False)
+        self.w_up = Linear(width, 4 * width, bias=False)
+        self.w_gate = Linear(width, 4 * width, bias=False)
+        self.w_down = Linear(4 * width, width, bias=False)
 
     def forward(self, x_BFHWC: Tensor) -> Tensor:
         made = torch.empty_like(x_BFHWC)
@@ -149,7 +150,7 @@ class DenoisingBlock(nn.Module):
 
     def __init__(self, width: int, head_width: int, kernel: Cells):
         super().__init__()
-        self.context_proj = nn.Linear(width, width)
+        self.context_proj = Linear(width, width)
         self.scale_shift_table = nn.Parameter(torch.zeros(_ROWS, width))
         self.norm1 = nn.RMSNorm(width, eps=1e-6)
         self.attn = NeighborhoodAttention(width, head_width, kernel)
@@ -179,7 +180,7 @@ class PixelShuffle(nn.Module):
     def __init__(self, stage: ContextStage):
         super().__init__()
         self.stage = stage
-        self.proj = nn.Linear(stage.width, math.prod(stage.stride) * stage.width // stage.reduction)
+        self.proj = Linear(stage.width, math.prod(stage.stride) * stage.width // stage.reduction)
 
     def forward(self, x_BFHWC: Tensor, first: bool = True) -> Tensor:
         """first: these frames begin the clip."""
@@ -194,7 +195,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(_TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(_TIME_CHANNELS, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, timestep: Tensor) -> Tensor:
         return self.mlp(timestep_sinusoid(timestep, _TIME_CHANNELS).to(next(self.parameters()).dtype))
@@ -205,7 +206,7 @@ class SharedAdaLN(nn.Module):
 
     def __init__(self, width: int, timestep_width: int):
         super().__init__()
-        self.proj = nn.Linear(timestep_width, _ROWS * width)
+        self.proj = Linear(timestep_width, _ROWS * width)
 
     def forward(self, embedded_T: Tensor) -> Tensor:
         return rearrange(self.proj(functional.silu(embedded_T)), "(R C) -> R C", R=_ROWS)
@@ -219,7 +220,7 @@ class DiffusionDecoder(nn.Module):
         self.config = config
         head_width, patch_channels = config.head_width, 3 * config.patch**2
         # 1. context
-        self.conv_in = nn.Linear(config.latent_channels, config.stages[0].width)
+        self.conv_in = Linear(config.latent_channels, config.stages[0].width)
         self.det_stages = nn.ModuleList(
             nn.ModuleList(ContextBlock(stage.width, head_width, stage.kernel) for _ in range(stage.depth))
             for stage in config.stages
@@ -228,12 +229,12 @@ class DiffusionDecoder(nn.Module):
         # 2. denoising
         self.t_embedder = TimestepEmbedder(config.timestep_width)
         self.shared_adaln = SharedAdaLN(config.width, config.timestep_width)
-        self.conv_in_x_t = nn.Linear(patch_channels, config.width)
+        self.conv_in_x_t = Linear(patch_channels, config.width)
         self.diff_blocks = nn.ModuleList(
             DenoisingBlock(config.width, head_width, config.kernel) for _ in range(config.depth)
         )
         self.norm_out = nn.RMSNorm(config.width, eps=1e-6)
-        self.conv_out = nn.Linear(config.width, patch_channels)
+        self.conv_out = Linear(config.width, patch_channels)
 
     def context(
         self,

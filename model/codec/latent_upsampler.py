@@ -7,6 +7,7 @@ B batch, C channels, F frames, H rows, W columns; p q time or space factors.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UnsupportedModelError
+from ..layers.products import product_by
 from ..options import Options
 
 GROUPS = 32
@@ -58,12 +60,22 @@ class LatentUpsamplerConfig:
         return config
 
 
+class _Conv3d(nn.Conv3d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product_by(super()._conv_forward, input, weight, bias)
+
+
+class _Conv2d(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product_by(super()._conv_forward, input, weight, bias)
+
+
 class _ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.conv1 = nn.Conv3d(width, width, 3, padding=1)
+        self.conv1 = _Conv3d(width, width, 3, padding=1)
         self.norm1 = nn.GroupNorm(GROUPS, width)
-        self.conv2 = nn.Conv3d(width, width, 3, padding=1)
+        self.conv2 = _Conv3d(width, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(GROUPS, width)
 
     def forward(self, x_BCFHW: Tensor) -> Tensor:
@@ -75,7 +87,7 @@ class _TemporalUpsampler(nn.ModuleList):
     """F frames to 2F - 1: the first latent frame stands for a single picture, so its double is dropped."""
 
     def __init__(self, width: int):
-        super().__init__([nn.Conv3d(width, 2 * width, 3, padding=1)])
+        super().__init__([_Conv3d(width, 2 * width, 3, padding=1)])
 
     def forward(self, x_BCFHW: Tensor) -> Tensor:
         return rearrange(self[0](x_BCFHW), "B (C p) F H W -> B C (F p) H W", p=2)[:, :, 1:]
@@ -85,7 +97,7 @@ class _SpatialUpsampler(nn.ModuleList):
     """Frame by frame, twice the rows and columns."""
 
     def __init__(self, width: int):
-        super().__init__([nn.Conv2d(width, 4 * width, 3, padding=1)])
+        super().__init__([_Conv2d(width, 4 * width, 3, padding=1)])
 
     def forward(self, x_BCFHW: Tensor) -> Tensor:
         return _shuffle(self[0], x_BCFHW, factor=2)
@@ -105,7 +117,8 @@ class _Blur(nn.Module):
             return x_BCFHW
         kernel = self.get_buffer("kernel").to(x_BCFHW)[None]
         planes = rearrange(x_BCFHW, "B C F H W -> B 1 (C F) H W")
-        blurred = functional.conv3d(planes, kernel, stride=(1, self.stride, self.stride), padding=(0, 2, 2))
+        blur = partial(functional.conv3d, stride=(1, self.stride, self.stride), padding=(0, 2, 2))
+        blurred = product_by(blur, planes, kernel)
         return rearrange(blurred, "B 1 (C F) H W -> B C F H W", C=x_BCFHW.shape[1])
 
 
@@ -115,7 +128,7 @@ class _RationalUpsampler(nn.Module):
     def __init__(self, width: int, scale: float):
         super().__init__()
         self.factor, stride = RATIOS[scale]
-        self.conv = nn.Conv2d(width, self.factor**2 * width, 3, padding=1)
+        self.conv = _Conv2d(width, self.factor**2 * width, 3, padding=1)
         self.blur_down = _Blur(stride)
 
     def forward(self, x_BCFHW: Tensor) -> Tensor:
@@ -129,12 +142,12 @@ class LatentUpsampler(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.initial_conv = nn.Conv3d(config.channels, width, 3, padding=1)
+        self.initial_conv = _Conv3d(config.channels, width, 3, padding=1)
         self.initial_norm = nn.GroupNorm(GROUPS, width)
         self.res_blocks = nn.ModuleList(_ResBlock(width) for _ in range(config.blocks))
         self.upsampler = _upsampler(config)
         self.post_upsample_res_blocks = nn.ModuleList(_ResBlock(width) for _ in range(config.blocks))
-        self.final_conv = nn.Conv3d(width, config.channels, 3, padding=1)
+        self.final_conv = _Conv3d(width, config.channels, 3, padding=1)
 
     def forward(self, latent_BCFHW: Tensor) -> Tensor:
         """(B, C, F, H, W) to (B, C, F, H*scale, W*scale), or when temporal to (B, C, 2F-1, H, W)."""

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UnsupportedModelError
 from .inference import writes_in_place
-from .products import wants_float32
+from .products import product_by, wants_float32
 
 _logger = logging.getLogger("lockstep")
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -77,11 +77,12 @@ def attention_by(name: str) -> Iterator[None]:
 
 def attend(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention of (B, N, T, K) to (B, N, L, K); bias: additive, broadcast to (B, N, T, L)."""
-    if query_BNTK.device.type == "meta":
-        return torch.empty_like(query_BNTK)  # of no interest but its size
+    if query_BNTK.device.type == "meta":  # of no interest but its size
+        return product_by(lambda query, *_: torch.empty_like(query), query_BNTK, key_BNLK, value_BNLK)
     plain = bias is not None or not writes_in_place()
-    if plain or (query_BNTK.device.type == "cpu" and query_BNTK.dtype == torch.float32):
-        return functional.scaled_dot_product_attention(query_BNTK, key_BNLK, value_BNLK, attn_mask=bias)
+    if plain or _in_float32_on_a_cpu(query_BNTK):
+        kernel = functional.scaled_dot_product_attention
+        return product_by(kernel, query_BNTK, key_BNLK, value_BNLK, bias)
     wanted = _wanted.get()
     if wanted == "pytorch":
         return functional.scaled_dot_product_attention(query_BNTK, key_BNLK, value_BNLK)
@@ -94,6 +95,10 @@ def attend(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor, bias: Tenso
     return _chosen[key](query_BNTK, key_BNLK, value_BNLK)
 
 
+def _in_float32_on_a_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and (x.dtype == torch.float32 or wants_float32(x))
+
+
 def shape_class(query_BNTK: Tensor, key_BNLK: Tensor) -> tuple:
     """Device, dtype, head width, and powers of two for the numbers of queries and keys."""
     tokens = (int(x.shape[2]).bit_length() for x in (query_BNTK, key_BNLK))
@@ -104,7 +109,7 @@ def candidates(query_BNTK: Tensor) -> dict[str, Kernel]:
     """Kernels by name that might serve such tensors, the usual one first."""
     kernels: dict[str, Kernel] = {"usual": functional.scaled_dot_product_attention}
     if query_BNTK.device.type == "cpu":
-        return kernels | ({"float32": _in_float32} if wants_float32(query_BNTK) else {"blocks": in_blocks})
+        return kernels | {"blocks": in_blocks}
     for backend in _BACKENDS:
         kernels[backend.name.lower()] = _Forced(backend)
     if find_spec("flash_attn"):
@@ -175,11 +180,6 @@ def in_blocks(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tenso
             scores = torch.addmm(zero, queries, key_LK.mT, beta=0, alpha=scale)
             torch.mm(scores.softmax(dim=-1), value_LK, out=results)
     return made
-
-
-def _in_float32(query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> Tensor:
-    made = functional.scaled_dot_product_attention(query_BNTK.float(), key_BNLK.float(), value_BNLK.float())
-    return made.to(query_BNTK.dtype)
 
 
 def _seconds(kernel: Kernel, query_BNTK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor) -> float:

@@ -1,5 +1,7 @@
 """The linear layer that transformer blocks are made of."""
 
+from collections.abc import Callable, Collection
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +22,13 @@ class Linear(nn.Linear):
     cache. Equal to the plain path but for the order of sums.
     """
 
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Linear":
+        """A layer with the weight and the bias of that one, not copies."""
+        made = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        made.weight, made.bias = linear.weight, linear.bias
+        return made
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         if input.dtype == torch.float32 and self.suits(input):
@@ -36,6 +45,16 @@ class Linear(nn.Linear):
             and has_products(x.dtype)
             and torch.backends.cpu.get_cpu_capability() != "AVX2"
         )
+
+
+def replace_linears(
+    module: nn.Module, made_of: Callable[[nn.Linear], nn.Module], but: Collection[str] = ()
+) -> None:
+    """Puts what made_of gives in the place of every linear layer inside but those of these names."""
+    for path, linear in list(module.named_modules()):
+        parent, _, child = path.rpartition(".")
+        if isinstance(linear, nn.Linear) and child not in but:
+            setattr(module.get_submodule(parent), child, made_of(linear))
 
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ShapeError
+from .linear import Linear
+from .products import product_by
 
 Cells = tuple[int, int, int]  # frames, rows, columns
 
@@ -144,11 +147,12 @@ def neighborhood_attention(
     for blocks in cut:
         query_BNTK = _gather(query, [[span.first for span in block] for block in blocks], plan.block)
         slabs = [[span.slab for span in block] for block in blocks]
-        mixed_BNTK = functional.scaled_dot_product_attention(
+        mask = None if plan.slab == kernel else _mask(blocks[0], kernel, plan.slab, query.device)
+        mixed_BNTK = product_by(
+            partial(functional.scaled_dot_product_attention, attn_mask=mask),
             query_BNTK,
             _gather(key, slabs, plan.slab),
             _gather(value, slabs, plan.slab),
-            attn_mask=None if plan.slab == kernel else _mask(blocks[0], kernel, plan.slab, query.device),
         )
         _scatter(mixed_BNTK, result, blocks, plan.block)
     return result
@@ -250,10 +254,10 @@ class NeighborhoodAttention(nn.Module):
     def __init__(self, width: int, head_width: int, kernel: Cells):
         super().__init__()
         self.kernel, self.head_width = kernel, head_width
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = nn.RMSNorm(head_width, eps=1e-6)
         self.k_norm = nn.RMSNorm(head_width, eps=1e-6)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BFHWC: Tensor, memory_bytes: int = MEMORY_BYTES, kept: slice = ALL_FRAMES) -> Tensor:
         """(B, F, H, W, C) to the frames kept of the same; memory_bytes as in neighborhood_attention."""

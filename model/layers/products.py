@@ -4,7 +4,7 @@ torch imitates such products there: with AVX2 alone a linear layer takes six tim
 to a hundred times.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -49,6 +49,13 @@ def wants_float32(x: Tensor) -> bool:
     """Whether x holds 16-bit numbers, on a processor that has no products of them."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     return narrow and device_meant(x.device).type == "cpu" and not has_products(x.dtype)
+
+
+def product_by(kernel: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """kernel(x, *others); in inference with all of them in float32 where x wants that."""
+    if not (writes_in_place() and wants_float32(x)):
+        return kernel(x, *others)
+    return kernel(x.float(), *(None if other is None else other.float() for other in others)).to(x.dtype)
 
 
 def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .inference import writes_in_place
+from .linear import replace_linears
 from .products import device_meant, linear_product
 
 _PRODUCT_DTYPE = torch.float8_e4m3fn  # of the two, the one that devices multiply with itself
@@ -136,7 +137,4 @@ def packed_once(x: Tensor, *layers: nn.Module) -> Tensor | PackedInput:
 
 def pack_linears(module: nn.Module, layer: type[ScaledLinear] = ScaledLinear) -> None:
     """Packs every linear layer inside, as published fp8 files have them: all but gates; layers that are packed stay."""
-    for path, linear in list(module.named_modules()):
-        parent, _, child = path.rpartition(".")
-        if isinstance(linear, nn.Linear) and child not in _UNPACKED:
-            setattr(module.get_submodule(parent), child, layer.of(linear))
+    replace_linears(module, layer.of, _UNPACKED)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from ..errors import ShapeError
 from ..layers.attention import Attention
 from ..layers.feed_forward import FeedForward
+from ..layers.linear import Linear
 from ..layers.norms import rms_norm
 from ..layers.rope import Rope, make_rope
 from ..options import Options
@@ -147,10 +148,10 @@ class FeatureProjection(nn.Module):
         self.config = config
         flat = config.text_width * config.text_states
         if config.shared_projection:
-            self.aggregate_embed = nn.Linear(flat, config.video.width, bias=False)
+            self.aggregate_embed = Linear(flat, config.video.width, bias=False)
         else:
-            self.video_aggregate_embed = nn.Linear(flat, config.video.width)
-            self.audio_aggregate_embed = nn.Linear(flat, config.audio.width)
+            self.video_aggregate_embed = Linear(flat, config.video.width)
+            self.audio_aggregate_embed = Linear(flat, config.audio.width)
 
     def forward(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.shared_projection:

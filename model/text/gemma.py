@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, PromptError, UnsupportedModelError
+from ..layers.linear import Linear, replace_linears
 from .tokenizer import Tokens
 
 # model_type of the published text config -> the classes of `transformers` for config and model
@@ -51,6 +52,7 @@ class GemmaEncoder(nn.Module):
             raise UnsupportedModelError(
                 f"`transformers` does not take this {kind} config: {error}"
             ) from error
+        replace_linears(self.model, Linear.of)
         self._count = settings["num_hidden_layers"] + 1
         _compute_what_no_file_holds(self.model, settings["hidden_size"])
 
