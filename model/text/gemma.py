@@ -52,7 +52,7 @@ class GemmaEncoder(nn.Module):
             raise UnsupportedModelError(
                 f"`transformers` does not take this {kind} config: {error}"
             ) from error
-        replace_linears(self.model, Linear.of)
+        replace_linears(self.model, Linear.of)  # a processor may have no products of 16-bit numbers
         self._count = settings["num_hidden_layers"] + 1
         _compute_what_no_file_holds(self.model, settings["hidden_size"])
 
