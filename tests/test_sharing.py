@@ -267,6 +267,7 @@ def test_attention_that_cannot_be_had_is_refused(monkeypatch):
 def test_a_chosen_kernel_serves_its_class_of_shapes(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", {})
     query, key, value = (torch.randn(1, 2, 64, 16).bfloat16() for _ in range(3))
+    assert list(backends.candidates(query)) == ["usual", "blocks"]
     with torch.inference_mode():
         made = backends.attend(query, key, value)
     assert list(backends._chosen) == [("auto", *backends.shape_class(query, key))]
