@@ -351,6 +351,41 @@ def test_nouns_and_framings_and_what_stays_are_told_from_motions(prompt, shown):
     assert_shows(prompt, shown)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a red ball as bright as a star bounces on gray", "red ball bounces gray"),
+        ("a square bouncing like a basketball", "square bouncing"),
+        ("a star, as round as a big red ball, pulses", "star pulses"),
+        ("like a star, a ball orbits", "ball orbits"),
+        # the one thing that is named
+        ("it is red and bounces like a ball", "red bounces ball"),
+        ("a thing shaped like a star orbits", "star orbits"),
+        ("as a ball bounces on gray, it rains", "ball bounces gray rains"),
+    ],
+)
+def test_what_a_thing_is_likened_to_is_no_second_one(prompt, shown):
+    assert_shows(prompt, shown)
+
+
+def test_what_looks_like_another_thing_is_told():
+    doubt = f"names two shapes, ball and star: {_ONE}"
+    assert_shows("a ball looking like a star bounces", "ball star bounces", doubt, unknown=("looking",))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a star swinging slowly from left to right", "star swinging slowly"),
+        ("a star, from side to side, swings", "star swings"),
+        ("a star from side to side", "star sliding"),
+        ("a star that swings on the left", "star swings left"),
+    ],
+)
+def test_from_side_to_side_goes_what_swings_too(prompt, shown):
+    assert_shows(prompt, shown)
+
+
 def test_a_drum_is_unknown_and_its_beats_are_no_pulse():
     assert_shows("a red ball slides to the beats of a drum", "red ball slides", unknown=("drum",))
 
@@ -377,6 +412,21 @@ def test_filler_is_not_called_unknown(prompt, shown):
         ("red cube bounces off walls", "red cube slides"),
         ("a blue ball bouncing off the floor, heavy rain", "blue ball bouncing rain"),
         ("white star oscillates like a clock pendulum", "white star swings swinging pendulum"),
+        ("an emerald cube going from one edge to the other", "emerald cube sliding"),
+        ("a red square bouncing between left and right", "red square sliding"),
+        ("a ball that ricochets off both side walls", "ball slides"),
+        ("a red ball bumps into the left wall and the right wall", "red ball slides"),
+        ("a cyan square goes left, then right, on black", "cyan square slides black"),
+        ("a blue ball traces a circle", "blue ball orbits"),
+        ("a blue ball following a circular path", "blue ball orbiting"),
+        ("a star rotating about the center", "star orbiting going"),
+        ("a green star moves like the hands of a clock", "green star orbits"),
+        ("make a circle pulse", "circle pulses"),
+        ("a lilac triangle oscillating in size", "lilac triangle pulsing"),
+        ("nothing moves, a red ball", "motionless red ball"),
+        ("a white star pulses while the wind howls", "white star pulses wind blows"),
+        ("a ball keeps bouncing again and again", "ball bouncing"),
+        ("a ball keeps still", "ball stays still"),
     ],
 )
 def test_more_is_read_than_the_shipped_file_s_own_entry_holds(prompt, shown):

@@ -9,7 +9,7 @@ from . import language, world
 
 _MOVE = (
     "move, moves, moving, go, goes, going, travel, travels, travelling, traveling, run, runs, running, float, floats, floating, "
-    "shift, shifts, shifting"
+    "shift, shifts, shifting, pace, paces, pacing, zip, zips, zipping, dart, darts, darting"
 )
 _SLIDE = "slide, slides, sliding, glide, glides, gliding, roll, rolls, rolling, drift, drifts, drifting"
 _RICOCHET = "bounce, bounces, bouncing, ricochets, ricocheting, ping pongs, ping ponging"
@@ -31,24 +31,32 @@ _SIDES = (
     "from left to right, left to right, from right to left, right to left, from the left to the right, from the right to the left, "
     "from left side to right side, from the left side to the right side, from one side to the other, from side to side, from the left edge to the right edge, "
     "side to side, from edge to edge, from wall to wall, wall to wall, from one wall to the other, between the walls, "
-    "between two walls, between the two walls"
+    "between two walls, between the two walls, from one edge to the other, from one end to the other, from edge to edge of the frame, "
+    "between left and right, between the edges, between the left and right edges, between the sides, between the left and right walls"
 )
 _TO_AND_FRO = f"{_SIDES}, left and right, right and left, back and forth, to and fro, backwards and forwards, backward and forward"
 _ONE_WAY = (
     "left, right, to the left, to the right, leftward, rightward, leftwards, rightwards, sideways, horizontally, across, "
+    "left then right, right then left, left and then right, leftwards then rightwards, "
     "across the screen, across the frame, across the picture, across the floor, along the floor, along the ground"
 )
 _CENTERS = ("the center", "the centre", "the middle", "a center point", "a centre point", "a central point")
-_AROUND = ", ".join(f"{way} {center}" for way, center in product(("around", "round"), _CENTERS))
+_AROUND = ", ".join(f"{way} {center}" for way, center in product(("around", "round", "about"), _CENTERS))
 _CIRCLES = (
     "in circles, in a circle, around in circles, around in a circle, in a circular path, in a circular motion, in circular motion, "
-    f"along a circular path, in a loop, in loops, round and round, around and around, {_AROUND}"
+    f"along a circular path, in uniform circular motion, in a loop, in loops, round and round, around and around, {_AROUND}"
 )
 _FLOOR = "the floor, the ground, on the floor, on the ground, against the floor, against the ground"
 _WALLS = (
     "the walls, the wall, the side walls, against the walls, against the wall, into the walls, at the walls, on the walls, "
-    "into walls, against walls"
+    "into walls, against walls, both walls, both side walls, the left and right walls, the left wall and the right wall, "
+    "against both walls, into both walls, into the left and right walls, into the left wall and the right wall"
 )
+# not as one asks for a picture: "draw a circle that bounces"
+_DRAW = "traces, tracing, draws, drawing, makes, making"
+_CIRCLE = "a circle, circles, a circle in the air, circles in the air"
+_PATH = "a circular path, a circular orbit, a round path"
+_VARY = "oscillates, varies, fluctuates, oscillating, varying, fluctuating"
 _HUNG = (
     "from a string, on a string, from a rope, on a rope, from a chain, on a chain, from a thread, on a thread"
 )
@@ -58,10 +66,10 @@ _READ_AS = {
     "bounces": "bobs, bob, ricochets, ricochet",
     "bouncing": "bobbing, ricocheting, in a bouncing motion",
     "falls and rebounds": "falls, fall, drops, drop, plummets, plunges",
-    "falling and rebounding": "falling, falling and bouncing, dropping, dropping and bouncing, plummeting, plunging",
+    "falling and rebounding": "falling, falling and bouncing, dropping, dropped, dropping and bouncing, plummeting, plunging",
     "slides from side to side": "crosses the screen from left to right",
     "sliding from side to side": f"{_SIDES}, left and right, right and left, in a sliding motion",
-    "swinging like a pendulum": "pendulum, like a pendulum, like a clock pendulum, like a clock s pendulum, pendulum like, pendulum motion, in a swinging motion",
+    "swinging like a pendulum": "pendulum, like a pendulum, like a pendulum bob, like a pendulum s bob, like a clock pendulum, like a clock s pendulum, pendulum like, pendulum motion, in a swinging motion",
     "pulses": "beeps, beats like a heart, beats like a heartbeat, swells, swell, shrinks, shrink, grows, grow, expands, contracts",
     "pulsing": "beeping, beating like a heart, like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting",
     "grows and shrinks": "scales up and down, zooms in and out, changes its size, changes in size",
@@ -76,7 +84,7 @@ _READ_AS = {
     "sits still": "sits there",
     "sitting still": "sitting, sitting in place, sitting there",
     "does not move": "does not budge, doesn t budge, not budging, never budges",
-    "motionless": "still, without any movement, without any movements, with no movement, with no motion, paused",
+    "motionless": "still, nothing moves, nothing is moving, without any movement, without any movements, with no movement, with no motion, paused",
     "fast": (
         "super fast, superfast, ultra fast, lightning fast, fast moving, fast paced, at full speed, at top speed, "
         "at great speed, at lightning speed, at breakneck speed, at maximum speed, at a fast speed, frenetically, frantic"
@@ -92,7 +100,7 @@ _READ_AS = {
     "while it rains": "it rains, it is raining, rain falls, rain is falling, falling rain, rain falling, rain pouring down, it pours, it is pouring",
     "in the rain": "heavy rain, light rain, pouring rain, pouring",
     "on a rainy day": "rainy",
-    "while the wind blows": "the wind blows, wind blows, wind blowing, wind is blowing, the wind is blowing",
+    "while the wind blows": "the wind blows, wind blows, wind blowing, wind is blowing, the wind is blowing, the wind howls, wind howls, wind howling, the wind is howling, howling wind, while the wind howls, as the wind howls",
     "on a windy day": "windy, winds, strong winds, stormy winds",
     "black": "dark, pitch dark, midnight black",
     "on black": "in the dark, in darkness, in a dark room, in complete darkness, in total darkness",
@@ -116,7 +124,8 @@ _WAYS = (
     (f"{_MOVE}, {_SLIDE}", f"{_TO_AND_FRO}, {_ONE_WAY}", "slides", "sliding"),
     (
         _RICOCHET,
-        f"{_TO_AND_FRO}, off the walls, off walls, off the side walls, off the left and right walls",
+        f"{_TO_AND_FRO}, off the walls, off walls, off the side walls, off the left and right walls, "
+        "off both walls, off both side walls, off the edges, off the sides, against the walls, against both walls, into the walls",
         "slides",
         "sliding",
     ),
@@ -128,7 +137,11 @@ _WAYS = (
     (_MOVE, _CIRCLES, "orbits", "orbiting"),
     (_TURN, "around, round", "orbits", "orbiting"),
     (f"{_MOVE}, {_RISE}", "up and down, down and up, vertically", "bounces", "bouncing"),
+    (_MOVE, "like the hand of a clock, like the hands of a clock, like a clock hand", "orbits", "orbiting"),
+    (_DRAW, f"{_CIRCLE}, {_PATH}", "orbits", "orbiting"),
+    ("follows, following", _PATH, "orbits", "orbiting"),
     (_BECOME, _BIGGER, "pulses", "pulsing"),
+    (_VARY, "in size", "pulses", "pulsing"),
 )
 
 

@@ -64,6 +64,12 @@ _FRAMINGS = words_in(
     "wide medium long full close up low high extreme tight overhead aerial top down cinematic macro establishing frontal "
     "front side single ultra eye level"
 )
+_FORMED = words_in("shaped formed looks looking look shape form")  # what is "shaped like a star" is one
+_SIDEWAYS = frozenset(
+    f"{start}{way}"
+    for start in ("", "from ")
+    for way in ("side to side", "left to right", "right to left", "one side to the other")
+) | {"left and right", "right and left"}
 _REMAINS = words_in("stays remains staying remaining")
 _STANDS = _REMAINS | words_in("sits stands sitting standing")
 _THEN = words_in("and or then but while until for before after when as first at")
@@ -316,6 +322,34 @@ def _quantity(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
     return {} if here is None else {at: ()}
 
 
+def _simile(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
+    """No second object is what the first is likened to: "a ball as bright as a star", "a square bouncing like a ball"."""
+    if phrases[at].said != "like" and not (
+        phrases[at].said == "as" and "as" in {phrase.said for phrase in phrases[max(0, at - 2) : at]}
+    ):
+        return {}
+    if _said(phrases, _before(phrases, at)) in _FORMED:
+        return {}
+    here = _after(phrases, at)
+    while here is not None and (phrases[here].said in ARTICLES or _describes(phrases[here], kinds)):
+        here = _after(phrases, here)
+    if here is None or kind_of(phrases[here], kinds) != "shape":
+        return {}
+    others = any(
+        kind_of(phrase, kinds) == "shape" for place, phrase in enumerate(phrases) if not at < place <= here
+    )
+    return dict.fromkeys(range(at, here + 1), ()) if others else {}
+
+
+def _sideways(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
+    """From side to side goes what swings, too: "swinging through the air from left to right"."""
+    motions = kinds.get("motion", {})
+    if phrases[at].said not in _SIDEWAYS or motions.get(" ".join(phrases[at].words)) != "slides":
+        return {}
+    swings = any(motions.get(" ".join(phrase.words)) == "swings" for phrase in phrases)
+    return {at: ()} if swings else {}
+
+
 def _moves_otherwise(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> bool:
     """Whether another motion is named than that of this place, and not denied."""
     names = kinds.get("motion", {})
@@ -356,4 +390,6 @@ _RULES: tuple[Callable[[Sequence[Phrase], int, Kinds], Anew], ...] = (
     _noun,
     _remaining,
     _quantity,
+    _simile,
+    _sideways,
 )
