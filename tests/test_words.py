@@ -427,6 +427,15 @@ def test_filler_is_not_called_unknown(prompt, shown):
         ("a white star pulses while the wind howls", "white star pulses wind blows"),
         ("a ball keeps bouncing again and again", "ball bouncing"),
         ("a ball keeps still", "ball stays still"),
+        ("an orb springs repeatedly from the ground", "ball bounces"),
+        ("a square on springs slides", "square slides"),
+        ("a yellow sphere rising and falling on granite", "yellow sphere bouncing gray"),
+        ("a teal triangle ping-pongs horizontally", "teal triangle slides"),
+        ("a cyan box hits one wall then the other", "cyan box slides"),
+        ("the ruby disc wheels around", "ruby disc orbits"),
+        ("a tangerine triangle pendulums", "tangerine triangle swings pendulum"),
+        ("a golden cube swings while rain patters", "golden cube swings rains"),
+        ("a ball pulses during a hurricane", "ball pulses windy"),
     ],
 )
 def test_more_is_read_than_the_shipped_file_s_own_entry_holds(prompt, shown):

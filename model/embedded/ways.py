@@ -9,15 +9,22 @@ from . import language, world
 
 _MOVE = (
     "move, moves, moving, go, goes, going, travel, travels, travelling, traveling, run, runs, running, float, floats, floating, "
-    "shift, shifts, shifting, pace, paces, pacing, zip, zips, zipping, dart, darts, darting"
+    "shift, shifts, shifting, pace, paces, pacing, zip, zips, zipping, dart, darts, darting, "
+    "cruise, cruises, cruising, sail, sails, sailing, sweep, sweeps, sweeping"
 )
 _SLIDE = "slide, slides, sliding, glide, glides, gliding, roll, rolls, rolling, drift, drifts, drifting"
 _RICOCHET = "bounce, bounces, bouncing, ricochets, ricocheting, ping pongs, ping ponging"
 _SWING = (
     "swing, swings, swinging, sway, sways, swaying, rock, rocks, rocking, wobbles, wobbling, hangs, hanging"
 )
-_TURN = "orbits, orbiting, revolves, revolving, rotates, rotating, spin, spins, spinning, loops, looping, whirls, whirling"
-_HIT = "hit, hits, hitting, strike, strikes, striking, knock, knocks, knocking, bump, bumps, bumping, bang, bangs, banging"
+_TURN = (
+    "orbits, orbiting, revolves, revolving, rotates, rotating, spin, spins, spinning, loops, looping, whirls, whirling, "
+    "wheels, wheeling, twirls, twirling, swirls, swirling"
+)
+_HIT = (
+    "hit, hits, hitting, strike, strikes, striking, knock, knocks, knocking, bump, bumps, bumping, bang, bangs, banging, "
+    "pounds, pounding, slams, slamming, smacks, smacking"
+)
 _RISE = "bob, bobs, bobbing, spring, springs, springing, hop, hops, hopping, bounce, bounces, bouncing"
 _BECOME = "get, gets, getting, grow, grows, growing, become, becomes, becoming"
 _GROW = (
@@ -50,7 +57,7 @@ _FLOOR = "the floor, the ground, on the floor, on the ground, against the floor,
 _WALLS = (
     "the walls, the wall, the side walls, against the walls, against the wall, into the walls, at the walls, on the walls, "
     "into walls, against walls, both walls, both side walls, the left and right walls, the left wall and the right wall, "
-    "against both walls, into both walls, into the left and right walls, into the left wall and the right wall"
+    "one wall then the other, one wall and then the other, each wall, against both walls, into both walls, into the left and right walls, into the left wall and the right wall"
 )
 # not as one asks for a picture: "draw a circle that bounces"
 _DRAW = "traces, tracing, draws, drawing, makes, making"
@@ -63,12 +70,15 @@ _HUNG = (
 _BIGGER = "bigger and smaller, larger and smaller, bigger then smaller, larger then smaller, smaller and bigger, smaller and larger"
 
 _READ_AS = {
-    "bounces": "bobs, bob, ricochets, ricochet",
-    "bouncing": "bobbing, ricocheting, in a bouncing motion",
+    "bounces": "bobs, bob, ricochets, ricochet, springs, springs back, bounds, rises and falls, rise and fall",
+    "bouncing": "bobbing, ricocheting, springing, springing back, bounding, trampolining, rising and falling, in a bouncing motion",
     "falls and rebounds": "falls, fall, drops, drop, plummets, plunges",
     "falling and rebounding": "falling, falling and bouncing, dropping, dropped, dropping and bouncing, plummeting, plunging",
+    "slides": "ping pongs, ping pong",
+    "sliding": "ping ponging",
     "slides from side to side": "crosses the screen from left to right",
     "sliding from side to side": f"{_SIDES}, left and right, right and left, in a sliding motion",
+    "swings like a pendulum": "pendulums",
     "swinging like a pendulum": "pendulum, like a pendulum, like a pendulum bob, like a pendulum s bob, like a clock pendulum, like a clock s pendulum, pendulum like, pendulum motion, in a swinging motion",
     "pulses": "beeps, beats like a heart, beats like a heartbeat, swells, swell, shrinks, shrink, grows, grow, expands, contracts",
     "pulsing": "beeping, beating like a heart, like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting",
@@ -76,7 +86,7 @@ _READ_AS = {
     "growing and shrinking": "scaling up and down, zooming in and out, changing its size, changing in size",
     "orbits": "circles, twirls, twirl, swirls, swirl",
     "orbiting": "twirling, swirling",
-    "going round and round": _CIRCLES,
+    "going round and round": f"{_CIRCLES}, rotation, in rotation, in constant rotation, in steady rotation",
     "stays still": "hovers, hover, stays where it is, holds still, hold still, stays, remains",
     "staying still": "hovering, staying, remaining still, holding still, keeping still, lying still, hanging still",
     "stands still": "stands, stands in place, stands there, hangs still",
@@ -89,7 +99,7 @@ _READ_AS = {
         "super fast, superfast, ultra fast, lightning fast, fast moving, fast paced, at full speed, at top speed, "
         "at great speed, at lightning speed, at breakneck speed, at maximum speed, at a fast speed, frenetically, frantic"
     ),
-    "quickly": "quick moving, at a quick pace, at a rapid pace, at a rapid speed, in fast motion",
+    "quickly": "quick moving, at a quick pace, at a rapid pace, at a rapid speed, in fast motion, hasty, hurried, rushed",
     "slowly": (
         "slow moving, slow paced, slow motion, slowmo, slow mo, slo mo, in slowmo, in slow mo, in slo mo, at low speed, "
         "at half speed, at a slow speed, at a leisurely pace, at a snail s pace, at a crawl"
@@ -97,13 +107,14 @@ _READ_AS = {
     "on the left": "left side, left hand side, from the left",
     "on the right": "right side, right hand side, from the right, right of center, right of centre",
     "on the left side": "left of center, left of centre",
-    "while it rains": "it rains, it is raining, rain falls, rain is falling, falling rain, rain falling, rain pouring down, it pours, it is pouring",
-    "in the rain": "heavy rain, light rain, pouring rain, pouring",
+    "while it rains": "it rains, it is raining, rain falls, rain is falling, falling rain, rain falling, rain pouring down, it pours, it is pouring, rain patters, while rain patters, rain is pattering, pattering rain",
+    "in the rain": "heavy rain, light rain, pouring rain, pouring, thunderstorm, in a thunderstorm, during a thunderstorm, during a storm",
     "on a rainy day": "rainy",
     "while the wind blows": "the wind blows, wind blows, wind blowing, wind is blowing, the wind is blowing, the wind howls, wind howls, wind howling, the wind is howling, howling wind, while the wind howls, as the wind howls",
-    "on a windy day": "windy, winds, strong winds, stormy winds",
+    "on a windy day": "windy, winds, strong winds, stormy winds, strong wind, gusting wind, with a gusting wind, with a strong wind, wind blown, wind swept, windswept, hurricane, in a hurricane, during a hurricane",
     "black": "dark, pitch dark, midnight black",
     "on black": "in the dark, in darkness, in a dark room, in complete darkness, in total darkness",
+    "gray": "granite, graphite, gunmetal",
     "navy": "midnight sky, night sky, night blue, dark navy, dark navy blue",
     "ball": (
         "marble, balloon, bubble, soccer ball, tennis ball, marbles, balloons, bubbles, soccer balls, tennis balls, orbs, globes, "
@@ -125,7 +136,8 @@ _WAYS = (
     (
         _RICOCHET,
         f"{_TO_AND_FRO}, off the walls, off walls, off the side walls, off the left and right walls, "
-        "off both walls, off both side walls, off the edges, off the sides, against the walls, against both walls, into the walls",
+        "off both walls, off both side walls, off the edges, off the sides, against the walls, against both walls, into the walls, "
+        "horizontally, sideways, across the screen, across the frame",
         "slides",
         "sliding",
     ),

@@ -57,7 +57,7 @@ _CLAUSES = words_in("in on while during with under as it")  # how phrases of wea
 _BLOWING = words_in("blows blowing falls falling rains raining down")
 _BLURS = words_in("blur blurs blurring trail trails lines artifacts artefacts graphics effects smear")
 # that are read as motions, and name other things as well
-_NOUNS = words_in("beats thump thumps rocks beeps fall falls stands swells rolls")
+_NOUNS = words_in("beats thump thumps rocks beeps fall falls stands swells rolls springs bounds")
 _STILL = words_in("static still fixed steady stationary motionless locked")
 _VIEWS = words_in("shot view frame angle framing lens perspective camera composition closeup footage tripod")
 _FRAMINGS = words_in(
