@@ -378,6 +378,7 @@ def test_what_looks_like_another_thing_is_told():
     [
         ("a star swinging slowly from left to right", "star swinging slowly"),
         ("a star, from side to side, swings", "star swings"),
+        ("a star moving side to side like a pendulum", "star swinging pendulum"),
         ("a star from side to side", "star sliding"),
         ("a star that swings on the left", "star swings left"),
     ],

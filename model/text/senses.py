@@ -65,11 +65,17 @@ _FRAMINGS = words_in(
     "front side single ultra eye level"
 )
 _FORMED = words_in("shaped formed looks looking look shape form")  # what is "shaped like a star" is one
-_SIDEWAYS = frozenset(
-    f"{start}{way}"
-    for start in ("", "from ")
-    for way in ("side to side", "left to right", "right to left", "one side to the other")
-) | {"left and right", "right and left"}
+_SIDEWAYS = (
+    "side to side",
+    "left to right",
+    "right to left",
+    "one side to the other",
+    "left and right",
+    "right and left",
+    "back and forth",
+    "to and fro",
+)
+_MOVES = words_in("from move moves moving go goes going travel travels travelling traveling")
 _REMAINS = words_in("stays remains staying remaining")
 _STANDS = _REMAINS | words_in("sits stands sitting standing")
 _THEN = words_in("and or then but while until for before after when as first at")
@@ -343,8 +349,9 @@ def _simile(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
 
 def _sideways(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
     """From side to side goes what swings, too: "swinging through the air from left to right"."""
-    motions = kinds.get("motion", {})
-    if phrases[at].said not in _SIDEWAYS or motions.get(" ".join(phrases[at].words)) != "slides":
+    said, motions = phrases[at].said, kinds.get("motion", {})
+    slides = motions.get(" ".join(phrases[at].words)) == "slides"
+    if not slides or not (said in _SIDEWAYS or (said.endswith(_SIDEWAYS) and said.split()[0] in _MOVES)):
         return {}
     swings = any(motions.get(" ".join(phrase.words)) == "swings" for phrase in phrases)
     return {at: ()} if swings else {}
