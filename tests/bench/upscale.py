@@ -5,7 +5,8 @@
     python tests/bench/upscale.py --device cuda --dtype bfloat16 --width 1024 --grid 8x12x16
 
 Both sides take turns in one process; a first run of each warms up. Where a CPU has no products of such numbers ours are in float32.
-Prints a Markdown table and one line of JSON for each kind; `fraction_of_ceiling` is ours, of convolutions alone.
+Prints a Markdown table and one line of JSON for each kind. `fraction_of_ceiling` is ours; it counts the products with the zeros
+of padding, which kernels leave out, a quarter of all on the usual grid, so that it can pass 1.
 Needs the installed package and diffusers (the `test` extra).
 """
 
