@@ -39,7 +39,7 @@ from lockstep.model.embedded.check import SIGMAS, errors_beside
 from lockstep.model.embedded.dataset import FORMATS, Batch, format_of
 from lockstep.model.embedded.pack import pack, tokenizer_entry, unpack
 from lockstep.model.embedded.prompts import SAYABLE, UNSAID, _directions, encode_prompts, tokenizer, untold
-from lockstep.model.embedded.readings import readings
+from lockstep.model.embedded.readings import all_readings, readings
 from lockstep.model.embedded.sound import synthesize
 from lockstep.model.embedded.train_transformer import (
     _MODES,
@@ -428,6 +428,9 @@ def test_a_tokenizer_entry_may_lack_readings_and_nothing_else():
         [],
         {"words": ["red"]},
         {"words": ["red"], "content": ["red"], "readings": {"crimson": 1}},
+        {"words": ["red"], "content": ["red"], "readings": ["crimson"]},
+        {"words": ["red"], "content": ["red"], "read_as": {"red": ["crimson"]}},
+        {"words": ["red"], "content": ["red"], "read_as": "red"},
         {"words": ["red"], "content": ["red"], "kinds": ["colour"]},
     ):
         with pytest.raises(CheckpointError, match="tokenizer entry is damaged"):
@@ -865,6 +868,23 @@ def _weights(attention, queries, query_rope, keys, key_rope) -> torch.Tensor:
         key, _ = attention.keys_values(keys, key_rope)
         query = attention._positioned(attention.to_q(queries), attention.q_norm, query_rope)
         return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)[0]
+
+
+def test_what_is_read_is_noted_by_what_it_is_read_as_or_as_files_before_did():
+    words = {"words": ["red", "blue"], "content": ["red"]}
+    for entry in (
+        {"read_as": {"red": "crimson, blood red", "": "s"}},
+        {"readings": {"crimson": "red", "blood red": "red", "s": ""}},
+    ):
+        read = WordTokenizer.from_json(json.dumps(words | entry), 8)
+        assert read.readings == {"crimson": "red", "blood red": "red", "s": ""}
+    assert reader().readings == all_readings()
+
+
+def test_a_file_packed_with_the_newest_words_is_small_enough():
+    before = read_header(WEIGHTS).metadata["tokenizer"]
+    grown = len(json.dumps(tokenizer_entry())) - len(json.dumps(before))
+    assert WEIGHTS.stat().st_size + grown <= 32_000_000
 
 
 def test_the_shipped_file_is_small_whole_and_says_what_it_is():

@@ -93,7 +93,11 @@ def metadata(record: dict) -> dict[str, str]:
 def tokenizer_entry() -> str:
     """What the file says of words: beside those of training, how a free prompt is to be understood."""
     words, content = language.vocabulary(), language.content_words()
-    entry = {"words": words, "content": content, "readings": all_readings(), "kinds": kinds()}
+    alike: dict[str, list[str]] = {}
+    for phrase, read_as in all_readings().items():
+        alike.setdefault(read_as, []).append(phrase)
+    read_as = {said: ", ".join(phrases) for said, phrases in alike.items()}
+    entry = {"words": words, "content": content, "read_as": read_as, "kinds": kinds()}
     return json.dumps(entry, separators=(",", ":"))
 
 

@@ -89,15 +89,18 @@ class WordTokenizer:
 
     @classmethod
     def from_json(cls, text: str, longest: int) -> "WordTokenizer":
-        """Reads the metadata entry `tokenizer` of an embedded checkpoint: {"words": [...], "content": [...], "readings": {...},
-        "kinds": {...}}.
+        """Reads the metadata entry `tokenizer` of an embedded checkpoint: {"words": [...], "content": [...],
+        "read_as": {words: "phrase, phrase", ...}, "kinds": {...}}.
 
-        Files before version 0.5.0 have no readings, those up to 0.6.0 no kinds.
+        Files before version 0.5.0 say nothing of what is read, those up to 0.14.0 "readings": {phrase: words, ...}, those up to
+        0.6.0 no kinds.
         """
         try:
             entry = json.loads(text)
             words, content = tuple(entry["words"]), frozenset(entry["content"])
-            readings = dict(entry.get("readings", {}))
+            alike = entry.get("read_as", {}).items()
+            readings = {phrase: said for said, phrases in alike for phrase in phrases.split(", ")}
+            readings |= entry.get("readings", {})
             kinds = {kind: dict(names) for kind, names in entry.get("kinds", {}).items()}
             named = [word for names in kinds.values() for pair in names.items() for word in pair]
             read = [word for pair in readings.items() for word in pair]
