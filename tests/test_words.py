@@ -368,6 +368,18 @@ def test_what_a_thing_is_likened_to_is_no_second_one(prompt, shown):
     assert_shows(prompt, shown)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "shown", "denied"),
+    [
+        ("not a square but like a ball, it pulses", "ball pulses", "not a square"),
+        ("no big red square, it is like a ball, pulses", "ball pulses", "no big red square"),
+        ("a star that does not swing, moving side to side", "star sliding", "not swing"),
+    ],
+)
+def test_what_is_denied_takes_nothing_from_what_is_said(prompt, shown, denied):
+    assert_shows(prompt, shown, f"says '{denied}': {_LEFT_OUT}")
+
+
 def test_what_looks_like_another_thing_is_told():
     doubt = f"names two shapes, ball and star: {_ONE}"
     assert_shows("a ball looking like a star bounces", "ball star bounces", doubt, unknown=("looking",))

@@ -342,9 +342,21 @@ def _simile(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
     if here is None or kind_of(phrases[here], kinds) != "shape":
         return {}
     others = any(
-        kind_of(phrase, kinds) == "shape" for place, phrase in enumerate(phrases) if not at < place <= here
+        kind_of(phrase, kinds) == "shape" and not _is_denied_thing(phrases, place, kinds)
+        for place, phrase in enumerate(phrases)
+        if not at < place <= here
     )
     return dict.fromkeys(range(at, here + 1), ()) if others else {}
+
+
+def _is_denied_thing(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> bool:
+    """Whether a negation stands before a thing and what describes it: "not a red square"."""
+    while not is_denied(phrases, at):
+        before = _before(phrases, at)
+        if before is None or not (phrases[before].said in ARTICLES or _describes(phrases[before], kinds)):
+            return False
+        at = before
+    return True
 
 
 def _sideways(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
@@ -353,7 +365,10 @@ def _sideways(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
     slides = motions.get(" ".join(phrases[at].words)) == "slides"
     if not slides or not (said in _SIDEWAYS or (said.endswith(_SIDEWAYS) and said.split()[0] in _MOVES)):
         return {}
-    swings = any(motions.get(" ".join(phrase.words)) == "swings" for phrase in phrases)
+    swings = any(
+        motions.get(" ".join(phrase.words)) == "swings" and not is_denied(phrases, place)
+        for place, phrase in enumerate(phrases)
+    )
     return {at: ()} if swings else {}
 
 
