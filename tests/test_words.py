@@ -22,11 +22,17 @@ def encode(prompt: str) -> Tokens:
     return WordTokenizer.from_json(tokenizer_entry(), config.TEXT_LENGTH).encode(prompt)
 
 
+def shown_by(prompt: str) -> list[str]:
+    """The words of a prompt that mean something to the model."""
+    words = tokenizer()
+    said = [words.vocabulary[number - 2] for number in encode(prompt).ids.tolist() if number > 1]
+    return [word for word in said if word in words.content]
+
+
 def assert_shows(prompt: str, shown: str, *doubts: str, unknown: tuple[str, ...] = ()) -> None:
     """Of a prompt is read what means something in `shown`, in that order; filler counts in neither."""
-    words, tokens = tokenizer(), encode(prompt)
-    said = [words.vocabulary[number - 2] for number in tokens.ids.tolist() if number > 1]
-    assert [word for word in said if word in words.content] == shown.split()
+    tokens = encode(prompt)
+    assert shown_by(prompt) == shown.split()
     assert tokens.doubts == doubts
     assert tokens.unknown == unknown
 
@@ -244,6 +250,9 @@ def test_the_pace_of_weather_is_not_that_of_the_object(prompt, shown):
         ("an object that is round and blue bounces", "ball blue bounces"),
         ("a round red ball", "red ball"),
         ("a round blue square", "blue square"),
+        ("something red and round goes up and down", "red ball bounces"),
+        ("orange, round, bounces", "orange ball bounces"),
+        ("a red square, round, bounces", "red square bounces"),
     ],
 )
 def test_round_things_are_balls(prompt, shown):
@@ -393,10 +402,52 @@ def test_what_looks_like_another_thing_is_told():
         ("a star moving side to side like a pendulum", "star swinging pendulum"),
         ("a star from side to side", "star sliding"),
         ("a star that swings on the left", "star swings left"),
+        ("a star, gently, to and fro, swinging", "star gently swinging"),
     ],
 )
 def test_from_side_to_side_goes_what_swings_too(prompt, shown):
     assert_shows(prompt, shown)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a green cube up and down", "green cube bouncing"),
+        ("a green cube back and forth", "green cube sliding"),
+        ("a green cube, to and fro", "green cube sliding"),
+        ("a green cube pulses back and forth, up and down", "green cube pulses"),
+        ("a green cube hops back and forth", "green cube hops"),
+        ("a white ball does not bounce, it goes back and forth", "white ball slides"),
+    ],
+)
+def test_ways_that_many_motions_go_say_one_only_by_themselves(prompt, shown):
+    assert shown_by(prompt) == shown.split()
+    assert not any("two motions" in doubt for doubt in encode(prompt).doubts)
+
+
+def test_a_way_that_the_motion_does_not_go_is_told():
+    said = "names two motions, slides and up and down"
+    assert any(doubt.startswith(said) for doubt in encode("a green cube slides up and down").doubts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a red ball rolls around in circles", "red ball going"),
+        ("a red ball rolling slowly around the centre", "red ball slowly going"),
+        ("a white square moves along a circle", "white square going"),
+        ("a white square in a circular orbit", "white square going"),
+        ("a star moves between both walls", "star sliding"),
+        ("a star slides in the rain", "star slides rain"),
+        ("a star slides in a loop", "star slides"),
+    ],
+)
+def test_a_way_needs_no_verb_and_says_what_its_verb_does(prompt, shown):
+    assert_shows(prompt, shown)
+
+
+def test_what_moves_in_the_dark_does_so_in_no_known_way():
+    assert_shows("a square moves in the dark", "square black", unknown=("moves",))
 
 
 def test_a_drum_is_unknown_and_its_beats_are_no_pulse():
@@ -449,6 +500,20 @@ def test_filler_is_not_called_unknown(prompt, shown):
         ("a tangerine triangle pendulums", "tangerine triangle swings pendulum"),
         ("a golden cube swings while rain patters", "golden cube swings rains"),
         ("a ball pulses during a hurricane", "ball pulses windy"),
+        ("a red marble drops to the ground and rebounds", "red ball falls rebounds bounces"),
+        ("a cyan star rebounds off the walls", "cyan star slides"),
+        ("a cyan star bounces between both walls", "cyan star slides"),
+        ("an azure tile ping-pongs between the left wall and the right wall", "azure tile slides"),
+        ("a white ping-pong ball bounces off the floor", "white ball bounces"),
+        ("a five-pointed figure in aqua", "star aqua"),
+        ("a cobalt brick, ash background", "cobalt square gray"),
+        ("a ruby ball against a brick wall", "ruby ball brown"),
+        ("an orange traffic cone", "orange triangle"),
+        ("a square tossed up and down", "square bounces"),
+        ("a square oscillating vertically", "square bouncing"),
+        ("a yellow triangle scaling", "yellow triangle pulsing"),
+        ("quick left-right sliding, white block", "quickly sliding white block"),
+        ("can you animate a die", "square"),
     ],
 )
 def test_more_is_read_than_the_shipped_file_s_own_entry_holds(prompt, shown):

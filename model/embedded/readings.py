@@ -190,6 +190,7 @@ _NOTHING = (
     "other than, anything but, apart from, aside from, "
     "nothing else moves, golden hour, solid, pure, uniform, flat, lone, single, completely, perfectly, absolutely, totally, "
     "entirely, repeatedly, continuously, constantly, endlessly, steadily, rhythmically, over and over, again and again, "
+    "at constant speed, at a constant speed, with constant speed, in a straight line, can you, could you, would you, animate, produce, whose, something, "
     "each, every, when, whenever, keep, keeps, keeps on, once more, again, seamless, seamlessly, looped, right side up, colour, color, motion, center, centre, middle"
 )
 

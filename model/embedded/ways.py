@@ -25,7 +25,7 @@ _HIT = (
     "hit, hits, hitting, strike, strikes, striking, knock, knocks, knocking, bump, bumps, bumping, bang, bangs, banging, "
     "pounds, pounding, slams, slamming, smacks, smacking"
 )
-_RISE = "bob, bobs, bobbing, spring, springs, springing, hop, hops, hopping, bounce, bounces, bouncing"
+_RISE = "bob, bobs, bobbing, tossed, thrown, juggled, oscillates, oscillating, spring, springs, springing, hop, hops, hopping, bounce, bounces, bouncing"
 _BECOME = "get, gets, getting, grow, grows, growing, become, becomes, becoming"
 _GROW = (
     "grow, swell, expand, inflate",
@@ -41,10 +41,11 @@ _SIDES = (
     "between two walls, between the two walls, from one edge to the other, from one end to the other, from edge to edge of the frame, "
     "between left and right, between the edges, between the left and right edges, between the sides, between the left and right walls"
 )
+_BETWEEN = "between walls, between both walls, between the left wall and the right wall"
 _TO_AND_FRO = f"{_SIDES}, left and right, right and left, back and forth, to and fro, backwards and forwards, backward and forward"
 _ONE_WAY = (
     "left, right, to the left, to the right, leftward, rightward, leftwards, rightwards, sideways, horizontally, across, "
-    "left then right, right then left, left and then right, leftwards then rightwards, "
+    "left right, left then right, right then left, left and then right, leftwards then rightwards, "
     "across the screen, across the frame, across the picture, across the floor, along the floor, along the ground"
 )
 _CENTERS = ("the center", "the centre", "the middle", "a center point", "a centre point", "a central point")
@@ -59,6 +60,10 @@ _WALLS = (
     "into walls, against walls, both walls, both side walls, the left and right walls, the left wall and the right wall, "
     "one wall then the other, one wall and then the other, each wall, against both walls, into both walls, into the left and right walls, into the left wall and the right wall"
 )
+_ORBITS = (
+    "in a circular orbit, in circular orbits, in orbit, in an orbit, on a circular path, on a circular orbit, "
+    "along a circle, around a circle, on a circle, along a circular orbit"
+)
 # not as one asks for a picture: "draw a circle that bounces"
 _DRAW = "traces, tracing, draws, drawing, makes, making"
 _CIRCLE = "a circle, circles, a circle in the air, circles in the air"
@@ -70,23 +75,24 @@ _HUNG = (
 _BIGGER = "bigger and smaller, larger and smaller, bigger then smaller, larger then smaller, smaller and bigger, smaller and larger"
 
 _READ_AS = {
-    "bounces": "bobs, bob, ricochets, ricochet, springs, springs back, bounds, rises and falls, rise and fall",
+    "bounces": "bobs, bob, rebounds, ricochets, ricochet, springs, springs back, bounds, rises and falls, rise and fall",
     "bouncing": "bobbing, ricocheting, springing, springing back, bounding, trampolining, rising and falling, in a bouncing motion",
+    "bouncing up and down": "up and down, down and up",
     "falls and rebounds": "falls, fall, drops, drop, plummets, plunges",
     "falling and rebounding": "falling, falling and bouncing, dropping, dropped, dropping and bouncing, plummeting, plunging",
     "slides": "ping pongs, ping pong",
     "sliding": "ping ponging",
     "slides from side to side": "crosses the screen from left to right",
-    "sliding from side to side": f"{_SIDES}, left and right, right and left, in a sliding motion",
+    "sliding from side to side": f"{_TO_AND_FRO}, {_BETWEEN}, left right sliding, left right motion, left right movement, in a sliding motion",
     "swings like a pendulum": "pendulums",
     "swinging like a pendulum": "pendulum, like a pendulum, like a pendulum bob, like a pendulum s bob, like a clock pendulum, like a clock s pendulum, pendulum like, pendulum motion, in a swinging motion",
     "pulses": "beeps, beats like a heart, beats like a heartbeat, swells, swell, shrinks, shrink, grows, grow, expands, contracts",
-    "pulsing": "beeping, beating like a heart, like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting",
+    "pulsing": "beeping, beating like a heart, like a heart, like a heartbeat, heartbeat, swelling, shrinking, growing, expanding, contracting, scaling",
     "grows and shrinks": "scales up and down, zooms in and out, changes its size, changes in size",
     "growing and shrinking": "scaling up and down, zooming in and out, changing its size, changing in size",
     "orbits": "circles, twirls, twirl, swirls, swirl",
     "orbiting": "twirling, swirling",
-    "going round and round": f"{_CIRCLES}, rotation, in rotation, in constant rotation, in steady rotation",
+    "going round and round": f"{_CIRCLES}, {_ORBITS}, rotation, in rotation, in constant rotation, in steady rotation",
     "stays still": "hovers, hover, stays where it is, holds still, hold still, stays, remains",
     "staying still": "hovering, staying, remaining still, holding still, keeping still, lying still, hanging still",
     "stands still": "stands, stands in place, stands there, hangs still",
@@ -112,18 +118,20 @@ _READ_AS = {
     "on a rainy day": "rainy",
     "while the wind blows": "the wind blows, wind blows, wind blowing, wind is blowing, the wind is blowing, the wind howls, wind howls, wind howling, the wind is howling, howling wind, while the wind howls, as the wind howls",
     "on a windy day": "windy, winds, strong winds, stormy winds, strong wind, gusting wind, with a gusting wind, with a strong wind, wind blown, wind swept, windswept, hurricane, in a hurricane, during a hurricane",
-    "black": "dark, pitch dark, midnight black",
+    "black": "dark, pitch dark, midnight black, black space, black night",
     "on black": "in the dark, in darkness, in a dark room, in complete darkness, in total darkness",
-    "gray": "granite, graphite, gunmetal",
+    "gray": "granite, graphite, gunmetal, ash, ash gray, ash grey",
+    "brown": "brick wall, soil brown, earthy brown, earth brown",
     "navy": "midnight sky, night sky, night blue, dark navy, dark navy blue",
     "ball": (
         "marble, balloon, bubble, soccer ball, tennis ball, marbles, balloons, bubbles, soccer balls, tennis balls, orbs, globes, "
-        "beads, footballs, basketballs, rubber balls, beach balls"
+        "beads, footballs, basketballs, rubber balls, beach balls, ping pong ball, ping pong balls, golf ball, golf balls, "
+        "baseball, volleyball, snooker ball, billiard ball, bowling ball, cannonball, planet, planets, coin, coins"
     ),
-    "square": "four sided shape, box shaped, cube shaped, crates",
-    "triangle": "three sided shape, arrowheads",
+    "square": "four sided shape, box shaped, cube shaped, crates, die, brick, bricks",
+    "triangle": "three sided shape, arrowheads, cone, cones, traffic cone, traffic cones",
     "star": (
-        "five point star, 5 point star, 5 pointed star, five pointed stars, pentagrams, starlets, pentacles, asterisks, "
+        "five pointed shape, five pointed figure, five pointed thing, five pointed object, five point star, 5 point star, 5 pointed star, five pointed stars, pentagrams, starlets, pentacles, asterisks, "
         "star shapes"
     ),
     "background": "bg, canvas",
@@ -135,9 +143,15 @@ _WAYS = (
     (f"{_MOVE}, {_SLIDE}", f"{_TO_AND_FRO}, {_ONE_WAY}", "slides", "sliding"),
     (
         _RICOCHET,
-        f"{_TO_AND_FRO}, off the walls, off walls, off the side walls, off the left and right walls, "
+        f"{_TO_AND_FRO}, {_BETWEEN}, off the walls, off walls, off the side walls, off the left and right walls, "
         "off both walls, off both side walls, off the edges, off the sides, against the walls, against both walls, into the walls, "
         "horizontally, sideways, across the screen, across the frame",
+        "slides",
+        "sliding",
+    ),
+    (
+        "rebounds, rebounding, reflects, reflecting",
+        f"{_SIDES}, left and right, off the walls, off walls, off both walls, off the side walls",
         "slides",
         "sliding",
     ),

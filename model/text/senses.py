@@ -76,6 +76,16 @@ _SIDEWAYS = (
     "to and fro",
 )
 _MOVES = words_in("from move moves moving go goes going travel travels travelling traveling")
+_LOOSE = ("back and forth", "to and fro", "up and down", "down and up")  # ways that more than one motion goes
+_WAYS = (
+    "in ",
+    "on ",
+    "along ",
+    "around ",
+    "round ",
+    "about ",
+    "between ",
+)  # how a way begins that is said by itself
 _REMAINS = words_in("stays remains staying remaining")
 _STANDS = _REMAINS | words_in("sits stands sitting standing")
 _THEN = words_in("and or then but while until for before after when as first at")
@@ -250,7 +260,7 @@ def _pace_of_weather(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
 
 
 def _round_thing(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
-    """A ball is "a round red thing", and a thing that "is round"."""
+    """A ball is "a round red thing", a thing that "is round", and "something red and round"."""
     if phrases[at].words != ("round",):
         return {}
     here = _after(phrases, at)
@@ -261,9 +271,11 @@ def _round_thing(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
         here = _after(phrases, here)
     if _said(phrases, here) in _THINGS and here is not None:
         return {at: (), here: ("ball",)}
-    said = _said(phrases, _before(phrases, at))
-    called = said in ("is", "s", "are") and not any(kind_of(phrase, kinds) == "shape" for phrase in phrases)
-    return {at: ("ball",)} if called and _said(phrases, _after(phrases, at)) in ("", "and") else {}
+    before, after = _before(phrases, at), _after(phrases, at)
+    called = _said(phrases, before) in ("is", "s", "are", "and") or (before is None and after is None)
+    alone = after is None or phrases[after].said == "and" or kind_of(phrases[after], kinds) == "motion"
+    shaped = any(kind_of(phrase, kinds) == "shape" for phrase in phrases)
+    return {at: ("ball",)} if called and alone and not shaped else {}
 
 
 def _noun(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
@@ -360,16 +372,33 @@ def _is_denied_thing(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> bool:
 
 
 def _sideways(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
-    """From side to side goes what swings, too: "swinging through the air from left to right"."""
+    """From side to side goes what swings, too: "swinging through the air from left to right"; "pulsing, up and down" pulses."""
     said, motions = phrases[at].said, kinds.get("motion", {})
-    slides = motions.get(" ".join(phrases[at].words)) == "slides"
-    if not slides or not (said in _SIDEWAYS or (said.endswith(_SIDEWAYS) and said.split()[0] in _MOVES)):
-        return {}
-    swings = any(
-        motions.get(" ".join(phrase.words)) == "swings" and not is_denied(phrases, place)
-        for place, phrase in enumerate(phrases)
+    own = motions.get(" ".join(phrases[at].words))
+    slides = own == "slides" and (
+        said in _SIDEWAYS or (said.endswith(_SIDEWAYS) and said.split()[0] in _MOVES)
     )
-    return {at: ()} if swings else {}
+    if not slides and said not in _LOOSE:
+        return {}
+    others = {
+        motions.get(" ".join(phrase.words))
+        for place, phrase in enumerate(phrases)
+        if place != at and not is_denied(phrases, place)
+    }
+    going = others & ({"swings"} if said not in _LOOSE else {"swings", "pulses", "bounces", own})
+    return {at: ()} if going else {}
+
+
+def _along(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> Anew:
+    """What "rolls around in circles" orbits, and a way said by itself needs no verb: "moves along a circle"."""
+    said, after, motions = phrases[at].said, _after(phrases, at), kinds.get("motion", {})
+    if after is not None and kind_of(phrases[after], kinds) == "tempo":
+        after = _after(phrases, after)
+    slides = " " not in said and motions.get(" ".join(phrases[at].words)) == "slides"
+    if after is None or not (slides or said in _MOVES):
+        return {}
+    way = motions.get(" ".join(phrases[after].words)) if phrases[after].said.startswith(_WAYS) else None
+    return {at: ()} if way == "orbits" or (way and not slides) else {}
 
 
 def _moves_otherwise(phrases: Sequence[Phrase], at: int, kinds: Kinds) -> bool:
@@ -413,5 +442,6 @@ _RULES: tuple[Callable[[Sequence[Phrase], int, Kinds], Anew], ...] = (
     _remaining,
     _quantity,
     _simile,
+    _along,
     _sideways,
 )
