@@ -1,15 +1,15 @@
 """The engine: one model's components, each loaded once and kept, and one method per stage of the path.
 
 text -> conditioning -> (transformer) sampler -> latents -> decode. The engine is the only thing that changes; all that
-goes in and comes out is frozen. What needs none of its state stands beside it: `components` (what files hold),
-`requests` (what is asked of a clip), `run` (one run of the sampler), `signals` (pictures and sound at the codecs).
+goes in and comes out is frozen. What it keeps in memory is in `loaded`. What needs none of its state stands beside it:
+`components` (what files hold), `requests` (what is asked of a clip), `run` (one run of the sampler), `signals` (pictures
+and sound at the codecs).
 B batch (1), C channels, F frames, H rows, W columns, L audio latents, M mel bins.
 """
 
 import logging
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,26 +17,18 @@ from typing import Any, cast
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import components, requests, signals
+from . import components, loaded, requests, signals
 from .checkpoint import keymap, lora
-from .checkpoint.build import build
 from .checkpoint.description import ModelDescription
 from .checkpoint.families import component_config
-from .checkpoint.header import Header, Stamp, stamp
-from .codec.audio_vae import AudioVAE
-from .codec.diffusion_config import DiffusionVAEConfig
 from .codec.diffusion_decoder import ON_HOST, DiffusionVAE, Room
-from .codec.latent_upsampler import LatentUpsampler
 from .codec.streaming import WINDOW_BYTES, encode_stream
-from .codec.video_vae import VideoVAE
-from .codec.vocoder import Generator
 from .conditioning.layout import Layout, held, lay_out_audio, lay_out_video
 from .embedded import WEIGHTS
 from .embedded.readings import with_newest_readings
-from .errors import NotFiniteError, UnsupportedModelError, WorkflowError
-from .forecast import Forecast
+from .errors import UnsupportedModelError, WorkflowError
 from .latents.colors import LatentColors, fit_colors, probe_picture
 from .latents.patchify import tokens_to_audio
 from .layers.attention_backends import ATTENTION, attention_by, check_attention
@@ -44,18 +36,7 @@ from .layers.inference import full_float32
 from .measure.energy import EnergyMeter
 from .measure.stages import StageMeter
 from .recipes import Fingerprint, Recipe, clip_shape
-from .residency import (
-    BANDS,
-    Placement,
-    Plan,
-    Residence,
-    StageNeed,
-    Window,
-    free_bytes,
-    out_of_memory,
-    stepping_down,
-    telling_of_memory,
-)
+from .residency import BANDS, Placement, Plan, Window, stepping_down, telling_of_memory
 from .run import (
     Given,
     Run,
@@ -78,9 +59,7 @@ from .text.duration_head import DurationHead, frames_for
 from .text.gemma import GemmaTokenizer
 from .text.tokenizer import Tokens, WordTokenizer
 from .trajectory import Trajectory
-from .transformer.compiled import CompileReport, compile_blocks
 from .transformer.graphs import CudaRecorder, Recording, Wait
-from .transformer.model import AVTransformer
 from .transformer.step_cache import StepCache
 from .two_stage import Upscale, carried_audio, in_known_time, reads_slowed
 from .values import (
@@ -105,19 +84,10 @@ from .values import (
 _logger = logging.getLogger("lockstep")
 _plan_logger = logging.getLogger("lockstep.memory")
 _MOST_PROBES = 64  # prompts and settings whose step cache is remembered
-_SMALL_PARAMETERS = 1_000_000_000  # below this, float32 costs little and gives the same clip everywhere
 # for those who see of the model its engine alone
 SAMPLER_NAMES, ATTENTION_NAMES, UNHEARD = tuple(SAMPLERS), ATTENTION, requests.UNHEARD
+PRECISIONS = loaded.PRECISIONS
 model_files, lora_files = components.model_files, lora.lora_files
-# "auto": float32 for small models, bfloat16 for large ones; the vocoder and the audio codec are always float32.
-# "float8": bfloat16, and the transformer's blocks packed as they are loaded
-PRECISIONS = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float8": torch.bfloat16,
-}
 
 
 def _nothing(_progress: Progress) -> None:
@@ -153,29 +123,21 @@ class Engine:
         compiled: bool = False,
         attention: str = "auto",
     ):
-        if precision not in PRECISIONS:
-            raise UnsupportedModelError(f"unknown precision {precision!r}: use {', '.join(PRECISIONS)}")
         path = WEIGHTS if str(model) == "embedded" else Path(model)
         self._files = components.ModelFiles.open(path, files, folders)
         self.header, self.headers = self._files.header, self._files.headers
         self._given_tokenizer = tokenizer
-        self.device = device if isinstance(device, torch.device) else _pick_device(device)
-        check_attention(attention, self.device, compiled)
+        where = device if isinstance(device, torch.device) else _pick_device(device)
+        check_attention(attention, where, compiled)
         self._attention = attention
-        self._place = place
-        self._precision, self._packs = PRECISIONS[precision], precision == "float8"
-        self._modules: dict[str, nn.Module] = {}
-        self._loras = lora.LoraStack(self._files.places)
-        self._upscalers: dict[Stamp, tuple[Header, LatentUpsampler | None]] = {}
-        self._forecasts: dict[tuple, tuple[StageNeed, ...]] = {}
-        self._foretold: dict[str, tuple[Hashable, StageNeed]] = {}  # of each stage's last shape, for a host
-        # bytes that each component's stage holds beside weights, for a host
-        self._beside: dict[str, int] = {}
+        self._loaded = loaded.Loaded(self._files, where, place, precision, memory, compiled)
         self._probes: dict[tuple, StepCacheReport] = {}
-        self._residence = Residence(self.device, memory)
-        self._compiled = compiled
-        self._compile_report: CompileReport | None = None
-        self._lock = threading.RLock()
+        self._lock = self._loaded.lock
+
+    @property
+    def device(self) -> torch.device:
+        """Where stages run."""
+        return self._loaded.device
 
     # -- what the checkpoint is ------------------------------------------------------------------------------------
 
@@ -245,7 +207,7 @@ class Engine:
     @property
     def sample_rate_hz(self) -> int:
         """Of the sound that decode_audio gives."""
-        return self._vocoder.sample_rate_hz
+        return self._loaded.vocoder.sample_rate_hz
 
     @property
     def nondeterministic(self) -> tuple[str, ...]:
@@ -253,13 +215,13 @@ class Engine:
 
         Without any, latents are the same bit by bit wherever weights lie and whatever else has been run.
         """
-        dtype = self._dtype(keymap.TRANSFORMER)
-        return doubts_of_repeating(self.device, dtype, self._compiled, self._attention)
+        dtype = self._loaded.dtype(keymap.TRANSFORMER)
+        return doubts_of_repeating(self.device, dtype, self._loaded.compiled, self._attention)
 
     @property
     def compile_cost(self) -> CompileCost | None:
         """What compiling took and saved so far; None where nothing is compiled."""
-        return self._compile_report and self._compile_report.cost
+        return self._loaded.compile_report and self._loaded.compile_report.cost
 
     @cached_property
     def blocks(self) -> int:
@@ -314,15 +276,17 @@ class Engine:
         positive = self.tokenizer.encode(prompt)
         other = self.tokenizer.encode(negative, required=False)
         places = (positive.places, other.places)
-        with self._lock, torch.inference_mode(), self._numbers(self._files.text, keymap.CONNECTORS):
-            self._foretell(places, lambda: self._forecast.text(places), self._files.text, keymap.CONNECTORS)
+        with self._lock, torch.inference_mode(), self._loaded.numbers(self._files.text, keymap.CONNECTORS):
+            self._loaded.foretell(
+                places, lambda: self._loaded.forecast.text(places), self._files.text, keymap.CONNECTORS
+            )
             # all states first, so that a language model which has to make room comes once
             states = []
             for tokens in (positive, other):
                 progress(Progress("text", len(states), 2))
                 states.append(self._states(tokens))
-            self._loras.put_on(keymap.CONNECTORS, self._module(keymap.CONNECTORS), loras)
-            with self._brought(keymap.CONNECTORS):
+            self._loaded.loras.put_on(keymap.CONNECTORS, self._loaded.module(keymap.CONNECTORS), loras)
+            with self._loaded.brought(keymap.CONNECTORS):
                 contexts = [self.connect(*state) for state in states]
             for context in contexts:
                 signals.check_finite("the prompt's contexts", context.video, context.audio)
@@ -336,7 +300,7 @@ class Engine:
         states: (1, L, D, Z); mask: (1, L), 1 = a token. Source: spec section 2.14.
         """
         with self._lock, torch.inference_mode():
-            connectors = self._module(keymap.CONNECTORS)
+            connectors = self._loaded.module(keymap.CONNECTORS)
             weight = next(connectors.parameters())
             length = max(self.recipe.text_length, states_BLDZ.shape[1])
             # a package's kernel is for many tokens; whoever names one, or torch's, wants none chosen by speed
@@ -375,7 +339,7 @@ class Engine:
         """Pixels (1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w), float32 on the CPU; progress counts frames."""
         tick = signals.counting("video", progress)
         with self._lock, torch.inference_mode():
-            return encode_stream(self._video_encoder, pixels_BCFHW, tick=tick).float().cpu()
+            return encode_stream(self._loaded.video_encoder, pixels_BCFHW, tick=tick).float().cpu()
 
     def encode_sound(
         self, waveform_CS: Tensor, rate_hz: int, shape: ClipShape, progress: ProgressCallback = _nothing
@@ -390,7 +354,7 @@ class Engine:
     def encode_audio(self, waveform_CS: Tensor) -> Tensor:
         """Sound (channels, S) at the model's sample rate to normalised latents (1, C, L, M), float32 on the CPU."""
         with self._lock, torch.inference_mode(), full_float32(self.device):
-            return signals.encode_waveform(self._audio_vae, waveform_CS).float().cpu()
+            return signals.encode_waveform(self._loaded.audio_vae, waveform_CS).float().cpu()
 
     def sample(
         self,
@@ -497,12 +461,12 @@ class Engine:
         """layouts: of the run's shape inside. start: latents of video and audio to go on from."""
         z = self._files.audio_config.latent_channels
         state = run.state(layouts, z, self.device, start)
-        transformer = self._transformer
-        self._loras.put_on(keymap.TRANSFORMER, transformer, run.settings.loras)
+        transformer = self._loaded.transformer
+        self._loaded.loras.put_on(keymap.TRANSFORMER, transformer, run.settings.loras)
         denoiser = run.denoiser(transformer, layouts, cache, self._recording)
         with (
-            self._brought(keymap.TRANSFORMER),
-            self._numbers(keymap.TRANSFORMER),
+            self._loaded.brought(keymap.TRANSFORMER),
+            self._loaded.numbers(keymap.TRANSFORMER),
             attention_by(self._attention),
         ):
             tokens = run.denoised(state, denoiser)
@@ -514,9 +478,9 @@ class Engine:
     @property
     def _recording(self) -> Recording | None:
         """How a run's passes are recorded; None where weights may move before it ends, or nothing records them."""
-        if self.device.type != "cuda" or self._place or self._residence.policy != "resident":
+        if self.device.type != "cuda" or self._loaded.place or self._loaded.residence.policy != "resident":
             return None
-        report = self._compile_report
+        report = self._loaded.compile_report
         return Recording(partial(CudaRecorder, self.device), lambda: report.attempts if report else 0, Wait)
 
     def _sound(self, run: Run, given: Given, guides: Sequence[Guide] = ()) -> Tensor:
@@ -554,7 +518,7 @@ class Engine:
     def hear(self, latents: AVLatents) -> Heard:
         """The sound of latents, as two of them are compared."""
         with self._lock, torch.inference_mode(), full_float32(self.device):
-            log_mel = signals.decoded_mel(self._audio_vae, latents.audio, _nothing).cpu()
+            log_mel = signals.decoded_mel(self._loaded.audio_vae, latents.audio, _nothing).cpu()
         return Heard(log_mel, self.decode_audio(latents), self.sample_rate_hz)
 
     def read_loras(self, loras: Sequence[Lora]) -> tuple[str, ...]:
@@ -563,11 +527,11 @@ class Engine:
         Raises CheckpointError, UnsupportedModelError or WorkflowError for one that cannot change this model.
         """
         with self._lock:
-            return self._loras.read(loras)
+            return self._loaded.loras.read(loras)
 
     def upscaler(self, path: str | Path) -> Upscale:
         """What a latent upscaler's file does, from its header. Raises CheckpointError for one of another latent space."""
-        return components.upscale_of(self._open_upscaler(Path(path))[0], self._files)
+        return components.upscale_of(self._loaded.open_upscaler(Path(path))[0], self._files)
 
     def upscale(
         self, latents: AVLatents, path: str | Path, progress: ProgressCallback = _nothing
@@ -580,8 +544,8 @@ class Engine:
         self._check_owner(latents)
         shape = self.upscaler(path).grown(latents.shape)
         with self._lock, torch.inference_mode():
-            statistics = self._video_vae.per_channel_statistics
-            module = self._upscaler_module(Path(path), latents.shape)
+            statistics = self._loaded.video_vae.per_channel_statistics
+            module = self._loaded.upscaler(Path(path), latents.shape)
             raw = statistics.denormalize(latents.video.to(statistics.get_buffer("std-of-means").device), 1)
             grown = module(raw.to(next(module.parameters()))).float()
             # the upscaler may have sent them off the device
@@ -599,7 +563,7 @@ class Engine:
             return None
         fps = fps or self.recipe.fps
         with self._lock, torch.inference_mode():
-            head = cast(DurationHead, self._module(keymap.DURATION_HEAD))
+            head = cast(DurationHead, self._loaded.module(keymap.DURATION_HEAD))
             device = next(head.parameters()).device
             context = conditioning.positive
             seconds = head(context.video.to(device), context.audio.to(device)).item()
@@ -614,18 +578,20 @@ class Engine:
         frames, depend on it. The engine is held until the last piece is taken or the iterator is closed.
         """
         self._check_owner(latents)
-        with self._lock, self._numbers(self._files.video):
-            forecast = partial(self._forecast.video, latents.shape)
-            need = self._foretell(latents.shape, forecast, self._files.video)
-            vae = self._video_vae
+        with self._lock, self._loaded.numbers(self._files.video):
+            forecast = partial(self._loaded.forecast.video, latents.shape)
+            need = self._loaded.foretell(latents.shape, forecast, self._files.video)
+            vae = self._loaded.video_vae
             if isinstance(vae, DiffusionVAE):
-                narrow = self._residence.bands or (need is not None and self._is_short_of(need.working))
+                narrow = self._loaded.residence.bands or (
+                    need is not None and self._loaded.is_short_of(need.working)
+                )
                 yield from stepping_down(
                     lambda room: signals.diffused(vae, latents.video, room, progress),
                     ON_HOST if narrow else Room(),
                 )
                 return
-            chosen = BANDS if self._residence.bands else Window(WINDOW_BYTES)
+            chosen = BANDS if self._loaded.residence.bands else Window(WINDOW_BYTES)
             yield from stepping_down(
                 lambda window: signals.decoded(vae, latents.video, window, progress),
                 Window(window_bytes) if window_bytes else chosen,
@@ -649,20 +615,20 @@ class Engine:
         """
         self._check_owner(latents)
         with self._lock, torch.inference_mode(), full_float32(self.device):
-            forecast = partial(self._forecast.audio, latents.shape)
-            self._foretell(latents.shape, forecast, keymap.AUDIO_VAE, keymap.VOCODER)
-            vae = self._audio_vae
+            forecast = partial(self._loaded.forecast.audio, latents.shape)
+            self._loaded.foretell(latents.shape, forecast, keymap.AUDIO_VAE, keymap.VOCODER)
+            vae = self._loaded.audio_vae
             mel = signals.decoded_mel(vae, latents.audio, progress)
-            vocoder = self._vocoder
+            vocoder = self._loaded.vocoder
             waveform = signals.vocoded(vocoder, mel, vae.config.mel, progress)
-        with self._numbers(keymap.AUDIO_VAE, keymap.VOCODER):
+        with self._loaded.numbers(keymap.AUDIO_VAE, keymap.VOCODER):
             signals.check_finite("decoded sound", waveform)
         samples = latents.shape.samples(vocoder.sample_rate_hz)
         return signals.fit_length(waveform, samples, vocoder.sample_rate_hz)
 
     @property
     def _decodes_previews(self) -> bool:
-        return self.description.parameters < _SMALL_PARAMETERS and self._residence.policy == "resident"
+        return self._loaded.small and self._loaded.residence.policy == "resident"
 
     def prepare_preview(self) -> None:
         """Before sampling, while the video codec may still be on the device: what previews of a large model need."""
@@ -687,7 +653,7 @@ class Engine:
         try:
             return self.decode_video(AVLatents(video, torch.empty(0), shape, self.latent_space))
         finally:  # a host that is short of room may have moved it away for the codec, and the run goes on without a preview
-            self._module(keymap.TRANSFORMER)
+            self._loaded.module(keymap.TRANSFORMER)
 
     def trajectory(
         self,
@@ -797,9 +763,9 @@ class Engine:
         Raises CheckpointError before that if one is nowhere.
         """
         self.require(*self._files.needed)
-        if self._residence.policy == "resident":
+        if self._loaded.residence.policy == "resident":
             for component in self._files.needed:
-                self._module(component)
+                self._loaded.module(component)
 
     def plan(
         self,
@@ -818,38 +784,11 @@ class Engine:
         is held to, which add tokens to it.
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
-        with self._lock:  # another run may be moving weights, which the policy tells where to
-            guidance = guidance or self.recipe.guidance
-            key = (shape, guidance.passes, step_cache > 0, prompts, guides)
-            if key not in self._forecasts:
-                self._forecasts[key] = self._forecast.needs(
-                    shape,
-                    guidance.passes,
-                    "perturbed" in guidance.passes,
-                    cached=step_cache > 0,
-                    prompts=prompts,
-                    guides=guides,
-                )
-            text, sample, *decodes = self._forecasts[key]
-            self.read_loras(loras)
-            sample = replace(sample, working=sample.working + self._lora_bytes(loras))
-            grown = [
-                self._forecast.upscaling(self._open_upscaler(path)[0], before) for path, before in upscales
-            ]
-            needs = (text, sample, *grown, *decodes)
-            self._residence.leave(except_for=self._files.needed)  # upscalers of an earlier run
-            # what an earlier run left on the device is in these needs as well
-            held = self._residence.bytes_here + self._loras.bytes_here(keymap.TRANSFORMER)
-            budget = None if self._place else free_bytes(self.device, held)
-            return self._residence.follow(needs, budget)
+        self.read_loras(loras)
+        passes = (guidance or self.recipe.guidance).passes
+        return self._loaded.plan(shape, passes, step_cache > 0, loras, upscales, prompts, guides)
 
     # -- inside ----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _forecast(self) -> Forecast:
-        """Of the components that are there."""
-        held = [component for component in self._files.needed if component in self._files.places]
-        return Forecast(self.headers, held, self._dtype, self.recipe.text_length, self.device, self._packs)
 
     def _tell_host(
         self,
@@ -864,58 +803,15 @@ class Engine:
 
         On a CPU no host asks.
         """
-        asked = (shape, guidance.passes, "perturbed" in guidance.passes, step_cache > 0, guides)
-        need = self._foretell(asked, lambda: self._forecast.sampling(*asked), keymap.TRANSFORMER)
+        need = self._loaded.foretell_sampling(shape, guidance.passes, step_cache > 0, guides, loras)
         if need is None:
             return
-        self.read_loras(loras)
-        need = replace(need, working=need.working + self._lora_bytes(loras))
-        self._beside[keymap.TRANSFORMER] = need.working
         _plan_logger.info("%s", need.sentence())
         progress(Progress("memory", 0, 1, note=need.sentence()))
 
-    def _foretell(self, asked: Hashable, make: Callable[[], StageNeed], *components: str) -> StageNeed | None:
-        """What the stage of these components will need, made anew for another question: that takes seconds for a large model.
-
-        A host makes room for it from now on. None on a CPU, where no host asks, and without a host.
-        """
-        if not self._place or self.device.type == "cpu":
-            return None
-        known = self._foretold.get(components[0])
-        if known is None or known[0] != asked:
-            known = self._foretold[components[0]] = (asked, make())
-        self._beside.update(dict.fromkeys(components, known[1].working))
-        return known[1]
-
-    def _is_short_of(self, working: int) -> bool:
-        free = free_bytes(self.device, 0)
-        return free is not None and working > free
-
-    def _lora_bytes(self, loras: Sequence[Lora]) -> int:
-        """All of their matrices stay on the device while the transformer runs, streamed or not."""
-        return self._loras.bytes(keymap.TRANSFORMER, loras, self._dtype(keymap.TRANSFORMER))
-
-    def _module(self, component: str) -> nn.Module:
-        with self._lock:
-            fresh = component not in self._modules
-            if fresh:
-                made = self._files.load(component, self._dtype(component), self._packs)
-                self._modules[component] = made
-                if self._compiled and component == keymap.TRANSFORMER:
-                    self._compile_report = compile_blocks(cast(AVTransformer, made), out_of_memory)
-            module = self._modules[component]
-            if self._place:
-                self._place(module, self._beside.get(component, 0))
-            else:
-                self._residence.use(component, module)
-                # cheap where weights are now; of streamed ones that is the host, and values that end tell of them later
-                if fresh and self.device.type == "cuda" and not self._residence.streams(component):
-                    self._files.check_numbers(component, module)
-            return module
-
     def _say_plan(self, shape: ClipShape, request: GenerateRequest, guidance: Guidance) -> None:
         """The plan of a request before its run; on a CPU, whose memory is seldom short, only if a policy was given."""
-        if self.device.type == "cpu" and self._residence.given is None:
+        if self.device.type == "cpu" and self._loaded.residence.given is None:
             return
         upscales = []
         for path in request.upscalers:
@@ -930,41 +826,10 @@ class Engine:
         plan = self.plan(shape, guidance, request.step_cache, loras, upscales, prompts, places)
         _plan_logger.info("%s", plan.sentence())
 
-    # the same, with the type that the name promises
-    @property
-    def _transformer(self) -> AVTransformer:
-        return cast(AVTransformer, self._module(keymap.TRANSFORMER))
-
-    @property
-    def _video_vae(self) -> VideoVAE | DiffusionVAE:
-        return cast(VideoVAE | DiffusionVAE, self._module(self._files.video))
-
-    @property
-    def _video_encoder(self) -> VideoVAE | DiffusionVAE:
-        """A decoder that came alone leaves encoding to the convolutional VAE beside it."""
-        config = self._files.video_config
-        alone = isinstance(config, DiffusionVAEConfig) and config.encoder is None
-        return cast(VideoVAE, self._module(keymap.VIDEO_VAE)) if alone else self._video_vae
-
-    @property
-    def _audio_vae(self) -> AudioVAE:
-        return cast(AudioVAE, self._module(keymap.AUDIO_VAE))
-
-    @property
-    def _vocoder(self) -> Generator:
-        return cast(Generator, self._module(keymap.VOCODER))
-
-    @cached_property
-    def _dtype(self) -> Callable[[str], torch.dtype]:
-        """Of every floating tensor of a component but those that stay packed."""
-        small = self.description.parameters < _SMALL_PARAMETERS
-        # what is handed on holds no engine: one that holds itself would stay in memory beside the next
-        return partial(_dtype_of, self._precision or (torch.float32 if small else torch.bfloat16))
-
     def _states(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Hidden states and mask of one text, as connect takes them."""
         ids, mask = tokens.masked()
-        encoder = self._module(self._files.text)
+        encoder = self._loaded.module(self._files.text)
         return encoder(ids.to(self.device), mask.to(self.device)), mask
 
     def sigmas(self, steps: int | None, shape: ClipShape, recipe: Recipe | None = None) -> tuple[float, ...]:
@@ -1000,53 +865,6 @@ class Engine:
         # a full checkpoint's sound is finished after its guided steps, a distilled one's gains from the last ones
         return made if recipe.sigmas else replace(grown, video=made.video)
 
-    def _open_upscaler(self, path: Path) -> tuple[Header, LatentUpsampler | None]:
-        file = stamp(path)
-        if file not in self._upscalers:
-            header = components.read_upscaler(path)
-            # of a file that was replaced only the new one is kept
-            for old in [known for known in self._upscalers if known[0] == path]:
-                _, module = self._upscalers.pop(old)
-                if module is not None and self._place:
-                    self._place.forget(module)
-                self._residence.forget(f"{keymap.UPSAMPLER} {old}")
-            self._upscalers[file] = (header, None)
-        return self._upscalers[file]
-
-    def _upscaler_module(self, path: Path, shape: ClipShape) -> LatentUpsampler:
-        header, module = self._open_upscaler(path)
-        if module is None:
-            built = build(keymap.UPSAMPLER, header, self._dtype(keymap.UPSAMPLER))
-            module = cast(LatentUpsampler, built)
-            self._upscalers[stamp(path)] = (header, module)
-        if self._place:
-            self._foretell((path, shape), lambda: self._forecast.upscaling(header, shape), keymap.UPSAMPLER)
-            self._place(module, self._beside.get(keymap.UPSAMPLER, 0))
-        else:
-            self._residence.use(f"{keymap.UPSAMPLER} {stamp(path)}", module)
-        return module
-
-    @contextmanager
-    def _brought(self, component: str) -> Iterator[None]:
-        """A component's LoRAs are on the device inside, behind it no more where others need the room: also behind a run
-        that was broken off, for nobody who frees memory knows of them."""
-        try:
-            yield
-        finally:
-            if self._place or self._residence.policy != "resident":
-                self._loras.let_go(component)
-
-    @contextmanager
-    def _numbers(self, *components: str) -> Iterator[None]:
-        """Where values end that are no numbers, the weights are looked through: a damaged file is named as such."""
-        try:
-            yield
-        except NotFiniteError:
-            for component in components:
-                if component in self._modules:
-                    self._files.check_numbers(component, self._modules[component])
-            raise
-
     def _guides(self, request: GenerateRequest, shape: ClipShape, progress: ProgressCallback) -> list[Guide]:
         return [
             self.encode_image(image, shape, at, progress=progress, crf=request.image_crf, attention=attention)
@@ -1059,11 +877,6 @@ class Engine:
                 f"these latents are of the space {latents.latent_space}, this model's is {self.latent_space}: "
                 "use the model that made them, or another of its version"
             )
-
-
-def _dtype_of(usual: torch.dtype, component: str) -> torch.dtype:
-    # the vocoder's phases do not survive 16 bits (spec section 1.5)
-    return torch.float32 if component in (keymap.VOCODER, keymap.AUDIO_VAE) else usual
 
 
 def _pick_device(device: str) -> torch.device:

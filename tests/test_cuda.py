@@ -458,7 +458,7 @@ def test_a_run_that_is_broken_off_leaves_nothing_behind(device, memory):
     again = sampled(engine)
     assert_same(again.video, wanted.video, "the next run's video")
     assert_same(again.audio, wanted.audio, "the next run's audio")
-    engine._residence.leave()
+    engine._loaded.residence.leave()
     assert_let_go(device, before, f"{memory}: left")
 
 
@@ -498,7 +498,7 @@ def test_policies_give_the_same_latents_and_read_weights_once(device, monkeypatc
         engine.decode_video(other)
         assert len(loaded) == read, f"{memory}: the second run read {loaded[read:]}"
         assert not torch.equal(other.video, made[memory].video)
-        engine._residence.leave()
+        engine._loaded.residence.leave()
         assert_let_go(device, before, memory)
         assert_same(made[memory].video, made["resident"].video, f"{memory} video")
         assert_same(made[memory].audio, made["resident"].audio, f"{memory} audio")
@@ -598,7 +598,7 @@ def test_a_plan_foretells_what_sampling_holds(device, middling):
     contexts = [Context(torch.randn(1, 256, 1024), torch.randn(1, 256, 512)) for _ in range(2)]
     conditioning = Conditioning(*contexts, middling.model_id)
     settings = SampleSettings(steps=2, guidance=guidance)
-    need = middling._forecast.sampling(shape, guidance.passes)
+    need = middling._loaded.forecast.sampling(shape, guidance.passes)
     weights = held(device)
     found = used(device, lambda: middling.sample(conditioning, shape, (), settings))
     weights = held(device) - weights
@@ -613,7 +613,7 @@ def test_a_plan_foretells_what_decoding_pictures_holds(device, middling):
     shape = middling_shape(middling)
     empty = middling.empty_latents(shape)
     latents = replace(empty, video=torch.randn_like(empty.video))
-    need = middling._forecast.video(shape)
+    need = middling._loaded.forecast.video(shape)
     found = used(device, lambda: [len(piece) for piece in middling.video_frames(latents)])
     assert_foretold(need.working, found, "decoding pictures")
 

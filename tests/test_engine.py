@@ -202,16 +202,16 @@ def test_a_host_is_told_what_the_transformer_holds_beside_its_weights(engine):
     placed = Engine("embedded", "cpu", lambda module, beside: told.update({type(module).__name__: beside}))
     shape, guidance = placed.shape(seconds=1.0), placed.recipe.guidance
     placed._tell_host(shape, guidance, 0.0, ())
-    assert placed._transformer
+    assert placed._loaded.transformer
     assert told == {"AVTransformer": 0}  # no host asks on a CPU
     ticks: list[Progress] = []
     placed._tell_host(shape, guidance, 0.0, (), ticks.append)
     assert ticks == []
-    placed.device = torch.device("cuda")
+    placed._loaded.device = torch.device("cuda")
     placed._tell_host(shape, guidance, 0.0, (), ticks.append)
-    placed.device = torch.device("cpu")
-    assert placed._transformer
-    assert placed._audio_vae
+    placed._loaded.device = torch.device("cpu")
+    assert placed._loaded.transformer
+    assert placed._loaded.audio_vae
     need = engine.plan(shape).needs[1]
     assert told == {"AVTransformer": need.working, "AudioVAE": 0}
     assert [tick.note for tick in ticks] == [need.sentence()]
@@ -227,10 +227,11 @@ def test_a_host_is_told_what_encoding_text_holds_beside_weights(engine):
 
     def states(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = tokens.masked()
-        return placed._module(keymap.TEXT_ENCODER)(ids, mask), mask  # which stays where its weights are
+        encoder = placed._loaded.module(keymap.TEXT_ENCODER)  # which stays where its weights are
+        return encoder(ids, mask), mask
 
     placed._states = states
-    placed.device = torch.device("cuda")
+    placed._loaded.device = torch.device("cuda")
     for negative in ("", "a blue cube"):
         placed.encode_text(prompt, negative)
         prompts = tuple(placed.tokenizer.encode(text, required=False).places for text in (prompt, negative))
@@ -242,7 +243,9 @@ def test_a_host_is_told_what_decoding_holds_beside_weights(engine):
     told: dict[str, int] = {}
     placed = Engine("embedded", "cpu", lambda module, beside: told.update({type(module).__name__: beside}))
     latents = placed.empty_latents(placed.shape(seconds=1.0))
-    placed.device = torch.device("cuda")  # weights stay where they are: only what the host is told differs
+    placed._loaded.device = torch.device(
+        "cuda"
+    )  # weights stay where they are: only what the host is told differs
     placed.decode_video(latents)
     placed.decode_audio(latents)
     _, _, video, audio = engine.plan(latents.shape).needs
@@ -404,8 +407,8 @@ def test_precision_is_of_the_weights_that_can_take_it():
     engine = Engine("embedded", "cpu", precision="bfloat16")
     shape = engine.shape(seconds=1.0)
     latents = engine.sample(engine.encode_text("a red ball"), shape, settings=UNGUIDED)
-    assert next(engine._transformer.parameters()).dtype == torch.bfloat16
-    assert next(engine._vocoder.buffers()).dtype == torch.float32
+    assert next(engine._loaded.transformer.parameters()).dtype == torch.bfloat16
+    assert next(engine._loaded.vocoder.buffers()).dtype == torch.float32
     assert engine.decode_video(latents).isfinite().all()
     with pytest.raises(UnsupportedModelError, match="use auto, float32"):
         Engine("embedded", "cpu", precision="int4")
@@ -521,7 +524,7 @@ def test_every_component_s_loading_is_told_with_its_speed(caplog):
         engine = Engine("embedded", "cpu")
         engine.load()
     told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("loaded ")]
-    assert len(told) == len(engine._modules)
+    assert len(told) == len(engine._loaded.modules)
     assert all(re.search(r": [0-9.]+ MB in [0-9.]+ s, [0-9]+ MB/s$", line) for line in told)
 
 
@@ -533,7 +536,7 @@ def test_a_first_image_of_full_strength_is_kept_as_it_is(engine):
 
 
 def test_previews_of_large_models_show_colours_without_a_decode(engine, monkeypatch):
-    monkeypatch.setattr("lockstep.model.engine._SMALL_PARAMETERS", 0)
+    monkeypatch.setattr("lockstep.model.loaded._SMALL_PARAMETERS", 0)
     shape = engine.shape(seconds=1.0)
     halves = torch.zeros(shape.height, shape.width, 3)
     halves[:, : shape.width // 2, 0] = halves[:, shape.width // 2 :, 2] = 0.9  # red, then blue
@@ -579,9 +582,9 @@ def test_sizes_out_of_reach_are_refused_with_the_nearest(engine, request_, sente
 
 def test_components_are_read_once(engine):
     engine.generate(RED_BALL)
-    before = {name: id(module) for name, module in engine._modules.items()}
+    before = {name: id(module) for name, module in engine._loaded.modules.items()}
     engine.generate(replace(RED_BALL, seed=99))
-    assert {name: id(module) for name, module in engine._modules.items()} == before
+    assert {name: id(module) for name, module in engine._loaded.modules.items()} == before
 
 
 def test_the_hash_covers_both_streams(engine):
@@ -602,7 +605,7 @@ def test_a_prompt_that_cannot_be_used_is_told_before_weights_are_read(tmp_path):
     ):
         with pytest.raises(error):
             engine.generate(replace(RED_BALL, prompt="xyzzy"))
-        assert engine._modules == {}
+        assert engine._loaded.modules == {}
 
 
 def test_a_tokenizer_for_a_model_that_has_its_own_is_refused():
@@ -611,7 +614,7 @@ def test_a_tokenizer_for_a_model_that_has_its_own_is_refused():
 
 
 def test_a_sound_alone_is_planned_without_pictures(monkeypatch):
-    monkeypatch.setattr("lockstep.model.engine.free_bytes", lambda *_: 40_000_000)
+    monkeypatch.setattr("lockstep.model.loaded.free_bytes", lambda *_: 40_000_000)
     engine = Engine("embedded", "cpu", memory="stream")
     wide = replace(RED_BALL, seconds=4.0, size="176x176", steps=1)
     with pytest.raises(MemoryShortError):
@@ -621,10 +624,10 @@ def test_a_sound_alone_is_planned_without_pictures(monkeypatch):
 
 def test_a_plan_lets_go_of_an_upscaler_that_an_earlier_run_left():
     engine = Engine("embedded", "cpu", memory="resident")
-    engine._residence.use("latent_upsampler (file)", torch.nn.Linear(1000, 1000))
-    assert engine._residence.bytes_here
+    engine._loaded.residence.use("latent_upsampler (file)", torch.nn.Linear(1000, 1000))
+    assert engine._loaded.residence.bytes_here
     engine.plan(engine.shape(seconds=1.0))
-    assert not engine._residence.bytes_here
+    assert not engine._loaded.residence.bytes_here
 
 
 def test_the_transformer_comes_back_after_a_preview_that_failed(monkeypatch):

@@ -140,14 +140,14 @@ def test_a_fault_while_weights_are_read_leaves_nothing_half_loaded(monkeypatch, 
     engine = Engine("embedded", "cpu")
     with pytest.raises(type(fault)):
         engine.generate(REQUEST)
-    assert len(engine._modules) == 2
+    assert len(engine._loaded.modules) == 2
     assert engine.generate(REQUEST).latent_sha256 == fresh_hash
 
 
 def test_three_processes_and_a_reload_give_the_same_hash(engine, fresh_hash):
     assert in_a_fresh_process() == fresh_hash  # the third is this one
     assert engine.generate(REQUEST).latent_sha256 == fresh_hash
-    engine._modules.clear()  # all weights evicted; the next use reads them again
+    engine._loaded.modules.clear()  # all weights evicted; the next use reads them again
     assert engine.generate(REQUEST).latent_sha256 == fresh_hash
 
 

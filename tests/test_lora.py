@@ -206,9 +206,12 @@ def test_several_with_strengths_make_the_clip_of_the_merged_weights_and_leave_no
     gemma = models / "gemma.safetensors"
     engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[gemma])
     untouched = frames(engine)
-    state = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in engine._modules.items()}
+    state = {
+        name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in engine._loaded.modules.items()
+    }
     places = {
-        name: {k: v.data_ptr() for k, v in m.state_dict().items()} for name, m in engine._modules.items()
+        name: {k: v.data_ptr() for k, v in m.state_dict().items()}
+        for name, m in engine._loaded.modules.items()
     }
 
     with_both = frames(engine, loras)
@@ -221,12 +224,12 @@ def test_several_with_strengths_make_the_clip_of_the_merged_weights_and_leave_no
     assert (frames(engine, loras[:1]) - with_both).abs().max() > 0.02
 
     assert torch.equal(frames(engine), untouched)  # bit for bit, in one and the same engine
-    for name, module in engine._modules.items():
+    for name, module in engine._loaded.modules.items():
         now = module.state_dict()
         assert all(torch.equal(tensor, now[key]) for key, tensor in state[name].items())
         assert {key: tensor.data_ptr() for key, tensor in now.items()} == places[name]  # and never copied
     for name in ("transformer", "connectors"):
-        assert not any(layer._forward_hooks for layer in engine._modules[name].modules())
+        assert not any(layer._forward_hooks for layer in engine._loaded.modules[name].modules())
 
 
 def test_new_frames_are_made_by_the_loras_of_the_model_that_is_given(models, tmp_path):
@@ -386,21 +389,21 @@ def test_a_lora_is_in_the_plan_and_off_the_device_after_a_run_that_was_broken_of
     plain, changed = (engine.plan(shape, loras=loras).needs[1].working for loras in ((), lora))
     matrices = sum(
         change.down.nbytes + change.up.nbytes
-        for (component, _), change in engine._loras._files[lora_files(lora[0].path)].changes.items()
+        for (component, _), change in engine._loaded.loras._files[lora_files(lora[0].path)].changes.items()
         if component == "transformer"
     )
     assert changed == plain + matrices > plain
 
     def stop(at):
         if at.step == 1:
-            branches = engine._loras._branches["transformer"]
+            branches = engine._loaded.loras._branches["transformer"]
             assert any(branch._made is not None for branch in branches)
             raise KeyboardInterrupt
 
     settings = SampleSettings(steps=2, loras=lora)
     with pytest.raises(KeyboardInterrupt):
         engine.sample(engine.encode_text("a red ball", loras=lora), shape, settings=settings, progress=stop)
-    for branches in engine._loras._branches.values():
+    for branches in engine._loaded.loras._branches.values():
         assert all(branch._made is None for branch in branches)
 
 
@@ -412,15 +415,15 @@ def test_matrices_that_a_run_left_on_the_device_are_counted_once(models, tmp_pat
     device = round(engine.plan(shape, loras=loras).peak / 0.94)  # as large as just keeps all resident
 
     def free(_device, held: int) -> int:
-        branches = engine._loras._branches.get("transformer", [])
+        branches = engine._loaded.loras._branches.get("transformer", [])
         matrices = sum(matrix.nbytes for branch in branches for matrix in branch._made or ())
-        return device - engine._residence.bytes_here - matrices + held
+        return device - engine._loaded.residence.bytes_here - matrices + held
 
-    monkeypatch.setattr("lockstep.model.engine.free_bytes", free)
+    monkeypatch.setattr("lockstep.model.loaded.free_bytes", free)
     before = engine.plan(shape, loras=loras)
     assert before.policy == "resident"
     engine.generate(replace(REQUEST, loras=loras))
-    assert engine._loras._branches["transformer"][0]._made is not None
+    assert engine._loaded.loras._branches["transformer"][0]._made is not None
     assert engine.plan(shape, loras=loras) == before
 
 
@@ -510,7 +513,7 @@ def test_a_forecast_with_loras_meets_what_sampling_really_holds(models, tmp_path
     places = tuple(engine.tokenizer.encode(text, required=False).places for text in ("a red ball", ""))
     need = engine.plan(shape, loras=loras, prompts=places).needs[1].working
     conditioning, settings = engine.encode_text("a red ball"), SampleSettings(steps=1, loras=loras)
-    assert engine._transformer
+    assert engine._loaded.transformer
     with MemoryCount() as count:
         engine.sample(conditioning, shape, settings=settings)
     assert need == pytest.approx(count.peak, rel=0.15)

@@ -103,9 +103,9 @@ def test_any_cut_of_a_model_gives_the_same_clip(models, tmp_path):
     cut = Engine(tmp_path / "ltx-2.3-transformer.safetensors", "cpu", folders=[tmp_path])
     assert len(cut.headers) == 7
     ours, theirs = made(cut).clip, made(whole).clip
-    assert cut._modules.keys() == whole._modules.keys()
-    for name, module in cut._modules.items():
-        wanted = whole._modules[name].state_dict()
+    assert cut._loaded.modules.keys() == whole._loaded.modules.keys()
+    for name, module in cut._loaded.modules.items():
+        wanted = whole._loaded.modules[name].state_dict()
         assert all(torch.equal(wanted[key], tensor) for key, tensor in module.state_dict().items())
     # the same numbers at other addresses: matrix kernels take other paths for other alignments
     torch.testing.assert_close(ours.frames, theirs.frames, atol=1e-3, rtol=0)
@@ -132,7 +132,7 @@ def assert_told_once_where_it_does_not_fit(engine: Engine) -> None:
         tries.append(room)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    decoder = engine._video_vae
+    decoder = engine._loaded.video_vae
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(decoder), "decode", full)
         with pytest.raises(
@@ -157,8 +157,8 @@ def test_the_split_files_find_each_other_and_the_diffusion_decoder_is_chosen(spl
         "ltx-2.5-duration-head.safetensors",
     }
     result = made(engine)
-    assert engine._modules.keys() >= {keymap.VIDEO_VAE_DIFFUSION, keymap.LANGUAGE_MODEL}
-    assert keymap.VIDEO_VAE not in engine._modules
+    assert engine._loaded.modules.keys() >= {keymap.VIDEO_VAE_DIFFUSION, keymap.LANGUAGE_MODEL}
+    assert keymap.VIDEO_VAE not in engine._loaded.modules
     assert_told_once_where_it_does_not_fit(engine)
     convolutional = Engine(
         main, "cpu", files=[folder / "vae/ltx-2.5-video-vae-conv-bf16.safetensors"], folders=[folder]
@@ -179,7 +179,7 @@ def test_a_forecast_meets_what_a_language_model_really_holds(split, words):
     prompts = (words + 1, 1)  # both begin with <bos>
     with MemoryCount() as count:
         engine.encode_text(prompt)
-    assert engine._forecast.text(prompts).working == pytest.approx(count.peak, rel=0.15)
+    assert engine._loaded.forecast.text(prompts).working == pytest.approx(count.peak, rel=0.15)
 
 
 @pytest.mark.parametrize(("size", "seconds"), [("32x16", 0.1), ("96x64", 0.375), ("192x160", 2.0)])
@@ -190,7 +190,7 @@ def test_a_forecast_meets_what_the_diffusion_decoder_really_holds(split, size, s
     latents = engine.empty_latents(engine.shape(size, seconds))
     with MemoryCount() as count:
         list(engine.video_frames(latents))
-    assert engine._forecast.video(latents.shape).working == pytest.approx(count.peak, rel=0.15)
+    assert engine._loaded.forecast.video(latents.shape).working == pytest.approx(count.peak, rel=0.15)
 
 
 def test_a_forecast_meets_what_a_piece_of_the_diffusion_decoder_really_holds(split, monkeypatch):
@@ -199,8 +199,8 @@ def test_a_forecast_meets_what_a_piece_of_the_diffusion_decoder_really_holds(spl
     latents = engine.empty_latents(engine.shape("192x160", 2.0))
     room = Room(2**20, on_host=True)
     monkeypatch.setattr("lockstep.model.forecast.ON_HOST", room)
-    forecast = engine._forecast.video(latents.shape).banded
-    vae = engine._video_vae
+    forecast = engine._loaded.forecast.video(latents.shape).banded
+    vae = engine._loaded.video_vae
     with MemoryCount() as count, torch.inference_mode():
         before = []
 
@@ -240,7 +240,7 @@ def test_the_diffusion_decoder_goes_on_in_pieces_where_memory_ends(split, monkey
     assert caplog.messages[-1] == (
         "out of memory: going on with pieces of 256 MB of a layer at a time, the others on the host"
     )
-    engine._residence.bands = True  # as a plan says
+    engine._loaded.residence.bands = True  # as a plan says
     engine.decode_video(latents)
     assert tries[3:] == [Room(2**28, on_host=True)]
 
@@ -256,14 +256,14 @@ def test_a_host_is_told_what_the_diffusion_decoder_holds_and_begins_small_where_
 
     engine, rooms = Engine(main, "cpu", place, folders=[folder]), []
     latents = engine.empty_latents(engine.shape("96x64", 0.375))
-    need = engine._forecast.video(latents.shape)
+    need = engine._loaded.forecast.video(latents.shape)
     decode = DiffusionVAE.decode
     monkeypatch.setattr(
         DiffusionVAE, "decode", lambda *a, **o: (rooms.append(o.get("room")), decode(*a, **o))[1]
     )
-    engine.device = torch.device("cuda")
+    engine._loaded.device = torch.device("cuda")
     for free in (need.working, need.working - 1):
-        monkeypatch.setattr("lockstep.model.engine.free_bytes", lambda *_, free=free: free)
+        monkeypatch.setattr("lockstep.model.loaded.free_bytes", lambda *_, free=free: free)
         list(engine.video_frames(latents))
     assert told == {"DiffusionVAE": need.working}
     assert rooms == [None, Room(), ON_HOST]  # the first of them is the forecast
@@ -286,7 +286,7 @@ def test_a_missing_file_is_named_with_size_folder_and_source(split, tmp_path, ab
     engine = Engine(tmp_path / main.relative_to(folder), "cpu", folders=[tmp_path])
     with pytest.raises(CheckpointError, match=MISSING[absent]):
         made(engine)
-    assert engine._modules == {}
+    assert engine._loaded.modules == {}
 
 
 def test_the_readme_lists_every_published_file_with_its_size_and_folder():
@@ -304,7 +304,7 @@ def test_a_monolith_without_text_encoder_says_which_one_it_wants(models):
     )
     with pytest.raises(CheckpointError, match=sentence):
         made(engine)
-    assert engine._modules == {}
+    assert engine._loaded.modules == {}
 
 
 def test_a_component_of_another_model_is_refused_or_passed_over(models, tmp_path):
@@ -469,7 +469,7 @@ def test_a_codec_of_another_model_is_never_taken_for_one_that_is_missing(split, 
     engine = Engine(folder / split[1].relative_to(split[0]), "cpu", folders=[folder])
     with pytest.raises(CheckpointError, match=sentence) as raised:
         made(engine)
-    assert not engine._modules
+    assert not engine._loaded.modules
     assert not any(Path(name).name in str(raised.value) for name in FOREIGN)
 
 
@@ -522,7 +522,7 @@ def test_a_text_encoder_that_is_packed_otherwise_is_passed_over_and_refused_when
     for engine in (Engine(main, "cpu", files=[tmp_path / "a"]), Engine(main, "cpu", folders=[tmp_path])):
         with pytest.raises((CheckpointError, UnsupportedModelError), match=sentence):
             made(engine)
-        assert engine._modules == {}
+        assert engine._loaded.modules == {}
     shutil.copy(models / "2.3" / "gemma.safetensors", tmp_path / "z.safetensors")
     Engine(main, "cpu", folders=[tmp_path]).require("language_model")
 
@@ -568,7 +568,7 @@ def test_an_empty_prompt_is_told_before_weights_are_read(models):
     engine = Engine(models / "ltx-2.3.safetensors", "cpu", files=[models / "2.3" / "gemma.safetensors"])
     with pytest.raises(PromptError):
         made(engine, prompt="  ")
-    assert engine._modules == {}
+    assert engine._loaded.modules == {}
 
 
 BROKEN = {
@@ -599,7 +599,7 @@ def test_the_prompt_s_own_duration_is_taken_where_nobody_says_one(split):
     folder, main = split
     engine = Engine(main, "cpu", folders=[folder])
     conditioning = engine.encode_text("a red ball")
-    head = engine._module("duration_head")
+    head = engine._loaded.module("duration_head")
     seconds = head(conditioning.positive.video, conditioning.positive.audio).item()
     suggested = engine.suggest_seconds(conditioning, 24)
     assert suggested == frames_for(seconds, 24, step=4) / 24
@@ -615,7 +615,7 @@ def test_the_first_latent_frame_of_2_5_carries_the_keyframe_marker(split):
     folder, main = split
     engine = Engine(main, "cpu", folders=[folder])
     marked = made(engine).latent_sha256
-    engine._module("transformer").keyframes_abs_pos_embedding.zero_()
+    engine._loaded.module("transformer").keyframes_abs_pos_embedding.zero_()
     assert made(engine).latent_sha256 != marked
 
 

@@ -270,7 +270,9 @@ def test_float8_halves_the_blocks_of_bfloat16_as_it_is_loaded():
     settings = SampleSettings(steps=2, guidance=Guidance())
     made = [engine.sample(conditioning, shape, settings=settings, seed=1) for engine in engines]
     held = [
-        sum(tensor.nbytes for tensor in engine._transformer.transformer_blocks[0].state_dict().values())
+        sum(
+            tensor.nbytes for tensor in engine._loaded.transformer.transformer_blocks[0].state_dict().values()
+        )
         for engine in engines
     ]
     assert held == [forecast.block for forecast in forecasts]
@@ -286,7 +288,7 @@ def test_a_forecast_of_packed_layers_is_of_the_device_that_runs_them(monkeypatch
     shape, settings = engine.shape(seconds=1.0), SampleSettings(steps=1, guidance=Guidance())
     need = engine.plan(shape, settings.guidance).needs[1].working
     conditioning = engine.encode_text("a red ball bounces")
-    assert engine._transformer
+    assert engine._loaded.transformer
     with MemoryCount() as count:
         engine.sample(conditioning, shape, settings=settings)
     assert need == pytest.approx(count.peak, rel=0.1)
@@ -300,7 +302,7 @@ def test_a_file_that_stays_packed_is_forecast_as_it_is_held(tmp_path):
         tmp_path / "fp8.safetensors", "cpu", precision="bfloat16", files=[tmp_path / "gemma.safetensors"]
     )
     need = engine.plan(engine.shape("48x32", 0.4)).needs[1]
-    held = [tensor.nbytes for tensor in engine._transformer.state_dict().values()]
+    held = [tensor.nbytes for tensor in engine._loaded.transformer.state_dict().values()]
     # buffers that no file holds are forecast, too
     assert need.weights == pytest.approx(sum(held), rel=0.01)
 

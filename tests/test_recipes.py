@@ -147,7 +147,7 @@ def test_a_recipe_that_does_not_suit_is_refused_before_any_weight_is_read(files)
     request = GenerateRequest("a red ball", size="48x32", seconds=0.375, recipe="distilled")
     with pytest.raises(WorkflowError, match=r"does not suit LTX-2\.3 full"):
         engine.generate(request)
-    assert engine._modules == {}
+    assert engine._loaded.modules == {}
 
 
 @pytest.mark.parametrize(

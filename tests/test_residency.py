@@ -425,8 +425,8 @@ def test_streamed_weights_are_not_read_a_second_time_on_the_host(monkeypatch, me
     monkeypatch.setattr(
         ModelFiles, "check_numbers", lambda _files, component, _module: checked.append(component)
     )
-    engine.device = torch.device("cuda")  # weights stay where they are
-    assert engine._transformer
+    engine._loaded.device = torch.device("cuda")  # weights stay where they are
+    assert engine._loaded.transformer
     assert checked == (["transformer"] if looked else [])
 
 

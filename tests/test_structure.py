@@ -61,13 +61,15 @@ MAY_IMPORT = {
         "transformer",
     },
     "requests": BASE | {"recipes", "run", "sampler", "step_probe", "two_stage"},
+    # what the engine keeps in memory; it alone calls it
+    "loaded": BASE | {"checkpoint", "codec", "components", "forecast", "residency", "transformer"},
     "engine": BASE
     | STAGES
     | {
         "checkpoint",
         "components",
         "embedded",
-        "forecast",
+        "loaded",
         "measure",
         "recipes",
         "requests",

@@ -108,7 +108,7 @@ def test_wrong_words_are_told_before_any_weight_is_read():
         engine.generate(replace(REQUEST, trajectory="first"))
     with pytest.raises(WorkflowError, match="step 4 is none of the 3 steps"):
         engine.generate(replace(REQUEST, trajectory="1, 4"))
-    assert engine._modules == {}
+    assert engine._loaded.modules == {}
 
 
 def test_pictures_lie_side_by_side_in_rows():

@@ -94,11 +94,11 @@ def test_sound_is_carried_over_the_rounding_of_its_length():
 
 
 def test_of_an_upscaler_that_was_replaced_the_new_file_alone_is_kept(engine, files, tmp_path):
-    path, before = tmp_path / "upscaler.safetensors", len(engine._upscalers)
+    path, before = tmp_path / "upscaler.safetensors", len(engine._loaded.upscalers)
     for name, upscale in (("x2", X2), ("time", TIME)):
         path.write_bytes((files[0] / f"{name}.safetensors").read_bytes())
         assert engine.upscaler(path) == upscale
-    assert len(engine._upscalers) == before + 1
+    assert len(engine._loaded.upscalers) == before + 1
 
 
 class Holding:
@@ -127,7 +127,7 @@ def test_nobody_holds_an_upscaler_whose_file_was_replaced(files, tmp_path, host)
     for name in ("x2", "time"):
         path.write_bytes((folder / f"{name}.safetensors").read_bytes())
         engine.upscale(latents, path)
-        weights.append(weakref.ref(next(engine._upscaler_module(path, latents.shape).parameters())))
+        weights.append(weakref.ref(next(engine._loaded.upscaler(path, latents.shape).parameters())))
     gc.collect()
     assert [weight() is None for weight in weights] == [True, False]
 
@@ -152,7 +152,7 @@ def test_upscaled_latents_are_the_module_s_between_the_codec_s_statistics(engine
         engine.encode_text("a red ball"), shape, settings=SampleSettings(1, UNGUIDED), seed=3
     )
     made = engine.upscale(start, path)
-    statistics = engine._video_vae.per_channel_statistics
+    statistics = engine._loaded.video_vae.per_channel_statistics
     module = build("upsampler", read_header(path))
     wanted = statistics.normalize(module(statistics.denormalize(start.video, 1)), 1)
     torch.testing.assert_close(made.video, wanted, atol=1e-5, rtol=0)
@@ -173,7 +173,7 @@ def test_a_plan_counts_the_upscaler_and_what_it_holds(engine, files, name):
     start, grown = engine.empty_latents(shape), engine.upscaler(path).grown(shape)
     plain, plan = engine.plan(grown), engine.plan(grown, upscales=[(path, shape)])
     (need,) = [need for need in plan.needs if need not in plain.needs]
-    module = engine._upscaler_module(path, shape)
+    module = engine._loaded.upscaler(path, shape)
     assert (need.name, need.weights) == ("upscale", weight_bytes(module))
     assert plan.peak - plain.peak == need.weights  # of the resident policy
     with MemoryCount() as count:

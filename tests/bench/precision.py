@@ -165,7 +165,8 @@ def clip_rows(exact: Engine, args: argparse.Namespace) -> list[dict]:
         engine = Engine("embedded", args.device, precision=name)
         if precision.packed:
             pack_linears(
-                engine._transformer.transformer_blocks, Multiplied if precision.multiplied else Unpacked
+                engine._loaded.transformer.transformer_blocks,
+                Multiplied if precision.multiplied else Unpacked,
             )
         row(
             "embedded, clip",
@@ -191,7 +192,7 @@ def main() -> None:
         rows += velocity_rows(f"tiny {version}, velocity", transformer, TINY_SHAPE, conditioning, 2)
     engine = Engine("embedded", args.device, precision="float32")
     conditioning, shape = engine.encode_text(PROMPT), engine.shape(seconds=args.seconds)
-    channels, transformer = engine.empty_latents(shape).audio.shape[1], engine._transformer
+    channels, transformer = engine.empty_latents(shape).audio.shape[1], engine._loaded.transformer
     embedded = velocity_rows("embedded, velocity", transformer, shape, conditioning, channels)
     seconds = {
         dtype: timed(
