@@ -438,6 +438,7 @@ def test_a_way_that_the_motion_does_not_go_is_told():
         ("a white square moves along a circle", "white square going"),
         ("a white square in a circular orbit", "white square going"),
         ("a star moves between both walls", "star sliding"),
+        ("a star goes up, then down", "star bouncing"),
         ("a star slides in the rain", "star slides rain"),
         ("a star slides in a loop", "star slides"),
     ],
@@ -513,7 +514,7 @@ def test_filler_is_not_called_unknown(prompt, shown):
         ("a square oscillating vertically", "square bouncing"),
         ("a yellow triangle scaling", "yellow triangle pulsing"),
         ("quick left-right sliding, white block", "quickly sliding white block"),
-        ("can you animate a die", "square"),
+        ("can you animate a brick-red ball on a wall of bricks", "red ball brown"),
     ],
 )
 def test_more_is_read_than_the_shipped_file_s_own_entry_holds(prompt, shown):

@@ -77,7 +77,7 @@ _BIGGER = "bigger and smaller, larger and smaller, bigger then smaller, larger t
 _READ_AS = {
     "bounces": "bobs, bob, rebounds, ricochets, ricochet, springs, springs back, bounds, rises and falls, rise and fall",
     "bouncing": "bobbing, ricocheting, springing, springing back, bounding, trampolining, rising and falling, in a bouncing motion",
-    "bouncing up and down": "up and down, down and up",
+    "bouncing up and down": "up and down, down and up, up then down",
     "falls and rebounds": "falls, fall, drops, drop, plummets, plunges",
     "falling and rebounding": "falling, falling and bouncing, dropping, dropped, dropping and bouncing, plummeting, plunging",
     "slides": "ping pongs, ping pong",
@@ -121,14 +121,15 @@ _READ_AS = {
     "black": "dark, pitch dark, midnight black, black space, black night",
     "on black": "in the dark, in darkness, in a dark room, in complete darkness, in total darkness",
     "gray": "granite, graphite, gunmetal, ash, ash gray, ash grey",
-    "brown": "brick wall, soil brown, earthy brown, earth brown",
+    "red": "brick red",
+    "brown": "brick wall, brick background, brick backdrop, wall of bricks, soil brown, earthy brown, earth brown",
     "navy": "midnight sky, night sky, night blue, dark navy, dark navy blue",
     "ball": (
         "marble, balloon, bubble, soccer ball, tennis ball, marbles, balloons, bubbles, soccer balls, tennis balls, orbs, globes, "
         "beads, footballs, basketballs, rubber balls, beach balls, ping pong ball, ping pong balls, golf ball, golf balls, "
         "baseball, volleyball, snooker ball, billiard ball, bowling ball, cannonball, planet, planets, coin, coins"
     ),
-    "square": "four sided shape, box shaped, cube shaped, crates, die, brick, bricks",
+    "square": "four sided shape, box shaped, cube shaped, crates, brick, bricks",
     "triangle": "three sided shape, arrowheads, cone, cones, traffic cone, traffic cones",
     "star": (
         "five pointed shape, five pointed figure, five pointed thing, five pointed object, five point star, 5 point star, 5 pointed star, five pointed stars, pentagrams, starlets, pentacles, asterisks, "

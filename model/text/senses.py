@@ -76,16 +76,10 @@ _SIDEWAYS = (
     "to and fro",
 )
 _MOVES = words_in("from move moves moving go goes going travel travels travelling traveling")
-_LOOSE = ("back and forth", "to and fro", "up and down", "down and up")  # ways that more than one motion goes
-_WAYS = (
-    "in ",
-    "on ",
-    "along ",
-    "around ",
-    "round ",
-    "about ",
-    "between ",
-)  # how a way begins that is said by itself
+# ways that more than one motion goes
+_LOOSE = ("back and forth", "to and fro", "up and down", "down and up", "up then down")
+# how a way begins that is said by itself
+_WAYS = ("in ", "on ", "along ", "around ", "round ", "about ", "between ", "up ")
 _REMAINS = words_in("stays remains staying remaining")
 _STANDS = _REMAINS | words_in("sits stands sitting standing")
 _THEN = words_in("and or then but while until for before after when as first at")
