@@ -784,9 +784,10 @@ class Engine:
         is held to, which add tokens to it.
         Raises MemoryShortError if the clip does not fit in any way, or not under the policy that was given.
         """
-        self.read_loras(loras)
-        passes = (guidance or self.recipe.guidance).passes
-        return self._loaded.plan(shape, passes, step_cache > 0, loras, upscales, prompts, guides)
+        with self._lock:  # another run may be moving weights, which the policy tells where to
+            self.read_loras(loras)
+            passes = (guidance or self.recipe.guidance).passes
+            return self._loaded.plan(shape, passes, step_cache > 0, loras, upscales, prompts, guides)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

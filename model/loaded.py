@@ -204,23 +204,20 @@ class Loaded:
         guides: tuple[GuidePlace, ...],
     ) -> Plan:
         """Of a whole clip, see Engine.plan; loras: that were read. passes: of the guidance. cached: with the step cache."""
-        with self.lock:  # another run may be moving weights, which the policy tells where to
-            key = (shape, passes, cached, prompts, guides)
-            if key not in self._forecasts:
-                self._forecasts[key] = self.forecast.needs(
-                    shape, passes, "perturbed" in passes, cached=cached, prompts=prompts, guides=guides
-                )
-            text, sample, *decodes = self._forecasts[key]
-            sample = self._with_loras(sample, loras)
-            grown = [
-                self.forecast.upscaling(self.open_upscaler(path)[0], before) for path, before in upscales
-            ]
-            needs = (text, sample, *grown, *decodes)
-            self.residence.leave(except_for=self.files.needed)  # upscalers of an earlier run
-            # what an earlier run left on the device is in these needs as well
-            held = self.residence.bytes_here + self.loras.bytes_here(keymap.TRANSFORMER)
-            budget = None if self.place else free_bytes(self.device, held)
-            return self.residence.follow(needs, budget)
+        key = (shape, passes, cached, prompts, guides)
+        if key not in self._forecasts:
+            self._forecasts[key] = self.forecast.needs(
+                shape, passes, "perturbed" in passes, cached=cached, prompts=prompts, guides=guides
+            )
+        text, sample, *decodes = self._forecasts[key]
+        sample = self._with_loras(sample, loras)
+        grown = [self.forecast.upscaling(self.open_upscaler(path)[0], before) for path, before in upscales]
+        needs = (text, sample, *grown, *decodes)
+        self.residence.leave(except_for=self.files.needed)  # upscalers of an earlier run
+        # what an earlier run left on the device is in these needs as well
+        held = self.residence.bytes_here + self.loras.bytes_here(keymap.TRANSFORMER)
+        budget = None if self.place else free_bytes(self.device, held)
+        return self.residence.follow(needs, budget)
 
     def foretell(self, asked: Hashable, make: Callable[[], StageNeed], *names: str) -> StageNeed | None:
         """What the stage of these components will need, made anew for another question: that takes seconds for a large model.
