@@ -26,6 +26,7 @@ from lockstep.model.codec.video_vae import VideoVAE, VideoVAEConfig
 from lockstep.model.conditioning.layout import lay_out_audio, lay_out_video
 from lockstep.model.embedded import (
     WEIGHTS,
+    check,
     config,
     dataset,
     language,
@@ -52,6 +53,7 @@ from lockstep.model.embedded.train_transformer import (
     products_for_attention,
     set_task,
 )
+from lockstep.model.embedded.train_vocoder import new_vocoder
 from lockstep.model.embedded.training import (
     Muon,
     Run,
@@ -980,6 +982,31 @@ def test_what_the_shipped_streams_take_from_each_other_is_told_at_every_noise_le
         assert line["audio, own video"] == line["audio, another's video"]
 
 
+def test_what_the_shipped_codecs_restore_is_told_without_a_transformer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "_SCENES", 6)
+    monkeypatch.setattr("sys.argv", ["train", "check", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert f"{tmp_path} holds no run: train video first" in capsys.readouterr().err
+    states, record = unpack(WEIGHTS)
+    for stage in ("video", "audio", "vocoder"):
+        save_start(tmp_path / stage, states[stage], record[stage])
+    train.main()
+    video, audio, vocoder = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert video["psnr_db"] > 30
+    assert video["worst_db"] > 25
+    assert video["psnr_db"] - 12 < video["object_db"] < video["psnr_db"] - 5  # much of it is plain background
+    assert audio["log_mel_l1"] < 0.15
+    assert audio["worst_l1"] < 0.25
+    mel = AudioVAEConfig.from_published(config.AUDIO_VAE).mel
+    save_start(tmp_path / "vocoder", new_vocoder(LogMel(mel), seed=0).state_dict(), {"step": 0})
+    train.main()
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told[:2] == [video, audio]
+    assert told[2]["log_l1"] > 1.2 * vocoder["log_l1"]
+    assert told[2]["relative"] > 1.2 * vocoder["relative"]
+
+
 def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatch, capsys):
     for module in (dataset, train_transformer):
         monkeypatch.setattr(module, "SHARD", 4)
@@ -1000,8 +1027,10 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     assert [line["shard"] for line in told] == [0, 3]  # the one that was lost, and the fourth
     command("transformer", runs, "--steps", "2", "--batch", "4")
     command("transformer", runs, "--steps", "3", "--batch", "4")
+    monkeypatch.setattr(check, "_SCENES", 1)
     told = [json.loads(line) for line in command("check", runs).splitlines()]
-    assert [(line["step"], line["sigma"]) for line in told] == [(3, sigma) for sigma in SIGMAS]
+    assert [line["stage"] for line in told[:3]] == ["video", "audio", "vocoder"]
+    assert [(line["step"], line["sigma"]) for line in told[3:]] == [(3, sigma) for sigma in SIGMAS]
     command("pack", runs, "--file", str(packed))
     assert [path.stem for path in sorted((runs / "shards").iterdir())] == [f"{i:05}" for i in range(4)]
     assert describe(packed).missing == describe(packed).unexpected == ()

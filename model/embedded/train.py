@@ -6,7 +6,7 @@ python -m lockstep.model.embedded.train vocoder     RUNS --steps 8000   # after 
 python -m lockstep.model.embedded.train decoder     RUNS --steps 500    # if wanted: the video decoder alone, latents stay
 python -m lockstep.model.embedded.train shards      RUNS --steps 200
 python -m lockstep.model.embedded.train transformer RUNS --steps 30000
-python -m lockstep.model.embedded.train check       RUNS          # whether picture and sound heed each other, so far
+python -m lockstep.model.embedded.train check       RUNS          # what each stage has learned so far
 python -m lockstep.model.embedded.train pack        RUNS          # in place of the shipped file; --file OUT writes another
 
 `unpack RUNS` starts all runs from the shipped file instead; `move RUNS --file FILE` the transformer's alone, from that of a packed
@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from ..codec.mel import LogMel
 from ..codec.video_vae import VideoVAE, VideoVAEConfig
 from ..errors import TrainingError
 from . import WEIGHTS, config
-from .check import errors_beside
+from .check import errors_beside, restored_pictures, restored_sounds, sought_magnitudes
 from .dataset import check_shards, encode_shards, format_of, hash_of_codecs
 from .moving import rotation_between, turned
 from .pack import pack, unpack
@@ -156,7 +157,7 @@ def _audio(given: argparse.Namespace) -> None:
 
 
 def _vocoder(given: argparse.Namespace) -> None:
-    vae = finished_audio_vae(given.runs, given.device).eval().requires_grad_(False)
+    vae = _trained_audio_vae(given.runs, given.device)
     settings = TrainSettings(given.steps, learning_rate=2e-3, warmup_steps=50, ema_decay=0.998)
     run = Run(given.runs / "vocoder", new_vocoder(LogMel(vae.config.mel), seed=0).to(given.device), settings)
     train_vocoder(run, vae, given.device, **_how(given))
@@ -210,15 +211,30 @@ def _transformer(given: argparse.Namespace) -> None:
 
 
 def _check(given: argparse.Namespace) -> None:
-    codecs, folder = _check_shards(given.runs), given.runs / "transformer"
+    runs, device = given.runs, given.device
+    trained = [stage for stage in ("video", "audio", "vocoder", "transformer") if is_run(runs / stage)]
+    if not trained:
+        raise TrainingError(f"{runs} holds no run: train video first")
+    for stage in trained:
+        step = last_logged(runs / stage)["step"]
+        for line in _CHECKS[stage](runs, device):
+            figures = {name: round(value, 4) for name, value in line.items()}
+            print(json.dumps({"stage": stage, "step": step} | figures), flush=True)
+
+
+def _check_transformer(runs: Path, device: str) -> Iterator[dict[str, float]]:
+    codecs, folder = _check_shards(runs), runs / "transformer"
     model = Generator()
     model.load_state_dict(averaged_state(folder))
     check_data(folder, codecs)
-    step = last_logged(folder)["step"]
-    for line in errors_beside(model.to(given.device), shards_in(given.runs / "shards"), given.device):
-        print(
-            json.dumps({"step": step} | {name: round(value, 4) for name, value in line.items()}), flush=True
-        )
+    return errors_beside(model.to(device), shards_in(runs / "shards"), device)
+
+
+def _check_vocoder(runs: Path, device: str) -> Iterator[dict[str, float]]:
+    vae = _trained_audio_vae(runs, device)
+    vocoder = new_vocoder(LogMel(vae.config.mel), seed=0)
+    vocoder.load_state_dict(averaged_state(runs / "vocoder"))
+    yield sought_magnitudes(vocoder.to(device), vae, device)
 
 
 def _pack(given: argparse.Namespace) -> None:
@@ -257,22 +273,32 @@ def _move(given: argparse.Namespace) -> None:
 
 def finished_video_vae(runs: Path, device: str = "cpu") -> VideoVAE:
     """The trained video VAE with measured statistics."""
-    vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE)).to(device)
-    vae.load_state_dict(averaged_state(runs / "video"))
-    _check_decoder(runs)
-    measure_statistics(vae.eval().requires_grad_(False))
-    if is_run(runs / "decoder"):
-        polished = averaged_state(runs / "decoder")
-        vae.load_state_dict({k: v for k, v in polished.items() if k.startswith("decoder.")}, strict=False)
+    vae = _trained_video_vae(runs, device)
+    measure_statistics(vae)
     return vae
 
 
 def finished_audio_vae(runs: Path, device: str = "cpu") -> AudioVAE:
     """The trained audio VAE with measured statistics."""
+    vae = _trained_audio_vae(runs, device)
+    measure_audio_statistics(vae)
+    return vae
+
+
+def _trained_video_vae(runs: Path, device: str) -> VideoVAE:
+    vae = VideoVAE(VideoVAEConfig.from_published(config.VIDEO_VAE)).to(device)
+    vae.load_state_dict(averaged_state(runs / "video"))
+    _check_decoder(runs)
+    if is_run(runs / "decoder"):
+        polished = averaged_state(runs / "decoder")
+        vae.load_state_dict({k: v for k, v in polished.items() if k.startswith("decoder.")}, strict=False)
+    return vae.eval().requires_grad_(False)
+
+
+def _trained_audio_vae(runs: Path, device: str) -> AudioVAE:
     vae = AudioVAE(AudioVAEConfig.from_published(config.AUDIO_VAE)).to(device)
     vae.load_state_dict(averaged_state(runs / "audio"))
-    measure_audio_statistics(vae.eval().requires_grad_(False))
-    return vae
+    return vae.eval().requires_grad_(False)
 
 
 _TRAINED = ("video", "decoder", "audio", "vocoder", "transformer")
@@ -284,6 +310,12 @@ _OPTIONS = {
     "workers": (*_TRAINED, "shards"),
     "first": ("shards",),
     "file": ("move", "pack"),
+}
+_CHECKS = {
+    "video": lambda runs, device: [restored_pictures(_trained_video_vae(runs, device), device)],
+    "audio": lambda runs, device: [restored_sounds(_trained_audio_vae(runs, device), device)],
+    "vocoder": _check_vocoder,
+    "transformer": _check_transformer,
 }
 _STAGES = {
     "video": _video,

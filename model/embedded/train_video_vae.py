@@ -91,13 +91,17 @@ def reconstruct(vae: VideoVAE, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return vae.decoder(latent).float(), mean, log_variance
 
 
+def near_object(pixels: Tensor) -> Tensor:
+    """1 at the object and within two pixels of it, else 0: (B, 1, F, H, W), of pixels whose first corner is background."""
+    paper = pixels[..., :1, :1]
+    object_mask = ((pixels - paper).abs().amax(dim=1, keepdim=True) > 0.02).float()
+    return functional.max_pool3d(object_mask, (1, 5, 5), 1, (0, 2, 2))
+
+
 def pixel_loss(restored: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 plus squared error, the object's surroundings weighted up; the squares push where corners are still blurred."""
     error = restored - pixels
-    paper = pixels[..., :1, :1]
-    object_mask = ((pixels - paper).abs().amax(dim=1, keepdim=True) > 0.02).float()
-    near = functional.max_pool3d(object_mask, (1, 5, 5), 1, (0, 2, 2))
-    weighted = ((1 + 4 * near) * (error.abs() + 8 * error.square())).mean()
+    weighted = ((1 + 4 * near_object(pixels)) * (error.abs() + 8 * error.square())).mean()
     mse = error.detach().square().mean() / 4
     return weighted, {"psnr": -10 * mse.log10()}
 
