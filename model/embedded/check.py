@@ -57,7 +57,7 @@ def restored_pictures(vae: VideoVAE, device: str) -> dict[str, float]:
 
 @torch.no_grad()
 def restored_sounds(vae: AudioVAE, device: str) -> dict[str, float]:
-    """Mean absolute error of the log-mels of the same scenes after encoder and decoder, and that of the worst."""
+    """Mean absolute error of the log-mels (natural logarithms) of the same scenes after the codec, and that of the worst."""
     mels = _fresh_mels(vae, device)[1]
     errors = (_restored(vae, mels) - mels).abs().mean((1, 2, 3)).tolist()
     return {"log_mel_l1": mean(errors), "worst_l1": max(errors), "scenes": _SCENES}
