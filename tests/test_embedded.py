@@ -1030,6 +1030,7 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     monkeypatch.setattr(check, "_SCENES", 1)
     told = [json.loads(line) for line in command("check", runs).splitlines()]
     assert [line["stage"] for line in told[:3]] == ["video", "audio", "vocoder"]
+    assert "decoder_step" not in told[0]
     assert [(line["step"], line["sigma"]) for line in told[3:]] == [(3, sigma) for sigma in SIGMAS]
     command("pack", runs, "--file", str(packed))
     assert [path.stem for path in sorted((runs / "shards").iterdir())] == [f"{i:05}" for i in range(4)]
@@ -1044,6 +1045,8 @@ def test_every_stage_runs_from_nothing_and_ends_in_one_file(tmp_path, monkeypatc
     assert last_logged(tmp_path / "again" / "transformer") == last_logged(runs / "transformer")
 
     command("decoder", runs, "--steps", "1", "--batch", "1")
+    told = json.loads(command("check", runs).splitlines()[0])
+    assert (told["stage"], told["step"], told["decoder_step"]) == ("video", 2, 1)
     command("video", runs, "--steps", "3", "--batch", "1")
 
     def refused(stage: str, *options: str) -> str:

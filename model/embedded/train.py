@@ -216,10 +216,12 @@ def _check(given: argparse.Namespace) -> None:
     if not trained:
         raise TrainingError(f"{runs} holds no run: train video first")
     for stage in trained:
-        step = last_logged(runs / stage)["step"]
+        steps = {"step": last_logged(runs / stage)["step"]}
+        if stage == "video" and is_run(runs / "decoder"):
+            steps["decoder_step"] = last_logged(runs / "decoder")["step"]
         for line in _CHECKS[stage](runs, device):
             figures = {name: round(value, 4) for name, value in line.items()}
-            print(json.dumps({"stage": stage, "step": step} | figures), flush=True)
+            print(json.dumps({"stage": stage} | steps | figures), flush=True)
 
 
 def _check_transformer(runs: Path, device: str) -> Iterator[dict[str, float]]:
